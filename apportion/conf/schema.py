@@ -1,0 +1,339 @@
+"""The typed configuration. Each dataclass is what one component sees; each checks itself and says got / expected.
+
+Nothing here repairs a value. What one component alone cannot judge (combinations) is checked in `apportion.plan`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from apportion.platform.errors import ConfigError, nearest
+
+
+def _one_of(name: str, value: str, valid: tuple[str, ...]) -> None:
+    if value not in valid and value != MISSING:
+        raise ConfigError(f"{name}: got {value!r}, expected one of {', '.join(valid)}{nearest(value, valid)}")
+
+
+def _at_least(name: str, value: float | None, low: float) -> None:
+    if value is not None and value < low:
+        raise ConfigError(f"{name}: got {value}, expected at least {low}")
+
+
+def _between(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ConfigError(f"{name}: got {value}, expected {low} to {high}")
+
+
+@dataclass
+class ModelConfig:
+    """The policy's starting weights, and the tokenizer."""
+
+    path: str = MISSING  # folder, hub name, or builtin:smollm2-135m-instruct, builtin:tiny
+    dtype: str = "bfloat16"  # of the forward pass; masters are always float32
+    attention: str = "sdpa"
+    trust_remote_code: bool = False
+    chat_template: str | None = None  # a jinja file; null takes the tokenizer's
+
+    def __post_init__(self) -> None:
+        _one_of("model.dtype", self.dtype, ("bfloat16", "float32", "float16"))
+        _one_of("model.attention", self.attention, ("sdpa", "eager", "flash_attention_2"))
+
+
+@dataclass
+class DataConfig:
+    """Where prompts come from. A source is a path, `hf:NAME[:SPLIT]`, `gym:TASK`, or a mapping with `source`,
+    `weight` and the source's own parameters; a list mixes sources by weight."""
+
+    train: Any = MISSING
+    eval: Any = None
+    prompt_column: str = "prompt"
+    system_prompt: str | None = None
+    chat: bool = True  # render a text prompt as one user message through the chat template
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    max_prompt_tokens: int = 512
+    on_bad_row: str = "error"
+    shuffle: bool = True
+    limit: int | None = None  # rows of each training source
+    eval_limit: int | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("data.on_bad_row", self.on_bad_row, ("error", "skip"))
+        _at_least("data.max_prompt_tokens", self.max_prompt_tokens, 1)
+
+
+@dataclass
+class RolloutConfig:
+    """Sampling. Behaviour log-probs are those of the distribution after temperature, top-p and top-k."""
+
+    engine: str = "vllm"
+    responses_per_prompt: int = 8
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    max_response_tokens: int = 256
+    stop: list[str] = field(default_factory=list)
+    tensor_parallel_size: int = 1
+    max_sequences: int = 64  # decoded side by side in one engine
+    gpu_memory_utilization: float = 0.5
+    kv_cache_gib: float = 1.0  # on CPU
+    compile: bool = False  # vLLM's compiled graphs: faster decoding, slower start
+    prefix_caching: bool = True
+
+    def __post_init__(self) -> None:
+        _one_of("rollout.engine", self.engine, ("vllm", "transformers"))
+        _at_least("rollout.responses_per_prompt", self.responses_per_prompt, 1)
+        _at_least("rollout.max_response_tokens", self.max_response_tokens, 1)
+        _at_least("rollout.tensor_parallel_size", self.tensor_parallel_size, 1)
+        _at_least("rollout.max_sequences", self.max_sequences, 1)
+        _at_least("rollout.top_k", self.top_k, 0)
+        _between("rollout.top_p", self.top_p, 1e-6, 1.0)
+        _between("rollout.gpu_memory_utilization", self.gpu_memory_utilization, 0.05, 0.98)
+        if self.temperature <= 0:
+            raise ConfigError(f"rollout.temperature: got {self.temperature}, expected above 0 (greedy has no policy gradient)")
+
+
+@dataclass
+class LoraConfig:
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
+
+    def __post_init__(self) -> None:
+        _at_least("policy.lora.rank", self.rank, 1)
+
+
+@dataclass
+class EngineConfig:
+    """What the policy's and the critic's training engine share."""
+
+    learning_rate: float = 1e-6
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    max_grad_norm: float = 1.0
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    min_lr_ratio: float = 0.0  # of the linear and cosine schedules, at the last step
+    zero_stage: int = 0
+    offload_optimizer: bool = False
+    gradient_checkpointing: bool = False
+    micro_batch_tokens: int = 2048  # padded tokens of one forward and backward pass
+    logits_chunk_tokens: int = 512  # response positions whose logits exist at a time
+
+    def __post_init__(self) -> None:
+        _one_of("schedule", self.schedule, ("constant", "linear", "cosine"))
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise ConfigError(f"zero_stage: got {self.zero_stage}, expected 0, 1, 2 or 3")
+        for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"):
+            _at_least(name, getattr(self, name), 0)
+        _at_least("micro_batch_tokens", self.micro_batch_tokens, 16)
+        _at_least("logits_chunk_tokens", self.logits_chunk_tokens, 1)
+        _between("min_lr_ratio", self.min_lr_ratio, 0.0, 1.0)
+
+
+@dataclass
+class PolicyConfig(EngineConfig):
+    lora: LoraConfig | None = None
+
+
+@dataclass
+class CriticConfig(EngineConfig):
+    """Started only when the algorithm needs values."""
+
+    learning_rate: float = 1e-5
+    model: str | None = None  # null: the policy's starting weights, with a fresh value head
+    value_clip: float | None = 0.2
+    warmup_steps_without_policy: int = 0  # first steps that train the critic alone
+
+
+@dataclass
+class ReferenceConfig:
+    """The frozen model that KL is measured against; started only when something needs it."""
+
+    model: str | None = None  # null: the policy's starting weights
+    micro_batch_tokens: int = 4096
+
+
+@dataclass
+class RewardConfig:
+    """Rewards are the weighted sum of `functions`. One entry is a dotted path, `file.py:function`, a ready-made
+    verifier's name, or a mapping with `function`, `weight`, `timeout_seconds` and `params`; `model:PATH` is a reward
+    model and `http://...` (or a list of addresses under `urls`) a service."""
+
+    functions: Any = MISSING
+    workers: int = 1
+    timeout_seconds: float = 60.0  # of one call, unless the entry says otherwise
+    max_failed_share: float = 0.1
+    clip: float | None = None  # rewards are clamped to [-clip, clip]
+
+    def __post_init__(self) -> None:
+        _at_least("reward.workers", self.workers, 1)
+        _between("reward.max_failed_share", self.max_failed_share, 0.0, 1.0)
+        if self.timeout_seconds <= 0:
+            raise ConfigError(f"reward.timeout_seconds: got {self.timeout_seconds}, expected above 0")
+
+
+@dataclass
+class KlConfig:
+    """Distance to the reference: in the reward (per token), in the loss, or nowhere."""
+
+    place: str = "none"
+    coefficient: float = 0.0
+    estimator: str = "k3"
+    target: float | None = None  # with a horizon: the adaptive coefficient
+    horizon: int = 10000
+
+    def __post_init__(self) -> None:
+        _one_of("algorithm.kl.place", self.place, ("none", "reward", "loss"))
+        _one_of("algorithm.kl.estimator", self.estimator, ("k1", "k2", "k3"))
+        _at_least("algorithm.kl.coefficient", self.coefficient, 0)
+        if self.target is not None and self.place == "none":
+            raise ConfigError("algorithm.kl.target: got a value with place=none, expected place=reward or place=loss")
+
+
+@dataclass
+class CorrectionConfig:
+    """Importance weights for the gap between the rollout engine's and the trainer's log-probs."""
+
+    method: str = "truncate"
+    level: str = "token"
+    cap: float = 2.0
+    bound: float = 0.5  # |log-prob difference| past which a token counts in mismatch/share_beyond_bound
+
+    def __post_init__(self) -> None:
+        _one_of("algorithm.correction.method", self.method, ("none", "truncate", "mask"))
+        _one_of("algorithm.correction.level", self.level, ("token", "sequence"))
+        _at_least("algorithm.correction.cap", self.cap, 1.0)
+
+
+@dataclass
+class AlgorithmConfig:
+    """algorithm = credit x surrogate x reduction (+ KL, selection, shaping). Components are mappings with a `name`
+    (of the registry, or a dotted path of your own) and the parameters of that component."""
+
+    name: str = MISSING
+    credit: dict[str, Any] = MISSING
+    surrogate: dict[str, Any] = MISSING
+    reduction: dict[str, Any] = MISSING
+    shaping: list[Any] = field(default_factory=list)
+    selection: list[Any] = field(default_factory=list)
+    kl: KlConfig = field(default_factory=KlConfig)
+    correction: CorrectionConfig = field(default_factory=CorrectionConfig)
+    entropy_coefficient: float = 0.0
+    updates_per_batch: int = 1  # optimiser steps that one batch is cut into
+    epochs: int = 1  # passes over one batch
+
+    def __post_init__(self) -> None:
+        _at_least("algorithm.updates_per_batch", self.updates_per_batch, 1)
+        _at_least("algorithm.epochs", self.epochs, 1)
+
+
+@dataclass
+class ClusterConfig:
+    """What runs where. CPUs are Ray's accounting; with no GPU, sampling and updating take turns on all cores."""
+
+    address: str | None = None  # null: RAY_ADDRESS if set (a submitted job), else an embedded local Ray
+    policy_ranks: int = 1
+    rollout_engines: int = 1
+    reference_ranks: int = 1
+    gpus_per_policy_rank: float = 0.0
+    gpus_per_rollout_engine: float = 0.0  # a whole number times rollout.tensor_parallel_size
+    gpus_per_reference_rank: float = 0.0
+    threads: int | None = None  # of each compute actor; null: every core of its node
+    start_timeout_seconds: float = 600.0
+    call_timeout_seconds: float = 1800.0  # no wait on an actor is longer
+    object_store_gib: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("policy_ranks", "rollout_engines", "reference_ranks"):
+            _at_least(f"cluster.{name}", getattr(self, name), 1)
+        for name in ("start_timeout_seconds", "call_timeout_seconds"):
+            _at_least(f"cluster.{name}", getattr(self, name), 1)
+
+
+@dataclass
+class TrainConfig:
+    steps: int = 100
+    prompts_per_step: int = 8  # groups of rollout.responses_per_prompt trajectories
+    deterministic: bool = False
+    max_minutes: float | None = None  # stop cleanly, with a checkpoint, once this long has passed
+    sync_check: bool = True  # prove by checksums that every engine holds the weights, every sync
+
+    def __post_init__(self) -> None:
+        _at_least("train.steps", self.steps, 0)
+        _at_least("train.prompts_per_step", self.prompts_per_step, 1)
+
+
+@dataclass
+class EvaluationConfig:
+    every_steps: int = 0  # 0: only before and after
+    before: bool = True
+    after: bool = True
+    greedy: bool = True
+    samples: int = 0  # responses a prompt for avg@k and pass@k, beside the greedy one
+    k: list[int] = field(default_factory=list)
+    temperature: float = 1.0
+    max_response_tokens: int | None = None  # null: rollout's
+    correct_at: float = 1.0  # a reward of at least this is a correct answer
+    show: int = 3  # example answers kept for the summary
+
+    def __post_init__(self) -> None:
+        for k in self.k:
+            if not 1 <= k <= self.samples:
+                raise ConfigError(f"evaluation.k: got {k}, expected 1 to evaluation.samples={self.samples}")
+
+
+@dataclass
+class TrackingConfig:
+    console: bool = True
+    jsonl: bool = True
+    tensorboard: bool = False
+    wandb: str = "off"
+    wandb_project: str = "apportion"
+    wandb_entity: str | None = None
+    wandb_tags: list[str] = field(default_factory=list)
+    samples_per_step: int = 4  # whole trajectories kept each step
+    plots: bool = True
+
+    def __post_init__(self) -> None:
+        _one_of("tracking.wandb", self.wandb, ("online", "offline", "off"))
+
+
+@dataclass
+class CheckpointConfig:
+    every_steps: int = 0  # 0: only at the end
+    keep: int = 2  # newest resumable checkpoints kept
+    final: bool = True
+
+    def __post_init__(self) -> None:
+        _at_least("checkpoint.every_steps", self.every_steps, 0)
+        _at_least("checkpoint.keep", self.keep, 1)
+
+
+@dataclass
+class Config:
+    """A whole run."""
+
+    seed: int = 0
+    run_name: str | None = None  # null: made from the recipe, the time and a random tail
+    runs_folder: str = "runs"
+    resume: str | None = None  # a run's folder or name, or one of its checkpoints
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
