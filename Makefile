@@ -1,0 +1,52 @@
+# Every target makes .venv and installs what is pinned when that is missing or out of date.
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help quickstart test unit check format bench bench-peer study clean
+
+help:
+	@echo "make quickstart   train a small model on arithmetic and show what it learned (10 minutes)"
+	@echo "make test         the whole test suite, with real Ray, vLLM and DeepSpeed (20 minutes)"
+	@echo "make unit         the tests that start nothing (a minute)"
+	@echo "make check        ruff, mypy, import-linter"
+	@echo "make format       let ruff mend what it can"
+	@echo "make bench        speed against bare vLLM and bare torch, side by side"
+	@echo "make bench-peer   speed against TRL, in an environment of its own"
+	@echo "make study        credit methods compared, with plots"
+	@echo "make clean        remove .venv and caches (not runs/)"
+
+$(INSTALLED): requirements/install.sh requirements/cpu.txt requirements/dev.txt pyproject.toml
+	@requirements/install.sh $(VENV)
+	@touch $@
+
+quickstart: $(INSTALLED)
+	$(BIN)/apportion train experiment=quickstart
+
+test: $(INSTALLED)
+	$(BIN)/pytest --cov=apportion --cov-report=term
+
+unit: $(INSTALLED)
+	$(BIN)/pytest -m "not system"
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/bench.py
+
+bench-peer: $(INSTALLED)
+	$(BIN)/python benchmarks/bench_peer.py
+
+study: $(INSTALLED)
+	$(BIN)/python benchmarks/study.py
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .coverage build
