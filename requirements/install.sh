@@ -26,7 +26,7 @@ fitting_python() {
 }
 
 quiet_pip() {
-    "$venv/bin/python" -m pip --quiet --disable-pip-version-check --no-input "$@"
+    "$venv/bin/python" -m pip --quiet --quiet --disable-pip-version-check --no-input "$@"
 }
 
 installed_torch() {

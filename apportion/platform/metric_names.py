@@ -1,0 +1,110 @@
+"""The one table of metric names. Whatever is logged under a name that is not here is an error in the tests.
+
+A `<part>` in a name stands for any text without a slash; `docs/metrics.md` is generated from this table
+(`python -m apportion.platform.metric_names > docs/metrics.md`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from functools import cache
+
+METRICS: dict[str, str] = {
+    "reward/mean": "mean of the weighted rewards of this step's trajectories, before shaping and KL; failed ones left out",
+    "reward/std": "their standard deviation",
+    "reward/failed_share": "share of trajectories whose reward raised, timed out or was malformed",
+    "reward/<component>": "mean of one reward function before its weight, by the function's name",
+    "policy/loss": "sum of loss weight x token loss, mean over this step's optimiser steps",
+    "policy/kl_reference": "mean over action tokens of the estimated KL from the policy to the reference",
+    "policy/entropy": "mean over action tokens of the entropy of the policy's next-token distribution, in nats",
+    "policy/clip_fraction": "share of action tokens whose ratio the surrogate clipped",
+    "policy/approx_kl": "mean over action tokens of (ratio - 1) - log ratio, new policy against old",
+    "policy/ratio_mean": "mean over action tokens of the probability ratio, new policy against old",
+    "policy/ratio_max": "largest such ratio",
+    "policy/grad_norm": "norm of the policy's gradient before clipping, mean over optimiser steps",
+    "policy/learning_rate": "learning rate of the last optimiser step",
+    "policy/optimizer_steps": "optimiser steps taken in this step",
+    "policy/kl_coefficient": "coefficient of the KL term, where it is adaptive or in use",
+    "critic/loss": "value loss, mean over optimiser steps",
+    "critic/explained_variance": "1 - var(returns - values) / var(returns), over action tokens; 1 is perfect",
+    "critic/grad_norm": "norm of the critic's gradient before clipping, mean over optimiser steps",
+    "rollout/response_tokens_mean": "mean response length in tokens",
+    "rollout/response_tokens_max": "longest response in tokens",
+    "rollout/truncated_share": "share of trajectories cut by a length limit",
+    "rollout/trajectories": "trajectories sampled in this step",
+    "rollout/groups_dropped": "groups that selection left out of the update",
+    "rollout/prompts": "prompts sampled from in this step",
+    "rollout/turns_mean": "mean number of policy turns of a trajectory",
+    "mismatch/abs_logprob_diff": "mean over action tokens of |trainer's log-prob - rollout engine's log-prob|",
+    "mismatch/kl": "mean over action tokens of rollout's log-prob - trainer's (k1 estimate)",
+    "mismatch/k3": "mean over action tokens of (ratio - 1) - log ratio, trainer against rollout",
+    "mismatch/max": "largest absolute difference of log-probs",
+    "mismatch/share_beyond_bound": "share of action tokens whose absolute difference is above algorithm.correction.bound",
+    "mismatch/correction_mean": "mean over action tokens of the truncated importance weight",
+    "weights/version": "version of the weights that every rollout engine holds after this step",
+    "weights/bytes": "bytes of weights sent to one engine",
+    "timing/rollout": "seconds spent sampling",
+    "timing/score": "seconds spent on rewards",
+    "timing/cut": "seconds spent selecting, packing and cutting the batch for the ranks",
+    "timing/signals": "seconds spent on old and reference log-probs, values and other signals",
+    "timing/credit": "seconds spent on credit",
+    "timing/update": "seconds spent on optimiser steps",
+    "timing/sync": "seconds spent moving weights to the rollout engines and proving them",
+    "timing/evaluate": "seconds spent evaluating",
+    "timing/checkpoint": "seconds spent writing a checkpoint",
+    "timing/step": "seconds of the whole step",
+    "timing/other": "timing/step less every stage above",
+    "perf/samples_per_second": "trajectories trained on, a second of the step (evaluation and checkpoints left out)",
+    "perf/rollout_tokens_per_second": "response tokens sampled, a second of timing/rollout",
+    "perf/update_tokens_per_second": "prompt and response tokens updated on, a second of timing/update",
+    "perf/overhead_share": "share of the step that is neither sampling nor forward or backward passes",
+    "eval/greedy_accuracy": "share of held-out prompts whose greedy answer has a reward of at least evaluation.correct_at",
+    "eval/mean_reward": "mean reward of the greedy answers",
+    "eval/avg_at_k": "share of correct answers among evaluation.samples sampled ones, mean over prompts",
+    "eval/pass_at_<k>": "unbiased estimate of the chance that at least one of k samples is correct",
+    "eval/response_tokens_mean": "mean length of the greedy answers in tokens",
+    "credit/<quantity>": "what the credit method reports about its own work; see its docstring",
+    "memory/peak_rss_<actor>_mib": "peak resident memory of one actor's process, in MiB",
+    "tracking/failures": "tracking backends that failed and were given up, so far",
+}
+
+
+@cache
+def _patterns() -> re.Pattern[str]:
+    parts = []
+    for name in METRICS:
+        pieces = re.split(r"<[^>]+>", name)
+        parts.append(r"[^/]+".join(re.escape(piece) for piece in pieces))
+    return re.compile("|".join(parts))
+
+
+def unknown_metrics(names: Iterable[str]) -> list[str]:
+    """Those of `names` that the table does not have, sorted.
+
+    >>> unknown_metrics(["reward/mean", "eval/pass_at_8", "reward/maen/x"])
+    ['reward/maen/x']
+    """
+    return sorted(name for name in names if not _patterns().fullmatch(name))
+
+
+def as_markdown() -> str:
+    """The table as `docs/metrics.md`."""
+    lines = [
+        "# Metrics",
+        "",
+        "Every number that a run logs, under the same name in `metrics.jsonl`, TensorBoard and wandb. Generated from",
+        "`apportion/platform/metric_names.py` with `python -m apportion.platform.metric_names > docs/metrics.md`.",
+        "What a step does not know is absent from it, never 0. Means over tokens are over the tokens the policy chose.",
+    ]
+    section = ""
+    for name, description in METRICS.items():
+        if name.split("/")[0] != section:
+            section = name.split("/")[0]
+            lines += ["", f"## {section}", "", "| name | meaning |", "|---|---|"]
+        lines.append(f"| `{name}` | {description.replace('|', chr(92) + '|')} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(as_markdown(), end="")
