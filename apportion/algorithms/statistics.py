@@ -124,7 +124,8 @@ def segment_totals(values_BT: Tensor, segment_ids_BT: Tensor, mask_BT: Tensor) -
 
     Ids are at least -1 and need not be sorted. Differentiable in `values_BT`.
 
-    >>> segment_totals(torch.tensor([[1., 2., 4.]]), torch.tensor([[0, 0, 1]]), torch.ones(1, 3, dtype=torch.bool)).tolist()
+    >>> mask = torch.ones(1, 3, dtype=torch.bool)
+    >>> segment_totals(torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[0, 0, 1]]), mask).tolist()
     [[3.0, 3.0, 4.0]]
     """
     if not values_BT.numel():

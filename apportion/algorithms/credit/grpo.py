@@ -1,0 +1,58 @@
+"""Group-relative credit: GRPO (Shao et al. 2024, arXiv 2402.03300, eq. 3-4) and Dr.GRPO (Liu et al. 2025, 2503.20783).
+
+    A = (r - mean_group) / (std_group + eps)      normalize: std (ddof 1)
+    A =  r - mean_group                           normalize: none, Dr.GRPO
+
+for every token of the response. Where all rewards of a group are alike, so also in a group of one, A is exactly 0.
+Dense rewards count by their sum. A KL in the reward is added to A afterwards, as each token's returns-to-go, so that
+it is not divided by the group's spread (the form of OpenRLHF).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from apportion.algorithms.interface import Credit, CreditInput
+from apportion.algorithms.kl import kl_reward_returns
+from apportion.algorithms.statistics import GroupStatistics, group_statistics, masked
+
+
+def centred_outcomes(batch: CreditInput) -> tuple[Tensor, GroupStatistics]:
+    """r - mean of its group [B], exactly 0 where the group's rewards are all alike; and the groups' statistics.
+
+    In float64, cast to the dtype of the token rewards at the end of the method: the mean of equal rewards should not
+    differ from them, and few groups make this free.
+    """
+    rewards_B = batch.rewards_B.double()
+    groups = group_statistics(rewards_B, batch.group_ids_B)
+    return masked(rewards_B - groups.mean_B, ~groups.constant_B), groups
+
+
+def on_every_token(outcomes_B: Tensor, batch: CreditInput, gamma: float = 1.0) -> Tensor:
+    """[B, T]: one number a trajectory on each of its tokens, plus the returns of the KL in the reward, if any."""
+    spread_BT = outcomes_B.to(batch.token_rewards_BT.dtype)[:, None].expand(batch.mask_BT.shape)
+    return masked(spread_BT, batch.mask_BT) + kl_reward_returns(batch, gamma)
+
+
+@dataclass
+class Grpo:
+    """`normalize`: `std` for GRPO, `none` for Dr.GRPO. Rewards [1, 0] give [0.71, -0.71] and [0.5, -0.5]."""
+
+    normalize: str = "std"
+    eps: float = 1e-6
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def __post_init__(self) -> None:
+        if self.normalize not in ("std", "none"):
+            raise ValueError(f"normalize: got {self.normalize!r}, expected std or none")
+        if self.eps <= 0:
+            raise ValueError(f"eps: got {self.eps}, expected above 0")
+
+    def __call__(self, batch: CreditInput) -> Credit:
+        outcomes_B, groups = centred_outcomes(batch)
+        scale_B = groups.std_B + self.eps if self.normalize == "std" else torch.ones_like(outcomes_B)
+        return Credit(on_every_token(outcomes_B / scale_B, batch), metrics=groups.metrics())
