@@ -1,0 +1,42 @@
+"""The error of this room, and what is done about rows that cannot be used."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+POLICIES = ("error", "skip")
+
+
+class DataError(ValueError):
+    """A source, row, prompt or built-in model that cannot be used: one line, with file and line where there is one."""
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """` (did you mean 'x'?)` or an empty string.
+
+    >>> nearest("arithmetc", ["arithmetic", "gym"])
+    " (did you mean 'arithmetic'?)"
+    """
+    close = difflib.get_close_matches(name, [str(v) for v in valid], n=1, cutoff=0.6)
+    return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+@dataclass
+class BadRows:
+    """What happens to a row that cannot be used: an error, or skipping that is counted by reason."""
+
+    policy: str = "error"
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        if self.policy not in POLICIES:
+            raise DataError(f"on_bad_row: got {self.policy!r}, expected one of {', '.join(POLICIES)}")
+
+    def reject(self, reason: str, message: str) -> None:
+        """Raise DataError(message), or count the row under `reason` and go on."""
+        if self.policy == "error":
+            raise DataError(message)
+        self.counts[reason] += 1

@@ -1,0 +1,113 @@
+"""Hugging Face datasets, by hub name or from a folder that `save_to_disk` wrote. Rows stay in their Arrow files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, overload
+
+from apportion.data.errors import BadRows, DataError, nearest
+from apportion.data.rows import Row, SourceSpec, prompt_problem
+
+# What an eval source takes where neither the spec nor the name says a split, in this order.
+DEFAULT_SPLITS = {"train": ("train",), "eval": ("test", "validation", "eval")}
+
+
+class TableRows(Sequence[Row]):
+    """Rows of a datasets.Dataset, read when asked for."""
+
+    def __init__(self, table: Any, numbers: Sequence[int], place: str) -> None:
+        self._table, self._numbers, self._place = table, numbers, place
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | Sequence[Row]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        number = self._numbers[index]
+        return Row(number, f"{self._place}: row {number + 1}", self._table[number])
+
+
+def saved_by_datasets(path: Path) -> bool:
+    """Whether `path` is a folder written by Dataset.save_to_disk or DatasetDict.save_to_disk."""
+    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+
+
+def load_saved(spec: SourceSpec, path: Path, split: str, column: str, bad: BadRows) -> Sequence[Row]:
+    """Rows of a folder; one that holds several splits gives `spec.split`, else train, or test for eval."""
+    import datasets
+
+    if spec.parameters:
+        raise DataError(f"{spec.source}: got {next(iter(spec.parameters))!r}, a saved dataset has no such parameter")
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{spec.source}: not readable as a saved dataset ({_first_line(error)})") from None
+    if isinstance(saved, datasets.DatasetDict):
+        saved = saved[_choose_split(spec, split, list(saved))]
+    return _rows(saved, spec, column, bad)
+
+
+def load_hub(spec: SourceSpec, name: str, split: str, column: str, bad: BadRows) -> Sequence[Row]:
+    """Rows of `NAME[:SPLIT]` on the hub (or a local folder of that name); `config` names a configuration of it."""
+    name, _, named_split = name.partition(":")
+    if saved_by_datasets(Path(name)):
+        return load_saved(_with_split(spec, named_split), Path(name), split, column, bad)
+    import datasets
+
+    unknown = [key for key in spec.parameters if key not in ("config", "revision")]
+    if unknown:
+        near = nearest(unknown[0], ["config", "revision"])
+        raise DataError(f"{spec.source}: got {unknown[0]!r}, expected config or revision{near}")
+    config, revision = (spec.parameters.get(key) for key in ("config", "revision"))
+    try:
+        chosen = named_split or spec.split
+        if chosen is None:
+            chosen = _choose_split(spec, split, datasets.get_dataset_split_names(name, config, revision=revision))
+        table = datasets.load_dataset(name, config, split=chosen, revision=revision)
+    except DataError:
+        raise
+    except (OSError, ValueError, RuntimeError, LookupError) as error:
+        raise DataError(f"{spec.source}: could not be loaded ({type(error).__name__}: {_first_line(error)})") from None
+    return _rows(table, spec, column, bad)
+
+
+def _with_split(spec: SourceSpec, split: str) -> SourceSpec:
+    return replace(spec, split=split or spec.split)
+
+
+def _choose_split(spec: SourceSpec, split: str, found: list[str]) -> str:
+    wanted = (spec.split,) if spec.split else DEFAULT_SPLITS[split]
+    for name in wanted:
+        if name in found:
+            return name
+    raise DataError(
+        f"{spec.source}: got splits {', '.join(found)}, expected {' or '.join(wanted)}; say which with `split`"
+    )
+
+
+def _rows(table: Any, spec: SourceSpec, column: str, bad: BadRows) -> Sequence[Row]:
+    if column not in table.column_names:
+        problem = prompt_problem(dict.fromkeys(table.column_names), column)
+        raise DataError(f"{spec.source}: {problem[1] if problem else ''}")
+    numbers: list[int] = []
+    for number, values in enumerate(table.select_columns([column])):
+        problem = prompt_problem(values, column)
+        if problem is None:
+            numbers.append(number)
+        else:
+            bad.reject(problem[0], f"{spec.source}: row {number + 1}: {problem[1]}")
+        if len(numbers) == spec.limit:
+            break
+    return TableRows(table, numbers, spec.source)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,66 @@
+"""A row, what the configuration says of a source of rows, and which rows can become prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from apportion.data.errors import DataError
+
+EXPECTED = (
+    "a .jsonl, .json, .csv or .parquet file, a saved dataset's folder, hf:NAME, gym:TASK, function:NAME or arithmetic"
+)
+
+
+@dataclass
+class Row:
+    """One row of a source, as it was written."""
+
+    number: int  # 0-based place in its source, bad rows counted
+    place: str  # for messages: "train.jsonl:12"
+    values: dict[str, Any]
+
+
+@dataclass
+class SourceSpec:
+    """What the configuration says of one source."""
+
+    source: str
+    weight: float = 1.0  # share of the prompts drawn, relative to the other sources'
+    limit: int | None = None  # the first rows only
+    name: str | None = None  # in prompt ids and metrics; null: made from `source`
+    split: str | None = None
+    prompt_column: str | None = None  # null: the run's, or "prompt" where rows are made here
+    parameters: dict[str, Any] = field(default_factory=dict)  # the source's own
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.source, str) or not self.source:
+            raise DataError(f"source: got {self.source!r}, expected {EXPECTED}")
+        if not isinstance(self.weight, int | float) or not 0 < self.weight < float("inf"):
+            raise DataError(f"{self.source}: got weight {self.weight!r}, expected a number above 0")
+        if self.limit is not None and self.limit < 1:
+            raise DataError(f"{self.source}: got limit {self.limit}, expected at least 1")
+
+
+def prompt_problem(values: Mapping[str, Any], column: str) -> tuple[str, str] | None:
+    """Why this row gives no prompt, as (reason, message), or None where it does.
+
+    >>> prompt_problem({"question": "1 + 1?"}, "prompt")
+    ('missing_column', "no column 'prompt', got question; name the right one with prompt_column")
+    """
+    if column not in values:
+        return "missing_column", f"no column {column!r}, got {', '.join(values)}; name the right one with prompt_column"
+    prompt = values[column]
+    if isinstance(prompt, str):
+        return None if prompt.strip() else ("empty", f"column {column!r} is empty, expected text or messages")
+    if prompt is None or (isinstance(prompt, list) and not prompt):
+        return "empty", f"column {column!r} is empty, expected text or messages"
+    if not isinstance(prompt, list):
+        return "broken", f"column {column!r}: got a {type(prompt).__name__}, expected text or a list of messages"
+    for message in prompt:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
+            return "broken", f"column {column!r}: got message {str(message)[:60]!r}, expected role and content"
+    if prompt[-1]["role"] == "assistant":
+        return "broken", f"column {column!r}: the last message is the assistant's, expected one that asks for an answer"
+    return None
