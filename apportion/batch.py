@@ -102,6 +102,7 @@ class Batch:
     advantages: np.ndarray | None = _axis("R", default=None)  # float32
     returns: np.ndarray | None = _axis("R", default=None)  # float32
     loss_weights: np.ndarray | None = _axis("R", default=None)  # float32; the loss is sum(loss_weights * token loss)
+    value_weights: np.ndarray | None = _axis("R", default=None)  # float32; likewise for the critic's loss
     segment_ids: np.ndarray | None = _axis("R", default=None)  # int32, macro action of each token, -1 for none
     minibatch_ids: np.ndarray | None = _axis("B", default=None)  # int32, optimiser step of this batch that uses it
 
@@ -249,9 +250,43 @@ def _turn_rewards_on_tokens(t: Trajectory) -> np.ndarray:
 
 
 @dataclass
-class StepReport:
-    """What one training step was: numbers under their documented names (docs/metrics.md), and a few samples to read."""
+class Signals:
+    """What a model pass adds to a shard: arrays on the shard's own axes, None where the pass does not make them."""
 
-    step: int
-    metrics: dict[str, float]
-    samples: list[dict[str, Any]] = field(default_factory=list)
+    old_logprobs: np.ndarray | None = None  # [R]
+    reference_logprobs: np.ndarray | None = None  # [R]
+    entropies: np.ndarray | None = None  # [R]
+    influences: np.ndarray | None = None  # [R]
+    values: np.ndarray | None = None  # [R]
+    bootstrap_values: np.ndarray | None = None  # [B]
+
+    def apply(self, batch: Batch) -> Batch:
+        known = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        return replace(batch, **known)
+
+
+@dataclass
+class Totals:
+    """Sums with their weights, and maxima, of many ranks and micro-batches; means are taken once, at the end."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+    maxima: dict[str, float] = field(default_factory=dict)
+
+    def add(self, name: str, total: float, weight: float) -> None:
+        self.sums[name] = self.sums.get(name, 0.0) + float(total)
+        self.weights[name] = self.weights.get(name, 0.0) + float(weight)
+
+    def maximum(self, name: str, value: float) -> None:
+        self.maxima[name] = max(self.maxima.get(name, float("-inf")), float(value))
+
+    def merge(self, other: Totals) -> None:
+        for name, total in other.sums.items():
+            self.add(name, total, other.weights[name])
+        for name, value in other.maxima.items():
+            self.maximum(name, value)
+
+    def means(self) -> dict[str, float]:
+        """Means and maxima by name; a mean over nothing is left out."""
+        out = {n: s / self.weights[n] for n, s in self.sums.items() if self.weights[n] > 0}
+        return out | self.maxima

@@ -1,0 +1,291 @@
+"""The one place that sees a whole batch: selects, cuts it into shards, and credits every token.
+
+It reads packed batches from the object store and leaves packed shards there; the driver sees references and reports only.
+Every denominator of the step is made here, so that ranks only add.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from apportion.algorithms import registry
+from apportion.algorithms.interface import Credit, CreditInput
+from apportion.algorithms.kl import kl_estimates, kl_rewards
+from apportion.algorithms.reductions import TokenMean
+from apportion.algorithms.statistics import at_last_token
+from apportion.batch import Batch, Signals, Totals
+from apportion.data.metrics import accuracy, average_at_k, mean_pass_at_k
+from apportion.platform.process import ActorBase
+
+
+@dataclass
+class CreditSpec:
+    credit: dict[str, Any]
+    reduction: dict[str, Any]
+    shaping: list[dict[str, Any]]
+    selection: list[dict[str, Any]]
+    kl_in_reward: bool
+    kl_estimator: str
+    tokenizer: str
+    keep_groups_together: bool = False
+
+
+@dataclass
+class AdmitReport:
+    totals: Totals
+    groups_kept: int
+    groups_dropped: int
+
+
+@dataclass
+class CutReport:
+    trajectories: int
+    tokens: int
+    minibatches: int  # optimiser steps an epoch that the batch is cut into
+
+
+@dataclass
+class CreditReport:
+    metrics: dict[str, float]
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class EvaluationReport:
+    metrics: dict[str, float]
+    answers: list[dict[str, Any]]  # prompt_id, text, reward of the first greedy answers
+
+
+class CreditWorker(ActorBase):
+    def __init__(self, spec: CreditSpec) -> None:
+        self.spec = spec
+        self.credit_method = registry.build("credit", spec.credit)
+        self.reduction = registry.build("reduction", spec.reduction)
+        self.shaping = [registry.build("shaping", s) for s in spec.shaping]
+        self.selection = [registry.build("selection", s) for s in spec.selection]
+        self._tokenizer: Any = None
+
+    def admit(self, scored: Batch) -> tuple[AdmitReport, Batch]:
+        """Leave out trajectories without a reward, then those that selection does."""
+        assert scored.rewards is not None and scored.sample_mask is not None
+        totals = rollout_totals(scored)
+        valid = np.flatnonzero(scored.sample_mask)
+        kept = scored.select(valid)
+        if self.selection and len(kept):
+            inputs = credit_input(kept)
+            keep = torch.ones(len(kept), dtype=torch.bool)
+            for part in self.selection:
+                keep &= part(inputs)
+            kept = kept.select(np.flatnonzero(keep.numpy()))
+        before, after = len(set(scored.group_ids.tolist())), len(set(kept.group_ids.tolist()))
+        return AdmitReport(totals, after, before - after), kept
+
+    def cut(self, groups: int, shards: int, minibatches: int, *admitted: Batch) -> tuple:
+        """(CutReport, shard, ...): at most `groups` groups, assigned to optimiser steps, dealt to ranks by tokens."""
+        batch = Batch.concat([b for b in admitted if len(b)])
+        chosen = sorted(set(batch.group_ids.tolist()))[:groups]
+        batch = batch.select(np.flatnonzero(np.isin(batch.group_ids, chosen)))
+        steps = min(minibatches, len(chosen))
+        of_group = {g: step for step, part in enumerate(np.array_split(chosen, steps)) for g in part.tolist()}
+        ids = np.array([of_group[g] for g in batch.group_ids.tolist()], np.int32)
+        batch = replace(batch, minibatch_ids=ids)
+        parts = deal(batch, shards, self.spec.keep_groups_together)
+        report = CutReport(len(batch), batch.tokens, steps)
+        return (report, *(batch.select(part) for part in parts))
+
+    def credit(self, shards: int, kl_coefficient: float, show: int, *parts: Any) -> tuple:
+        """(CreditReport, shard, ...): `parts` are the shards, then the signals of each pass, shard by shard."""
+        given: Sequence[Batch] = parts[:shards]
+        signalled = list(given)
+        for index, signal in enumerate(parts[shards:]):
+            assert isinstance(signal, Signals)
+            signalled[index % shards] = signal.apply(signalled[index % shards])
+        batch = Batch.concat([s for s in signalled if len(s)])
+        credited, metrics = self.assign(batch, kl_coefficient)
+        out, start = [], 0
+        for shard in signalled:
+            out.append(credited.select(np.arange(start, start + len(shard))) if len(shard) else shard)
+            start += len(shard)
+        return (CreditReport(metrics, self._shown(credited, show)), *out)
+
+    def assign(self, batch: Batch, kl_coefficient: float) -> tuple[Batch, dict[str, float]]:
+        """Advantages, returns and loss weights of a whole batch."""
+        inputs = credit_input(batch)
+        for part in self.shaping:
+            rewards, token_rewards = part(inputs, torch.from_numpy(batch.response_lengths.copy()))
+            inputs = replace(inputs, rewards_B=rewards, token_rewards_BT=token_rewards)
+        metrics: dict[str, float] = {}
+        if inputs.old_logprobs_BT is not None and inputs.reference_logprobs_BT is not None:
+            kl = kl_estimates(inputs.old_logprobs_BT, inputs.reference_logprobs_BT, "k3")[inputs.mask_BT]
+            metrics["policy/kl_reference"] = float(kl.mean()) if kl.numel() else 0.0
+        if self.spec.kl_in_reward:
+            inputs = replace(inputs, token_rewards_BT=inputs.token_rewards_BT + self._kl_reward(inputs, kl_coefficient))
+        result: Credit = self.credit_method(inputs)
+        metrics |= {n if "/" in n else f"credit/{n}": v for n, v in result.metrics.items()}
+        metrics |= self._value_metrics(result, inputs)
+        return self._with_credit(batch, result, inputs.mask_BT), metrics
+
+    def _kl_reward(self, inputs: CreditInput, coefficient: float) -> Tensor:
+        if inputs.old_logprobs_BT is None or inputs.reference_logprobs_BT is None:
+            raise ValueError("kl.place=reward: got no old or reference log-probs, expected both signals")
+        return kl_rewards(
+            inputs.old_logprobs_BT, inputs.reference_logprobs_BT, inputs.mask_BT, coefficient, self.spec.kl_estimator
+        )
+
+    def _value_metrics(self, result: Credit, inputs: CreditInput) -> dict[str, float]:
+        if result.returns_BT is None or inputs.values_BT is None or not inputs.mask_BT.any():
+            return {}
+        returns, values = result.returns_BT[inputs.mask_BT], inputs.values_BT[inputs.mask_BT]
+        spread = float(returns.var(correction=0))
+        unexplained = float((returns - values).var(correction=0))
+        return {"critic/explained_variance": 1 - unexplained / spread} if spread > 0 else {}
+
+    def _with_credit(self, batch: Batch, result: Credit, mask: Tensor) -> Batch:
+        assert batch.minibatch_ids is not None
+        weights, value_weights = torch.zeros(mask.shape), torch.zeros(mask.shape)
+        steps = torch.from_numpy(batch.minibatch_ids.copy())
+        for step in steps.unique():
+            rows = steps == step
+            weights[rows] = self.reduction(mask[rows]).float()
+            value_weights[rows] = TokenMean()(mask[rows]).float()
+        packed = {"advantages": result.advantages_BT, "loss_weights": weights, "value_weights": value_weights}
+        if result.returns_BT is not None:
+            packed["returns"] = result.returns_BT
+        fields = {name: batch.unpad(value.float()) for name, value in packed.items()}
+        segments = None if result.segment_ids_BT is None else batch.unpad(result.segment_ids_BT.int())
+        return replace(batch, **fields, segment_ids=segments)
+
+    def _shown(self, batch: Batch, count: int) -> list[dict[str, Any]]:
+        """Whole trajectories with the credit of each token, to be read by a person."""
+        return [self._sample(batch, index) for index in range(min(count, len(batch)))]
+
+    def _sample(self, batch: Batch, index: int) -> dict[str, Any]:
+        assert batch.rewards is not None and batch.advantages is not None
+        span = batch.response_slice(index)
+        prompt = batch.sequence(index)[: batch.prompt_lengths[index]]
+        response = batch.sequence(index)[batch.prompt_lengths[index] :]
+        return {
+            "prompt_id": batch.prompt_ids[index],
+            "sample": int(batch.sample_indices[index]),
+            "policy_version": int(batch.policy_versions[index]),
+            "prompt": self.tokenizer.decode(prompt),
+            "response": batch.texts[index],
+            "reward": float(batch.rewards[index]),
+            "finish_reason": batch.finish_reasons[index],
+            "tokens": [self.tokenizer.decode([t]) for t in response.tolist()],
+            "advantages": [round(float(a), 6) for a in batch.advantages[span]],
+        }
+
+    @property
+    def tokenizer(self) -> Any:
+        if self._tokenizer is None:
+            from transformers import AutoTokenizer
+
+            self._tokenizer = AutoTokenizer.from_pretrained(self.spec.tokenizer)
+        return self._tokenizer
+
+    def evaluate(self, correct_at: float, ks: list[int], show: int, greedy: list[Batch], sampled: list[Batch]) -> Any:
+        """Accuracy over held-out prompts. Lists of references must be passed resolved; see `evaluate_refs`."""
+        metrics: dict[str, float] = {}
+        answers: list[dict[str, Any]] = []
+        if greedy:
+            batch = Batch.concat(greedy)
+            assert batch.rewards is not None
+            metrics["eval/greedy_accuracy"] = accuracy(batch.rewards, correct_at)
+            metrics["eval/mean_reward"] = float(np.nanmean(batch.rewards))
+            metrics["eval/response_tokens_mean"] = float(batch.response_lengths.mean())
+            answers = [
+                {"prompt_id": batch.prompt_ids[i], "answer": batch.texts[i], "reward": float(batch.rewards[i])}
+                for i in range(min(show, len(batch)))
+            ]
+        if sampled:
+            batch = Batch.concat(sampled)
+            assert batch.rewards is not None
+            rows: dict[str, list[float]] = {}
+            for prompt_id, reward in zip(batch.prompt_ids, batch.rewards.tolist(), strict=True):
+                rows.setdefault(prompt_id, []).append(reward)
+            metrics["eval/avg_at_k"] = average_at_k(list(rows.values()), correct_at)
+            for k in ks:
+                metrics[f"eval/pass_at_{k}"] = mean_pass_at_k(list(rows.values()), k, correct_at)
+        return EvaluationReport(metrics, answers)
+
+    def evaluate_refs(self, correct_at: float, ks: list[int], show: int, greedy_count: int, *scored: Batch) -> Any:
+        return self.evaluate(correct_at, ks, show, list(scored[:greedy_count]), list(scored[greedy_count:]))
+
+
+def credit_input(batch: Batch) -> CreditInput:
+    """A packed batch as padded tensors; an outcome stands at the last action token."""
+    assert batch.rewards is not None
+
+    def padded(name: str, fill: float = 0.0) -> Tensor | None:
+        return None if getattr(batch, name) is None else batch.pad(name, fill)
+
+    mask = batch.pad("action_mask", False)
+    rewards = torch.from_numpy(batch.rewards).float()
+    dense = padded("token_rewards")
+    starts, width = batch.token_offsets[:-1] + batch.prompt_lengths, mask.shape[1]
+    tokens = torch.zeros(len(batch), width, dtype=torch.int64)
+    for row, (start, length) in enumerate(zip(starts, batch.response_lengths, strict=True)):
+        tokens[row, :length] = torch.from_numpy(batch.token_ids[start : start + length].astype(np.int64))
+    bootstrap = None if batch.bootstrap_values is None else torch.from_numpy(batch.bootstrap_values.copy())
+    return CreditInput(
+        mask_BT=mask,
+        group_ids_B=torch.from_numpy(batch.group_ids.copy()),
+        rewards_B=rewards,
+        token_rewards_BT=at_last_token(rewards, mask) if dense is None else dense,
+        turn_ids_BT=batch.pad("turn_ids", -1),
+        terminated_B=torch.from_numpy(batch.terminated.copy()),
+        token_ids_BT=tokens,
+        old_logprobs_BT=padded("old_logprobs"),
+        reference_logprobs_BT=padded("reference_logprobs"),
+        values_BT=padded("values"),
+        bootstrap_values_B=bootstrap,
+        entropies_BT=padded("entropies"),
+        influences_BT=padded("influences"),
+        step_ids_BT=padded("step_ids", -1),
+        wrong_steps=batch.wrong_steps,
+        texts=batch.texts,
+    )
+
+
+def rollout_totals(scored: Batch) -> Totals:
+    """What the sampled trajectories look like, before anything is left out."""
+    assert scored.rewards is not None and scored.sample_mask is not None
+    totals, count = Totals(), len(scored)
+    known = scored.rewards[scored.sample_mask]
+    totals.add("reward/mean", known.sum(), len(known))
+    totals.add("reward/square", (known**2).sum(), len(known))
+    totals.add("reward/failed_share", count - len(known), count)
+    totals.add("rollout/response_tokens_mean", scored.response_lengths.sum(), count)
+    totals.add("rollout/truncated_share", (~scored.terminated).sum(), count)
+    turns = [int(scored.turn_ids[scored.response_slice(i)].max(initial=-1)) + 1 for i in range(count)]
+    totals.add("rollout/turns_mean", sum(turns), count)
+    totals.maximum("rollout/response_tokens_max", scored.response_lengths.max(initial=0))
+    return totals
+
+
+def deal(batch: Batch, shards: int, together: bool) -> list[np.ndarray]:
+    """Indices of each rank's trajectories: each optimiser step's are dealt so that ranks have about equal tokens.
+
+    The longest goes first, to the rank with the fewest tokens so far; whole groups with `together`.
+    """
+    assert batch.minibatch_ids is not None
+    lengths = (batch.prompt_lengths + batch.response_lengths).astype(np.int64)
+    parts: list[list[int]] = [[] for _ in range(shards)]
+    for step in np.unique(batch.minibatch_ids):
+        rows = np.flatnonzero(batch.minibatch_ids == step)
+        keys = batch.group_ids[rows] if together else rows
+        units = [rows[keys == key] for key in dict.fromkeys(keys.tolist())]
+        units.sort(key=lambda unit: -int(lengths[unit].sum()))
+        load = np.zeros(shards, np.int64)
+        for unit in units:
+            rank = int(np.argmin(load))
+            parts[rank] += unit.tolist()
+            load[rank] += lengths[unit].sum()
+    return [np.array(sorted(part), np.int64) for part in parts]

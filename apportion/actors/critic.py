@@ -1,0 +1,112 @@
+"""One rank of the critic: a value model on the same kind of engine as the policy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from apportion.actors.engine import DeepSpeedEngine, EngineSettings, World
+from apportion.actors.loading import load_causal_lm
+from apportion.actors.microbatch import MicroBatch, cut, make
+from apportion.actors.modules import ValueModel
+from apportion.actors.policy import UpdateReport
+from apportion.batch import Batch, Signals, Totals
+from apportion.platform.process import ActorBase
+
+
+@dataclass
+class CriticSpec:
+    model: str
+    dtype: str
+    attention: str
+    trust_remote_code: bool
+    settings: EngineSettings
+    value_clip: float | None
+    epochs: int
+    total_optimizer_steps: int
+
+
+class CriticWorker(ActorBase):
+    def __init__(self, spec: CriticSpec, world: World) -> None:
+        self.spec = spec
+        model = load_causal_lm(
+            spec.model, spec.dtype, spec.attention, spec.trust_remote_code, spec.settings.gradient_checkpointing
+        )
+        self.world = world
+        module = ValueModel(model)
+        freeze_unused_head(module)
+        self.engine = DeepSpeedEngine(module, spec.settings, world, spec.total_optimizer_steps)
+
+    def signals(self, shard: Batch) -> Signals:
+        """`values` [R] of the state before each action token, and `bootstrap_values` [B] of the state after the last."""
+        values = np.zeros(int(shard.response_lengths.sum()), np.float32)
+        bootstrap = np.zeros(len(shard), np.float32)
+        totals = shard.prompt_lengths + shard.response_lengths
+        order = np.arange(len(shard))
+        self.engine.module().eval()
+        with torch.no_grad():
+            for micro, rows in _with_rows(shard, order, 2 * self.spec.settings.micro_batch_tokens):
+                m = micro.to(self.engine.device)
+                last = torch.from_numpy(totals[rows].astype(np.int64) - 1).to(m.rows.device)
+                each = torch.arange(len(rows), device=m.rows.device)
+                out = self.engine.forward(m.input_ids, torch.cat([m.rows, each]), torch.cat([m.columns, last])).cpu()
+                values[micro.packed_index] = out[: len(micro.packed_index)].numpy()
+                bootstrap[rows] = out[len(micro.packed_index) :].numpy()
+        return Signals(values=values, bootstrap_values=bootstrap)
+
+    def update(self, shard: Batch, minibatches: int) -> UpdateReport:
+        report = UpdateReport(Totals())
+        for _ in range(self.spec.epochs):
+            for step in range(minibatches):
+                chosen = np.flatnonzero(shard.minibatch_ids == step)
+                micros = cut(shard, chosen, self.spec.settings.micro_batch_tokens)
+                empty = make(shard, np.array([0]))
+                report.tokens += sum(m.real_tokens for m in micros)
+                outcome = self.engine.train_step(micros, empty, lambda m: self._loss(m, shard, report.totals))
+                report.steps.append(outcome)
+        return report
+
+    def _loss(self, micro: MicroBatch, shard: Batch, totals: Totals) -> Tensor:
+        """0.5 max((V - R)^2, (clip(V, V_old +- c) - R)^2), the mean over all action tokens of the optimiser step."""
+        assert shard.returns is not None and shard.values is not None and shard.value_weights is not None
+        device = self.engine.device
+        m = micro.to(device)
+        values = self.engine.forward(m.input_ids, m.rows, m.columns)
+        index = micro.packed_index
+        returns, old, weights = (
+            torch.from_numpy(packed[index]).to(device) for packed in (shard.returns, shard.values, shard.value_weights)
+        )
+        errors = (values - returns) ** 2
+        if self.spec.value_clip is not None:
+            clipped = torch.clamp(values, old - self.spec.value_clip, old + self.spec.value_clip)
+            errors = torch.maximum(errors, (clipped - returns) ** 2)
+        loss = (0.5 * errors * weights).sum()
+        totals.add("critic/loss", float(loss.detach()), 0.0)
+        return loss
+
+    def save(self, folder: str) -> None:
+        self.engine.save(Path(folder) / "critic")
+
+    def load(self, folder: str) -> None:
+        self.engine.load(Path(folder) / "critic")
+
+
+def freeze_unused_head(module: ValueModel) -> None:
+    """A value model never makes logits; an untied output head would otherwise be trained by nothing."""
+    head = module.model.get_output_embeddings()
+    if head is not None and head.weight is not module.model.get_input_embeddings().weight:
+        head.weight.requires_grad_(False)
+
+
+def _with_rows(shard: Batch, order: np.ndarray, micro_batch_tokens: int):
+    from apportion.actors.microbatch import plan_rows
+
+    for rows in plan_rows((shard.prompt_lengths + shard.response_lengths)[order], micro_batch_tokens):
+        chosen = order[rows]
+        yield make(shard, chosen), chosen
+
+

@@ -1,0 +1,233 @@
+"""The training engine: one optimiser over one module on a group of ranks. DeepSpeed behind a small interface.
+
+Losses are sums with global weights already in them, so gradients of ranks and micro-batches are added, never averaged.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from apportion.platform.schedule import learning_rate_at
+
+M = TypeVar("M")
+
+
+class EngineSettings(Protocol):
+    """What the engine reads of a policy's or critic's configuration."""
+
+    learning_rate: float
+    weight_decay: float
+    adam_beta1: float
+    adam_beta2: float
+    adam_eps: float
+    max_grad_norm: float
+    schedule: str
+    warmup_steps: int
+    min_lr_ratio: float
+    zero_stage: int
+    offload_optimizer: bool
+    gradient_checkpointing: bool
+    micro_batch_tokens: int
+    logits_chunk_tokens: int
+
+
+@dataclass
+class World:
+    """Where this rank stands among those that train together."""
+
+    rank: int = 0
+    size: int = 1
+    master_address: str = "127.0.0.1"
+    master_port: int = 0
+    threads: int | None = None
+    seed: int = 0
+    deterministic: bool = False
+
+
+@dataclass
+class OptimizerStep:
+    grad_norm: float
+    learning_rate: float
+
+
+class TrainingEngine(Protocol):
+    """What the policy and the critic ask of an engine; another engine joins by implementing this."""
+
+    device: torch.device
+    optimizer_steps: int
+
+    def module(self) -> nn.Module: ...
+    def train_step(self, micro_batches: Sequence[M], empty: M, loss: Callable[[M], Tensor]) -> OptimizerStep: ...
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]: ...
+    def save(self, folder: Path) -> None: ...
+    def load(self, folder: Path) -> None: ...
+
+
+class DeepSpeedEngine:
+    """DeepSpeed, ZeRO 0 to 3, bf16 with float32 masters, on CPU (gloo) or GPU (nccl)."""
+
+    def __init__(self, module: nn.Module, settings: EngineSettings, world: World, total_steps: int) -> None:
+        import deepspeed
+
+        self.settings = settings
+        self.world = world
+        self.total_steps = total_steps
+        self.optimizer_steps = 0
+        self.device = join_world(world)
+        trainable = [p for p in module.parameters() if p.requires_grad]
+        dtype = next(p.dtype for p in trainable)
+        self._engine, *_ = deepspeed.initialize(
+            model=module,
+            model_parameters=trainable,
+            optimizer=None if settings.offload_optimizer else self._adam(trainable),
+            config=self._config(dtype),
+        )
+        self._engine.checkpoint_engine = _safe_checkpoint_engine()
+
+    def _adam(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        s = self.settings
+        return torch.optim.AdamW(
+            parameters,
+            lr=s.learning_rate,
+            betas=(s.adam_beta1, s.adam_beta2),
+            eps=s.adam_eps,
+            weight_decay=s.weight_decay,
+            foreach=True,
+        )
+
+    def _config(self, dtype: torch.dtype) -> dict[str, Any]:
+        s = self.settings
+        zero: dict[str, Any] = {"stage": s.zero_stage, "stage3_param_persistence_threshold": 0}
+        config: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": s.max_grad_norm,
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+            "wall_clock_breakdown": False,
+        }
+        if s.offload_optimizer:
+            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+            config["optimizer"] = {
+                "type": "AdamW",
+                "params": {
+                    "lr": s.learning_rate,
+                    "betas": [s.adam_beta1, s.adam_beta2],
+                    "eps": s.adam_eps,
+                    "weight_decay": s.weight_decay,
+                },
+            }
+        if dtype == torch.bfloat16:
+            config["bf16"] = {"enabled": True}
+            if s.zero_stage > 0:  # DeepSpeed accumulates in bf16 at stage 0, whatever is asked
+                config["data_types"] = {"grad_accum_dtype": "fp32"}
+        elif dtype == torch.float16:
+            config["fp16"] = {"enabled": True}
+        return config
+
+    def module(self) -> nn.Module:
+        return self._engine.module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._engine(*args, **kwargs)
+
+    def train_step(self, micro_batches: Sequence[M], empty: M, loss: Callable[[M], Tensor]) -> OptimizerStep:
+        """One optimiser step over this rank's micro-batches.
+
+        Every rank must make the same number of passes, since ZeRO communicates in each: ranks with fewer add `empty`,
+        a micro-batch whose loss is multiplied by 0.
+        """
+        engine, rate = self._engine, learning_rate_at(self.optimizer_steps, self.total_steps, self.settings)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = rate
+        passes = self._most_passes(len(micro_batches))
+        engine.train()
+        for index in range(passes):
+            real = index < len(micro_batches)
+            engine.set_gradient_accumulation_boundary(index == passes - 1)
+            value = loss(micro_batches[index] if real else empty)
+            # DeepSpeed averages gradients over ranks; the weights in the loss are global, so they must be summed.
+            engine.backward(value * (self.world.size if real else 0.0), scale_wrt_gas=False)
+            norm = self._plain_grad_norm() if index == passes - 1 else None
+            engine.step()
+        self.optimizer_steps += 1
+        return OptimizerStep(float(engine.get_global_grad_norm() if norm is None else norm), rate)
+
+    def _plain_grad_norm(self) -> Tensor | None:
+        """Before clipping; None where DeepSpeed's own optimiser wrapper keeps it."""
+        if isinstance(self._engine.optimizer, torch.optim.Optimizer):
+            return nn.utils.get_total_norm([p.grad for p in self._engine.module.parameters() if p.grad is not None])
+        return None
+
+    def _most_passes(self, own: int) -> int:
+        if self.world.size == 1:
+            return max(own, 1)
+        count = torch.tensor([max(own, 1)], device=self.device)
+        torch.distributed.all_reduce(count, op=torch.distributed.ReduceOp.MAX)
+        return int(count.item())
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Full tensors in the forward pass's dtype, under ZeRO-3 gathered one by one. Every rank must iterate."""
+        import deepspeed
+
+        for name, parameter in self._engine.module.named_parameters():
+            sharded = self.settings.zero_stage == 3
+            with deepspeed.zero.GatheredParameters([parameter]) if sharded else nullcontext():
+                yield name, parameter.detach()
+
+    def save(self, folder: Path) -> None:
+        """This rank's part of weights, masters and optimiser; every rank must call it."""
+        self._engine.save_checkpoint(str(folder), tag="engine", client_state={"optimizer_steps": self.optimizer_steps})
+
+    def load(self, folder: Path) -> None:
+        path, state = self._engine.load_checkpoint(str(folder), tag="engine")
+        if path is None:
+            raise FileNotFoundError(f"no training state under {folder}, expected a folder 'engine' written by save()")
+        self.optimizer_steps = int(state["optimizer_steps"])
+
+
+def join_world(world: World) -> torch.device:
+    """Set this process up as one rank: threads, seeds, process group. Returns its device."""
+    cuda = torch.cuda.is_available()
+    os.environ.update(
+        RANK=str(world.rank),
+        WORLD_SIZE=str(world.size),
+        LOCAL_RANK="0",
+        MASTER_ADDR=world.master_address,
+        MASTER_PORT=str(world.master_port),
+    )
+    if world.threads:
+        torch.set_num_threads(world.threads)
+    torch.manual_seed(world.seed)
+    if world.deterministic:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    import deepspeed
+
+    if not torch.distributed.is_initialized():
+        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+    return torch.device("cuda", 0) if cuda else torch.device("cpu")
+
+
+def _safe_checkpoint_engine() -> Any:
+    """DeepSpeed's torch format, read with weights_only=True: a checkpoint is data, never code."""
+    from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+
+    class SafeCheckpointEngine(TorchCheckpointEngine):
+        def load(self, path: str, map_location: Any = None) -> Any:
+            from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+            from deepspeed.runtime.zero.config import ZeroStageEnum
+            from deepspeed.utils.tensor_fragment import fragment_address
+
+            allowed = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+            with torch.serialization.safe_globals(allowed):
+                return torch.load(path, map_location=map_location, weights_only=True)
+
+    return SafeCheckpointEngine()

@@ -1,0 +1,78 @@
+"""Rollout engines: token ids in, token ids and behaviour log-probs out. One engine a file, found by name here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any, Protocol
+
+import numpy as np
+
+from apportion.platform.weights import SyncReceipt, WeightBundle
+
+ENGINES = {
+    "vllm": "apportion.actors.engines.vllm_engine:VllmEngine",
+    "transformers": "apportion.actors.engines.transformers_engine:TransformersEngine",
+}
+
+
+@dataclass
+class Sampling:
+    """How to sample. temperature 0 is greedy (evaluation only)."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_tokens: int = 256
+    stop: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Request:
+    """One response to be sampled."""
+
+    token_ids: np.ndarray  # [L] int32
+    seed: int | None = None
+
+
+@dataclass
+class Sample:
+    """One sampled response. Log-probs are those of the distribution that was sampled from."""
+
+    token_ids: np.ndarray  # [R] int32
+    logprobs: np.ndarray  # [R] float32
+    finish_reason: str  # stop, length or abort
+    text: str
+
+
+@dataclass
+class EngineSpec:
+    """What an engine needs to start."""
+
+    model: str
+    dtype: str
+    seed: int
+    max_model_len: int
+    max_sequences: int
+    tensor_parallel_size: int
+    gpu_memory_utilization: float
+    kv_cache_gib: float
+    compile: bool
+    prefix_caching: bool
+    trust_remote_code: bool
+    threads: int
+    first_thread: int
+
+
+class RolloutEngine(Protocol):
+    def generate(self, requests: list[Request], sampling: Sampling) -> list[Sample]: ...
+
+    def load(self, bundle: WeightBundle, name: str, check: bool) -> SyncReceipt:
+        """Take new weights, and with `check` prove that the live model holds them."""
+        ...
+
+
+def make_engine(name: str, spec: EngineSpec) -> RolloutEngine:
+    module, _, attribute = ENGINES[name].partition(":")
+    engine: Any = getattr(import_module(module), attribute)
+    return engine(spec)

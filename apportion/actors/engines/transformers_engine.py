@@ -1,0 +1,100 @@
+"""transformers' own generate as a rollout engine, for machines where vLLM cannot be installed. Slower, same answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from apportion.actors.engines import EngineSpec, Request, Sample, Sampling
+from apportion.platform.weights import SyncReceipt, WeightBundle, as_bytes, checksum
+
+
+class TransformersEngine:
+    def __init__(self, spec: EngineSpec) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        torch.set_num_threads(spec.threads)
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._tokenizer = AutoTokenizer.from_pretrained(spec.model, trust_remote_code=spec.trust_remote_code)
+        self._model: Any = AutoModelForCausalLM.from_pretrained(
+            spec.model, dtype=getattr(torch, spec.dtype), trust_remote_code=spec.trust_remote_code
+        )
+        self._model.to(self._device).eval()
+        self._spec = spec
+        torch.manual_seed(spec.seed)
+
+    def generate(self, requests: list[Request], sampling: Sampling) -> list[Sample]:
+        size = self._spec.max_sequences
+        order = sorted(range(len(requests)), key=lambda i: len(requests[i].token_ids))
+        samples: dict[int, Sample] = {}
+        for start in range(0, len(order), size):
+            chosen = order[start : start + size]
+            for index, sample in zip(chosen, self._generate([requests[i] for i in chosen], sampling), strict=True):
+                samples[index] = sample
+        return [samples[i] for i in range(len(requests))]
+
+    @torch.no_grad()
+    def _generate(self, requests: list[Request], sampling: Sampling) -> list[Sample]:
+        width = max(len(r.token_ids) for r in requests)
+        ids = torch.zeros(len(requests), width, dtype=torch.long)
+        attention = torch.zeros_like(ids)
+        for row, request in enumerate(requests):
+            length = len(request.token_ids)
+            ids[row, width - length :] = torch.from_numpy(request.token_ids.astype(np.int64))
+            attention[row, width - length :] = 1
+        if any(r.seed is not None for r in requests):  # one generator for the batch: seeds name the batch, not the row
+            torch.manual_seed(sum(r.seed or 0 for r in requests) % (2**63))
+        greedy = sampling.temperature == 0
+        out = self._model.generate(
+            input_ids=ids.to(self._device),
+            attention_mask=attention.to(self._device),
+            do_sample=not greedy,
+            max_new_tokens=sampling.max_tokens,
+            pad_token_id=self._pad_id(),
+            return_dict_in_generate=True,
+            output_scores=True,
+            tokenizer=self._tokenizer,
+            stop_strings=sampling.stop or None,
+            **({} if greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}),
+        )
+        new = out.sequences[:, width:].cpu()
+        # scores are the processed logits: what was really sampled from
+        logprobs = torch.stack(
+            [s.float().log_softmax(-1).cpu().gather(1, new[:, t : t + 1]).squeeze(1) for t, s in enumerate(out.scores)], 1
+        )
+        return [self._cut(new[row], logprobs[row], sampling) for row in range(len(requests))]
+
+    def _cut(self, ids: torch.Tensor, logprobs: torch.Tensor, sampling: Sampling) -> Sample:
+        ends = self._end_ids()
+        stops = [t for t, token in enumerate(ids.tolist()) if token in ends]
+        length = stops[0] + 1 if stops else len(ids)
+        if not stops and sampling.stop:  # ended by a stop string, then padded
+            while length and ids[length - 1].item() == self._pad_id():
+                length -= 1
+        kept = ids[:length].numpy().astype(np.int32)
+        text = self._tokenizer.decode(kept, skip_special_tokens=True)
+        stopped = bool(stops) or (bool(sampling.stop) and any(s in text for s in sampling.stop))
+        return Sample(kept, logprobs[:length].numpy().astype(np.float32), "stop" if stopped else "length", text)
+
+    def _end_ids(self) -> set[int]:
+        ends = self._model.generation_config.eos_token_id
+        if ends is None:
+            ends = self._tokenizer.eos_token_id
+        return set(ends) if isinstance(ends, list) else {ends}
+
+    def _pad_id(self) -> int:
+        pad = self._tokenizer.pad_token_id
+        return pad if pad is not None else min(self._end_ids())
+
+    def load(self, bundle: WeightBundle, name: str, check: bool) -> SyncReceipt:
+        live = dict(self._model.named_parameters())
+        with torch.no_grad():
+            for tensor_name, tensor in bundle.tensors():
+                if tensor_name in live:
+                    live[tensor_name].copy_(tensor)
+        sums = {e.name: e.checksum for e in bundle.entries}
+        if check:
+            sums = {n: checksum(as_bytes(p)) for n, p in live.items()}
+        return SyncReceipt(name, bundle.version, sums, len(live) if check else 0, [])

@@ -1,0 +1,99 @@
+"""vLLM as a rollout engine: continuous batching, paged cache, tensor parallelism; on CPU and GPU."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from apportion.actors.engines import EngineSpec, Request, Sample, Sampling
+from apportion.platform.weights import SyncReceipt, WeightBundle
+
+
+class VllmEngine:
+    """One vLLM engine. With one worker it lives in this process; with tensor parallelism vLLM starts its own."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(spec.kv_cache_gib)))
+        last = spec.first_thread + spec.threads - 1
+        # By default vLLM leaves one core alone; sampling and updating take turns, so it may have them all.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"{spec.first_thread}-{last}")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ["VLLM_NO_USAGE_STATS"] = "1"
+        import vllm
+
+        self._workers = spec.tensor_parallel_size
+        self._llm = vllm.LLM(
+            model=spec.model,
+            dtype=spec.dtype,
+            seed=spec.seed,
+            max_model_len=spec.max_model_len,
+            max_num_seqs=spec.max_sequences,
+            tensor_parallel_size=spec.tensor_parallel_size,
+            gpu_memory_utilization=spec.gpu_memory_utilization,
+            enforce_eager=not spec.compile,
+            enable_prefix_caching=spec.prefix_caching,
+            trust_remote_code=spec.trust_remote_code,
+            logprobs_mode="processed_logprobs",
+            disable_log_stats=True,
+            worker_extension_cls="apportion.actors.engines.vllm_worker.WeightReceiver",
+        )
+
+    def generate(self, requests: list[Request], sampling: Sampling) -> list[Sample]:
+        prompts = [{"prompt_token_ids": r.token_ids.tolist()} for r in requests]
+        params = [self._params(sampling, r.seed) for r in requests]
+        outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        return [_sample(o.outputs[0]) for o in outputs]
+
+    def _params(self, sampling: Sampling, seed: int | None) -> Any:
+        import vllm
+
+        return vllm.SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=sampling.max_tokens,
+            stop=sampling.stop or None,
+            seed=seed,
+            logprobs=0,  # that of the sampled token alone
+        )
+
+    def load(self, bundle: WeightBundle, name: str, check: bool) -> SyncReceipt:
+        if self._workers == 1:
+            answers = self._llm.collective_rpc("apportion_load", args=(bundle, check))
+        else:
+            with tempfile.TemporaryDirectory(dir=_shared_memory()) as folder:
+                path = Path(folder) / "weights.bin"
+                bundle.data.tofile(path)
+                answers = self._llm.collective_rpc("apportion_load_file", args=(str(path), _index(bundle), check))
+        self._llm.reset_prefix_cache()
+        return merge_receipts(answers, bundle, name)
+
+
+def merge_receipts(answers: list[tuple[dict[str, str], int, list[str]]], bundle: WeightBundle, name: str) -> SyncReceipt:
+    """One receipt for all tensor-parallel workers: a tensor is right only if it is right in each of them."""
+    checksums: dict[str, str] = {}
+    sent = {e.name: e.checksum for e in bundle.entries}
+    for received, _, _ in answers:
+        checksums.update({n: c for n, c in received.items() if n not in checksums or sent.get(n) != c})
+    wrong = sorted({n for _, _, bad in answers for n in bad})
+    return SyncReceipt(name, bundle.version, checksums, sum(a[1] for a in answers), wrong)
+
+
+def _sample(output: Any) -> Sample:
+    ids = np.asarray(output.token_ids, np.int32)
+    logprobs = np.fromiter((lp[t].logprob for lp, t in zip(output.logprobs, ids.tolist(), strict=True)), np.float32, len(ids))
+    reason = output.finish_reason if output.finish_reason in ("stop", "length") else "abort"
+    return Sample(ids, logprobs, reason, output.text)
+
+
+def _index(bundle: WeightBundle) -> list[tuple[str, str, list[int], int, int, str]]:
+    return [(e.name, e.dtype, list(e.shape), e.offset, e.size, e.checksum) for e in bundle.entries]
+
+
+def _shared_memory() -> str | None:
+    return "/dev/shm" if os.path.isdir("/dev/shm") else None

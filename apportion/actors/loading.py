@@ -1,0 +1,53 @@
+"""Hugging Face models from and to disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def load_causal_lm(
+    path: str,
+    dtype: str,
+    attention: str = "sdpa",
+    trust_remote_code: bool = False,
+    gradient_checkpointing: bool = False,
+    lora: Any | None = None,
+) -> Any:
+    """A causal LM ready to be trained; with `lora` (rank, alpha, dropout, targets) only its adapters are."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=getattr(torch, dtype), attn_implementation=attention, trust_remote_code=trust_remote_code
+    )
+    model.config.use_cache = False
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if lora is None:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    settings = LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.targets)
+    )
+    if gradient_checkpointing:
+        model.enable_input_require_grads()
+    return get_peft_model(model, settings, autocast_adapter_dtype=False)
+
+
+def save_huggingface(base: str, named: dict[str, Tensor], folder: Path, trust_remote_code: bool = False) -> None:
+    """Write weights with the config and tokenizer of `base`, so that `from_pretrained(folder)` loads them."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+    dtype = next(iter(named.values())).dtype
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    cpu = {name: tensor.to("cpu") for name, tensor in named.items()}
+    if (Path(base) / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(base)
+    model.save_pretrained(folder, state_dict=cpu)
+    AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code).save_pretrained(folder)

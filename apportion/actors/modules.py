@@ -1,0 +1,97 @@
+"""The torch modules that training engines wrap: a causal LM that gives log-probs of chosen tokens, and a value model.
+
+Logits exist for action tokens only, `logits_chunk_tokens` of them at a time; where there is more than one chunk, the
+backward pass makes them anew. So no tensor has both a whole batch's tokens and the vocabulary as axes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+class CausalLMLogprobs(nn.Module):
+    """Wraps a Hugging Face causal LM (or a peft model around one)."""
+
+    def __init__(self, model: nn.Module, logits_chunk_tokens: int) -> None:
+        super().__init__()
+        self.model = model
+        self.chunk = logits_chunk_tokens
+        causal = base_causal_lm(model)
+        self.softcap: float | None = getattr(causal.config, "final_logit_softcapping", None)
+        self.logit_scale = _logit_scale(causal.config)
+
+    def hidden(self, input_ids: Tensor) -> Tensor:
+        """[b, S] ids to final hidden states [b, S, D], right-padded rows, no mask (causal attention needs none)."""
+        decoder = base_causal_lm(self.model).base_model
+        return decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+
+    def logits(self, hidden: Tensor, temperature: float) -> Tensor:
+        """[c, D] to float32 [c, V], after the model's own scale and softcap and the sampling temperature."""
+        raw = base_causal_lm(self.model).get_output_embeddings()(hidden).float()
+        if self.logit_scale != 1.0:
+            raw = raw * self.logit_scale
+        if self.softcap is not None:
+            raw = torch.tanh(raw / self.softcap) * self.softcap
+        return raw if temperature == 1.0 else raw / temperature
+
+    def _chunk(self, hidden: Tensor, targets: Tensor, temperature: float, entropy_grad: bool) -> tuple[Tensor, Tensor]:
+        logits = self.logits(hidden, temperature)
+        normalizer = torch.logsumexp(logits, dim=-1)
+        logprobs = logits.gather(-1, targets[:, None]).squeeze(-1) - normalizer
+        with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
+            entropies = normalizer - (torch.softmax(logits, dim=-1) * logits).sum(-1)
+        return logprobs, entropies
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        rows: Tensor,
+        columns: Tensor,
+        targets: Tensor,
+        temperature: float = 1.0,
+        entropy_grad: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Log-prob and entropy of each chosen token, float32 [r], [r]."""
+        picked = self.hidden(input_ids)[rows, columns]
+        if len(targets) <= self.chunk:
+            return self._chunk(picked, targets, temperature, entropy_grad)
+        outs = []
+        for h, y in zip(picked.split(self.chunk), targets.split(self.chunk), strict=True):
+            if torch.is_grad_enabled():
+                outs.append(checkpoint(self._chunk, h, y, temperature, entropy_grad, use_reentrant=False))
+            else:
+                outs.append(self._chunk(h, y, temperature, entropy_grad))
+        return torch.cat([o[0] for o in outs]), torch.cat([o[1] for o in outs])
+
+
+class ValueModel(nn.Module):
+    """A decoder with a scalar head. The value at a position is that of the state before the token it predicts."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        causal = base_causal_lm(model)
+        dtype = next(model.parameters()).dtype
+        self.value_head = nn.Linear(causal.config.hidden_size, 1, bias=False, dtype=dtype)
+        nn.init.zeros_(self.value_head.weight)  # the first values are 0, not noise
+
+    def forward(self, input_ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """float32 [r]"""
+        decoder = base_causal_lm(self.model).base_model
+        hidden = decoder(input_ids=input_ids, use_cache=False).last_hidden_state[rows, columns]
+        return self.value_head(hidden).squeeze(-1).float()
+
+
+def base_causal_lm(model: Any) -> Any:
+    """The Hugging Face model inside a peft model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
+def _logit_scale(config: Any) -> float:
+    if getattr(config, "logits_scaling", None):  # Granite divides
+        return 1.0 / config.logits_scaling
+    return getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies

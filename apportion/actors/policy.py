@@ -1,0 +1,231 @@
+"""One rank of the policy: log-probs before the update, the update, and the weights for the rollout engines."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from apportion.actors.engine import DeepSpeedEngine, EngineSettings, OptimizerStep, World
+from apportion.actors.loading import load_causal_lm, save_huggingface
+from apportion.actors.microbatch import MicroBatch, cut, make
+from apportion.actors.modules import CausalLMLogprobs, base_causal_lm
+from apportion.algorithms import registry
+from apportion.algorithms.correction import ImportanceCorrection, mismatch_metrics
+from apportion.algorithms.interface import Surrogate, SurrogateInput
+from apportion.algorithms.kl import kl_losses
+from apportion.batch import Batch, Signals, Totals
+from apportion.platform.process import ActorBase
+from apportion.platform.random_states import load_random_states, save_random_states
+from apportion.platform.weights import WeightBundle
+
+
+@dataclass
+class LossSpec:
+    """The policy's loss, as far as a rank must know it."""
+
+    surrogate: dict[str, Any]
+    temperature: float
+    kl_in_loss: bool
+    kl_estimator: str
+    entropy_coefficient: float
+    correction_method: str  # none, truncate, mask
+    correction_level: str
+    correction_cap: float
+    mismatch_bound: float
+    epochs: int
+
+
+@dataclass
+class PolicySpec:
+    model: str
+    dtype: str
+    attention: str
+    trust_remote_code: bool
+    lora: Any | None
+    settings: EngineSettings
+    loss: LossSpec
+    total_optimizer_steps: int
+
+
+@dataclass
+class UpdateReport:
+    totals: Totals
+    steps: list[OptimizerStep] = field(default_factory=list)
+    tokens: int = 0  # unpadded tokens that went forward and backward
+    seconds: float = 0.0  # in forward and backward passes and optimiser steps
+
+
+class PolicyWorker(ActorBase):
+    """A DeepSpeed rank. Methods that communicate must be called on every rank at once."""
+
+    def __init__(self, spec: PolicySpec, world: World) -> None:
+        self.spec = spec
+        self.world = world
+        model = load_causal_lm(
+            spec.model,
+            dtype=spec.dtype,
+            attention=spec.attention,
+            trust_remote_code=spec.trust_remote_code,
+            gradient_checkpointing=spec.settings.gradient_checkpointing,
+            lora=spec.lora,
+        )
+        module = CausalLMLogprobs(model, spec.settings.logits_chunk_tokens)
+        self.engine = DeepSpeedEngine(module, spec.settings, world, spec.total_optimizer_steps)
+        loss = spec.loss
+        self._surrogate: Surrogate = registry.build("surrogate", loss.surrogate)
+        self._correction = ImportanceCorrection(loss.correction_method, loss.correction_level, loss.correction_cap)
+
+    # signals
+
+    def signals(self, shard: Batch) -> Signals:
+        """Log-probs and entropies of the weights as they are now, on the shard's response axis."""
+        logprobs = np.zeros(int(shard.response_lengths.sum()), np.float32)
+        entropies = np.zeros_like(logprobs)
+        self.engine.module().eval()
+        with torch.no_grad():
+            for micro in cut(shard, np.arange(len(shard)), 2 * self.spec.settings.micro_batch_tokens):
+                moved = micro.to(self.engine.device)
+                lp, entropy = self._forward(moved)
+                logprobs[micro.packed_index] = lp.cpu().numpy()
+                entropies[micro.packed_index] = entropy.cpu().numpy()
+        return Signals(old_logprobs=logprobs, entropies=entropies)
+
+    def _forward(self, micro: MicroBatch, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
+        return self.engine.forward(
+            micro.input_ids, micro.rows, micro.columns, micro.targets, self.spec.loss.temperature, entropy_grad
+        )
+
+    # update
+
+    def update(self, shard: Batch, minibatches: int, kl_coefficient: float) -> UpdateReport:
+        """`minibatches` optimiser steps an epoch over this rank's part of the batch."""
+        report = UpdateReport(Totals())
+        assert shard.minibatch_ids is not None
+        start = time.perf_counter()
+        for _ in range(self.spec.loss.epochs):
+            for step in range(minibatches):
+                chosen = np.flatnonzero(shard.minibatch_ids == step)
+                micros = cut(shard, chosen, self.spec.settings.micro_batch_tokens)
+                report.tokens += sum(m.real_tokens for m in micros)
+                outcome = self.engine.train_step(
+                    micros, self._empty(shard), lambda m: self._loss(m, shard, kl_coefficient, report.totals)
+                )
+                report.steps.append(outcome)
+        report.seconds = time.perf_counter() - start
+        return report
+
+    def _empty(self, shard: Batch) -> MicroBatch:
+        """A pass that a rank makes only to keep pace with the others; its loss counts for nothing."""
+        if len(shard):
+            return make(shard, np.array([int(np.argmin(shard.prompt_lengths + shard.response_lengths))]))
+        zero = torch.zeros(1, dtype=torch.int64)
+        return MicroBatch(torch.zeros(1, 2, dtype=torch.int64), zero, zero, zero, zero, 1, np.zeros(0, np.int64), 2)
+
+    def _loss(self, micro: MicroBatch, shard: Batch, kl_coefficient: float, totals: Totals) -> Tensor:
+        loss, device = self.spec.loss, self.engine.device
+        moved = micro.to(device)
+        logprobs, entropies = self._forward(moved, loss.entropy_coefficient > 0)
+        if not len(micro.packed_index) or shard.loss_weights is None:
+            return logprobs.sum() * 0.0
+        policy = moved.spread(logprobs)
+        behavior = moved.gather(_packed(shard, "behavior_logprobs"), device)
+        # With one optimiser step a batch nothing has changed yet: the old log-probs are these.
+        old = policy.detach() if shard.old_logprobs is None else moved.gather(shard.old_logprobs, device)
+        weights = moved.gather(shard.loss_weights, device)
+        advantages = moved.gather(_packed(shard, "advantages"), device)
+        segments = None if shard.segment_ids is None else moved.gather(shard.segment_ids, device)
+        out = self._surrogate(
+            SurrogateInput(policy, old, advantages, moved.mask, moved.gather(shard.turn_ids, device), segments)
+        )
+        losses = out.losses_BT
+        correction = None
+        if loss.correction_method != "none":
+            correction = self._correction(old, behavior, moved.mask)
+            losses = losses * correction
+        if loss.kl_in_loss:
+            reference = moved.gather(_packed(shard, "reference_logprobs"), device)
+            kl = kl_losses(policy, reference, moved.mask, loss.kl_estimator)
+            totals.add("policy/kl_reference", float(kl.detach().sum()), float(moved.mask.sum()))
+            losses = losses + kl_coefficient * kl
+        if loss.entropy_coefficient > 0:
+            losses = losses - loss.entropy_coefficient * moved.spread(entropies)
+        total = (losses * weights).sum()
+        self._count(totals, moved, total, out.indicators, correction, (policy, old, behavior, entropies))
+        return total
+
+    def _count(
+        self,
+        totals: Totals,
+        micro: MicroBatch,
+        loss: Tensor,
+        indicators: dict[str, Tensor],
+        correction: Tensor | None,
+        logprobs: tuple[Tensor, ...],
+    ) -> None:
+        policy, old, behavior, entropies = (t.detach() for t in logprobs)
+        mask, count = micro.mask, float(micro.mask.sum())
+        totals.add("policy/loss", float(loss.detach()), 0.0)
+        totals.add("policy/entropy", float(entropies.sum()), count)
+        for name, values in indicators.items():
+            shown = "ratio_mean" if name == "ratio" else name
+            totals.add(f"policy/{shown}", float(values.detach()[mask].sum()), count)
+            if name == "ratio":
+                totals.maximum("policy/ratio_max", float(values.detach()[mask].max()))
+        for name, mean in mismatch_metrics(old, behavior, mask, self.spec.loss.mismatch_bound).items():
+            if name == "mismatch/max":
+                totals.maximum(name, mean)
+            else:
+                totals.add(name, mean * count, count)
+        if correction is not None:
+            totals.add("mismatch/correction_mean", float(correction[mask].sum()), count)
+
+    # weights and checkpoints
+
+    def weights(self, version: int) -> tuple[list, Any] | None:
+        """Rank 0: the bundle's index and a reference to its bytes in the object store. Other ranks only take part."""
+        import ray
+
+        named = self._huggingface_weights()
+        if self.world.rank:
+            for _ in named:
+                pass
+            return None
+        bundle = WeightBundle.pack(named, version)
+        return bundle.entries, ray.put(bundle)
+
+    def _huggingface_weights(self):
+        """(name, tensor) as a Hugging Face checkpoint names them; adapters merged into what they adapt."""
+        from apportion.actors.lora import merged_weights
+
+        tied = base_causal_lm(self.engine.module().model).config.tie_word_embeddings
+        for name, tensor in merged_weights(self.engine.named_weights(), self.spec.lora):
+            if not (tied and name == "lm_head.weight"):
+                yield name, tensor
+
+    def save(self, folder: str) -> None:
+        """Training state of this rank, and from rank 0 a model that `transformers.from_pretrained` loads."""
+        target = Path(folder)
+        self.engine.save(target / "policy")
+        save_random_states(target / "policy", f"rank-{self.world.rank}")
+        named = {n: t.clone() if self.world.rank == 0 else t for n, t in self._huggingface_weights()}
+        if self.world.rank == 0:
+            save_huggingface(self.spec.model, named, target / "model", self.spec.trust_remote_code)
+
+    def load(self, folder: str) -> None:
+        source = Path(folder) / "policy"
+        self.engine.load(source)
+        load_random_states(source, f"rank-{self.world.rank}")
+
+
+def _packed(shard: Batch, name: str) -> np.ndarray:
+    value = getattr(shard, name)
+    if value is None:
+        raise ValueError(f"{name}: missing in the shard, expected it to be made before the update")
+    return value
+

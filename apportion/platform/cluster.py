@@ -1,0 +1,196 @@
+"""Ray: start or join it, start actors, wait for them with a deadline, and turn what goes wrong into a cause.
+
+Every remote call of a run goes through `gather`: no wait is unbounded, and an error names the actor, what it was doing,
+why it stopped, and its last log lines.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from apportion.platform.errors import ActorError, ApportionError, CheckpointError, ConfigError
+from apportion.platform.process import ProcessInfo, tail
+
+POLL_SECONDS = 5.0
+
+
+@dataclass
+class ActorRequest:
+    """One actor to be started."""
+
+    name: str  # unique in the run; names its log file
+    cls: type
+    arguments: tuple = ()
+    cpus: float = 0.0
+    gpus: float = 0.0
+    environment: dict[str, str] | None = None
+
+
+@dataclass
+class Actor:
+    """A running actor. `call` gives a Call, to be awaited with `gather`."""
+
+    name: str
+    handle: Any
+    log: str
+    info: ProcessInfo | None = None
+
+    def call(self, method: str, *arguments: Any, returns: int = 1) -> Call:
+        bound = getattr(self.handle, method)
+        refs = bound.options(num_returns=returns).remote(*arguments) if returns != 1 else bound.remote(*arguments)
+        return Call(self, method, list(refs) if returns != 1 else [refs])
+
+
+@dataclass
+class Call:
+    """A remote call under way: `refs[0]` is awaited, the others may stay in the object store."""
+
+    actor: Actor
+    method: str
+    refs: list[Any]
+
+    @property
+    def ref(self) -> Any:
+        return self.refs[0]
+
+
+class Cluster:
+    """A Ray of one's own, or a seat in one that runs."""
+
+    def __init__(self, address: str | None, run_name: str, cpus: float, log_folder: Path, store_gib: float | None) -> None:
+        import ray
+
+        self._actors: list[Actor] = []
+        self.log_folder = log_folder
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        common = {"namespace": run_name, "log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+        self.joined = address is not None or "RAY_ADDRESS" in os.environ
+        try:
+            if self.joined:
+                ray.init(address=address or os.environ["RAY_ADDRESS"], **common)
+            else:
+                memory = None if store_gib is None else int(store_gib * 2**30)
+                # CPUs are Ray's accounting only: compute actors take turns on the cores.
+                count = max(int(cpus) + 1, os.cpu_count() or 1)
+                ray.init(address="local", num_cpus=count, include_dashboard=False, object_store_memory=memory, **common)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            where = address or os.environ.get("RAY_ADDRESS", "a local Ray")
+            raise ConfigError(f"cluster.address: cannot reach {where}: {str(error).splitlines()[0]}") from error
+
+    def start(self, requests: Sequence[ActorRequest], timeout_seconds: float) -> list[Actor]:
+        """Start actors side by side and wait until each has been constructed."""
+        import ray
+
+        actors = []
+        for request in requests:
+            log = str((self.log_folder / f"{request.name}.log").resolve())
+            variables = {"APPORTION_LOG": log, "PYTHONPATH": _python_path(), **(request.environment or {})}
+            options = {"num_cpus": request.cpus, "num_gpus": request.gpus, "runtime_env": {"env_vars": variables}}
+            handle = ray.remote(request.cls).options(**options).remote(*request.arguments)
+            actors.append(Actor(request.name, handle, log))
+        self._actors += actors
+        infos = gather([a.call("describe") for a in actors], timeout_seconds, "start of actors")
+        for actor, info in zip(actors, infos, strict=True):
+            actor.info = info
+        return actors
+
+    def peak_memory_mib(self) -> dict[str, float]:
+        values = gather([a.call("peak_memory_mib") for a in self._actors], 60, "peak memory")
+        return {a.name: v for a, v in zip(self._actors, values, strict=True)}
+
+    def shutdown(self) -> None:
+        """Leave nothing running; safe to call twice and after a failure."""
+        import ray
+
+        for actor in self._actors:
+            with contextlib.suppress(Exception):  # it may be gone already, and so may Ray
+                ray.kill(actor.handle)
+        self._actors = []
+        ray.shutdown()
+
+
+def put(value: Any) -> Any:
+    import ray
+
+    return ray.put(value)
+
+
+def gather(calls: Sequence[Call], timeout_seconds: float, what: str) -> list[Any]:
+    """Results of the first reference of each call, in order. ActorError names who died, failed or is late."""
+    import ray
+
+    deadline = time.monotonic() + timeout_seconds
+    pending = {call.ref: call for call in calls}
+    results: dict[Any, Any] = {}
+    while pending:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise ActorError(_late(list(pending.values()), timeout_seconds, what))
+        ready, _ = ray.wait(list(pending), num_returns=1, timeout=min(left, POLL_SECONDS))
+        for ref in ready:
+            call = pending.pop(ref)
+            try:
+                results[ref] = ray.get(ref)
+            except ray.exceptions.RayError as error:
+                raise explain(error, call, what) from None
+    return [results[call.ref] for call in calls]
+
+
+def explain(error: Exception, call: Call, what: str) -> ApportionError:
+    """One message with the actor, the cause and its last log lines."""
+    import ray
+
+    actor = call.actor
+    if isinstance(error, ray.exceptions.RayTaskError):
+        cause = error.cause
+        if isinstance(cause, ApportionError):
+            return cause
+        if isinstance(cause, OSError) and cause.errno == 28:
+            return CheckpointError(f"{actor.name}: no space left on the device while in {what}: {cause}")
+        detail = str(error).rstrip().splitlines()
+        lines = "\n".join(f"    {line}" for line in detail[-12:])
+        return ActorError(f"{actor.name}: {call.method} failed in {what}: {detail[-1] if detail else error!r}\n{lines}")
+    return ActorError(
+        f"{actor.name}{_where(actor)} died in {what} ({call.method}): {_death(error)}{_last_lines(actor)}"
+    )
+
+
+def _death(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if "OutOfMemory" in type(error).__name__ or "memory" in text.lower() and "killed" in text.lower():
+        return f"out of memory: {text[:300]}; use fewer or smaller actors, or a smaller rollout.kv_cache_gib"
+    for marker in ("Worker exit type:", "The actor died because", "The actor is dead because"):
+        if marker in text:
+            return text[text.index(marker) :][:400]
+    return text[:400]
+
+
+def _late(calls: list[Call], seconds: float, what: str) -> str:
+    names = ", ".join(f"{c.actor.name}{_where(c.actor)} ({c.method})" for c in calls)
+    first = _last_lines(calls[0].actor)
+    return f"{what}: no answer within {seconds:.0f} s from {names}; raise cluster.call_timeout_seconds if it is only slow{first}"
+
+
+def _where(actor: Actor) -> str:
+    return f" (pid {actor.info.pid} on {actor.info.host})" if actor.info else ""
+
+
+def _last_lines(actor: Actor) -> str:
+    lines = tail(actor.log)
+    if not lines:
+        return f"; its log would be {actor.log}"
+    return f"; last lines of {actor.log}:\n" + "\n".join(f"    {line}" for line in lines.splitlines())
+
+
+def _python_path() -> str:
+    """Actors import what the driver can: the user's own modules beside where the command was started."""
+    entries = [os.getcwd(), *os.environ.get("PYTHONPATH", "").split(os.pathsep), *(p for p in sys.path[:1] if p)]
+    return os.pathsep.join(dict.fromkeys(e for e in entries if e))

@@ -1,0 +1,77 @@
+"""What every actor process has in common: its own log file, its pid, its peak memory."""
+
+from __future__ import annotations
+
+import os
+import resource
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass
+class ProcessInfo:
+    pid: int
+    host: str
+    log: str
+
+
+class ActorBase:
+    """Mixed into actor classes; everything here may be called remotely."""
+
+    def __new__(cls, *args: object, **kwargs: object) -> ActorBase:
+        log_to_file()  # before the constructor, which is where most things go wrong
+        return super().__new__(cls)
+
+    def describe(self) -> ProcessInfo:
+        return ProcessInfo(os.getpid(), socket.gethostname(), os.environ.get("APPORTION_LOG", ""))
+
+    def peak_memory_mib(self) -> float:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    def free_port(self) -> tuple[str, int]:
+        """This node's address as others reach it, and a port free on it now."""
+        import ray
+
+        address = ray.util.get_node_ip_address()
+        with socket.socket() as listener:
+            listener.bind((address, 0))
+            return address, listener.getsockname()[1]
+
+    def stop(self) -> None:
+        """Leave at once; Ray sees an intended exit."""
+        import ray
+
+        ray.actor.exit_actor()
+
+
+def log_to_file() -> None:
+    """Send this process's output, that of its libraries and children included, to the file named in APPORTION_LOG."""
+    path = os.environ.get("APPORTION_LOG")
+    if not path:
+        return
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    except OSError as error:  # another node without the run's folder: Ray keeps the output then
+        print(f"log file {path} cannot be written here: {error}", file=sys.stderr)
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(target, 1)
+    os.dup2(target, 2)
+    os.close(target)
+
+
+def tail(path: str, lines: int = 15) -> str:
+    """The last lines of a text file, or an empty string if there is none here."""
+    try:
+        with open(path, "rb") as handle:
+            handle.seek(0, os.SEEK_END)
+            size = handle.tell()
+            handle.seek(max(0, size - 16384))
+            text = handle.read().decode("utf-8", "replace")
+    except OSError:
+        return ""
+    return "\n".join(text.rstrip().splitlines()[-lines:])

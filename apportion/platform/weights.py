@@ -1,0 +1,104 @@
+"""Weights on their way from the trainer to the rollout engines: packed, checksummed, versioned.
+
+A `WeightBundle` is plain bytes and an index, so Ray's object store maps it into every reader of a node without a copy.
+Checksums are xxh3 of each tensor's bytes, made by the sender from its own tensors and by the receiver from what it holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from apportion.platform.errors import WeightSyncError
+
+
+@dataclass
+class TensorEntry:
+    name: str
+    dtype: str  # torch name, "bfloat16"
+    shape: tuple[int, ...]
+    offset: int  # in bytes
+    size: int
+    checksum: str
+
+
+@dataclass
+class WeightBundle:
+    version: int
+    entries: list[TensorEntry]
+    data: np.ndarray  # [bytes] uint8
+
+    @staticmethod
+    def pack(named_tensors: Iterable[tuple[str, Tensor]], version: int) -> WeightBundle:
+        """Copy tensors side by side into one buffer. They are consumed one at a time."""
+        entries: list[TensorEntry] = []
+        parts: list[np.ndarray] = []
+        offset = 0
+        for name, tensor in named_tensors:
+            raw = as_bytes(tensor)
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            entries.append(TensorEntry(name, dtype, tuple(tensor.shape), offset, raw.nbytes, checksum(raw)))
+            parts.append(raw)
+            offset += raw.nbytes
+        if not parts:
+            raise WeightSyncError("weights: got no tensor to send, expected the model's parameters")
+        return WeightBundle(version, entries, np.concatenate(parts))
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Views into the buffer; read only, whatever torch says of them."""
+        for entry in self.entries:
+            yield entry.name, self.tensor(entry)
+
+    def tensor(self, entry: TensorEntry) -> Tensor:
+        raw = self.data[entry.offset : entry.offset + entry.size]
+        return torch.frombuffer(raw, dtype=torch.uint8).view(getattr(torch, entry.dtype)).view(entry.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.data.nbytes)
+
+    def verify(self) -> list[str]:
+        """Names of tensors whose bytes are not those that were packed."""
+        return [e.name for e in self.entries if checksum(self.data[e.offset : e.offset + e.size]) != e.checksum]
+
+
+@dataclass
+class SyncReceipt:
+    """What one engine answers: the version it now holds, and its own checksums of what it loaded."""
+
+    engine: str
+    version: int
+    checksums: dict[str, str]
+    checked_live: int  # parameters of the live model held against the received ones
+    wrong: list[str]  # those that differ
+
+
+def as_bytes(tensor: Tensor) -> np.ndarray:
+    """The tensor's bytes [n] uint8; a view where it is contiguous and on CPU."""
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy()
+
+
+def checksum(raw: np.ndarray) -> str:
+    return xxhash.xxh3_64_hexdigest(memoryview(raw))
+
+
+def prove(receipts: Iterable[SyncReceipt], entries: Iterable[TensorEntry], version: int) -> None:
+    """Every engine holds exactly the sent tensors, or WeightSyncError naming the ones it does not."""
+    sent = {e.name: e.checksum for e in entries}
+    for receipt in receipts:
+        if receipt.version != version:
+            raise WeightSyncError(f"{receipt.engine}: holds weights version {receipt.version}, expected {version}")
+        differing = {n for n in sent.keys() | receipt.checksums.keys() if sent.get(n) != receipt.checksums.get(n)}
+        wrong = sorted(differing | set(receipt.wrong))
+        if wrong:
+            shown = ", ".join(wrong[:8]) + (f" and {len(wrong) - 8} more" if len(wrong) > 8 else "")
+            raise WeightSyncError(
+                f"{receipt.engine}: {len(wrong)} of {len(sent)} tensors are not the trainer's after sync {version}: "
+                f"{shown}; the engine's samples would come from another policy"
+            )
