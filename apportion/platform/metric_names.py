@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from functools import cache
 
 METRICS: dict[str, str] = {
-    "reward/mean": "mean of the weighted rewards of this step's trajectories, before shaping and KL; failed ones left out",
+    "reward/mean": "mean weighted reward of this step's trajectories, before shaping and KL; failed ones left out",
     "reward/std": "their standard deviation",
     "reward/failed_share": "share of trajectories whose reward raised, timed out or was malformed",
     "reward/<component>": "mean of one reward function before its weight, by the function's name",
@@ -19,6 +19,7 @@ METRICS: dict[str, str] = {
     "policy/kl_reference": "mean over action tokens of the estimated KL from the policy to the reference",
     "policy/entropy": "mean over action tokens of the entropy of the policy's next-token distribution, in nats",
     "policy/clip_fraction": "share of action tokens whose ratio the surrogate clipped",
+    "policy/dual_clip_fraction": "share of action tokens where the dual clip's lower bound held",
     "policy/approx_kl": "mean over action tokens of (ratio - 1) - log ratio, new policy against old",
     "policy/ratio_mean": "mean over action tokens of the probability ratio, new policy against old",
     "policy/ratio_max": "largest such ratio",
@@ -40,7 +41,7 @@ METRICS: dict[str, str] = {
     "mismatch/kl": "mean over action tokens of rollout's log-prob - trainer's (k1 estimate)",
     "mismatch/k3": "mean over action tokens of (ratio - 1) - log ratio, trainer against rollout",
     "mismatch/max": "largest absolute difference of log-probs",
-    "mismatch/share_beyond_bound": "share of action tokens whose absolute difference is above algorithm.correction.bound",
+    "mismatch/share_beyond_bound": "share of action tokens that differ by more than algorithm.correction.bound",
     "mismatch/correction_mean": "mean over action tokens of the truncated importance weight",
     "weights/version": "version of the weights that every rollout engine holds after this step",
     "weights/bytes": "bytes of weights sent to one engine",
@@ -59,7 +60,7 @@ METRICS: dict[str, str] = {
     "perf/rollout_tokens_per_second": "response tokens sampled, a second of timing/rollout",
     "perf/update_tokens_per_second": "prompt and response tokens updated on, a second of timing/update",
     "perf/overhead_share": "share of the step that is neither sampling nor forward or backward passes",
-    "eval/greedy_accuracy": "share of held-out prompts whose greedy answer has a reward of at least evaluation.correct_at",
+    "eval/greedy_accuracy": "share of held-out prompts whose greedy answer is rewarded evaluation.correct_at or more",
     "eval/mean_reward": "mean reward of the greedy answers",
     "eval/avg_at_k": "share of correct answers among evaluation.samples sampled ones, mean over prompts",
     "eval/pass_at_<k>": "unbiased estimate of the chance that at least one of k samples is correct",

@@ -1,0 +1,304 @@
+"""Checkpoint folders: whole or not there. Their layout is in docs/checkpoints.md; what the ranks put in is theirs.
+
+A checkpoint is written into a hidden folder, its files are forced to disk, a manifest with the size and blake2b of each
+is added, and only then the folder gets its name. Nothing here is pickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from apportion.platform.errors import CheckpointError
+from apportion.platform.files import sync_to_disk, write_text_atomically
+
+MANIFEST_FILE = "manifest.json"
+STATE_FILE = "state.json"
+LATEST_FILE = "latest"
+FORMAT = 1
+FOLDER_PATTERN = re.compile(r"step-(\d{6,})")
+_LEFTOVER = re.compile(r"\.step-\d+\.(partial|replaced)-[0-9a-f]+")
+
+
+@dataclass
+class RunState:
+    """Everything of a run that is not a tensor. JSON values only.
+
+    `data` is the data's own position, `trackers` the run ids of `Tracker.state`, `kl` the adaptive coefficient's state,
+    `seeds` every seed by what it is for, `extra` what a later version of the loop adds.
+    """
+
+    step: int
+    policy_version: int
+    data: dict[str, Any]
+    seeds: dict[str, int] = field(default_factory=dict)
+    trackers: dict[str, Any] = field(default_factory=dict)
+    kl: dict[str, float] | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, folder: Path) -> None:
+        """Write `state.json`; ValueError if something is not a JSON value."""
+        text = json.dumps({"format": FORMAT, **asdict(self)}, indent=2, allow_nan=False)
+        (folder / STATE_FILE).write_text(text + "\n", encoding="utf-8")
+
+    @staticmethod
+    def load(folder: Path) -> RunState:
+        """Read `state.json`; CheckpointError if it is missing, broken or of another format."""
+        file = folder / STATE_FILE
+        try:
+            read = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{file}: cannot be read ({error}); expected the state of a run: take another checkpoint"
+            ) from error
+        version = read.pop("format", None)
+        expected = {f.name for f in fields(RunState)}
+        if version != FORMAT or set(read) != expected:
+            odd = ", ".join(sorted(set(read) ^ expected)) or "none"
+            raise CheckpointError(
+                f"{file}: got format {version} (fields that differ: {odd}), expected format {FORMAT}: "
+                "resume with the version that wrote it"
+            )
+        return RunState(**read)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint."""
+
+    path: Path
+    step: int
+    written_at: float  # Unix seconds
+
+    @property
+    def state(self) -> RunState:
+        return RunState.load(self.path)
+
+
+class CheckpointStore:
+    """The checkpoints of one run, in `root`; `keep` newest ones stay.
+
+    "Newest" is by when they were written: a run resumed from step 5 whose folder still holds step 10 of its earlier
+    life goes on from what it wrote last. On several nodes `root` must be a folder that all of them share.
+    """
+
+    def __init__(self, root: str | Path, keep: int = 2) -> None:
+        if keep < 1:
+            raise CheckpointError(f"checkpoint.keep: got {keep}, expected at least 1")
+        self.root = Path(root)
+        self.keep = keep
+
+    @contextlib.contextmanager
+    def writing(self, step: int, needed_bytes: int | None = None) -> Iterator[Path]:
+        """A folder to fill; when the block ends it becomes `step-NNNNNN`, and `latest`. If it raises, nothing stays.
+
+        With `needed_bytes` a disk that is too small is found before anything is written. A full disk, wherever the
+        writing met it, is a CheckpointError with needed and free bytes; earlier checkpoints are untouched.
+        """
+        with self._disk_full_explained(step, needed_bytes, None):
+            self.root.mkdir(parents=True, exist_ok=True)
+            self._remove_leftovers()
+            if needed_bytes is not None and shutil.disk_usage(self.root).free < needed_bytes:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            partial = self.root / f".step-{step:06d}.partial-{secrets.token_hex(4)}"
+            partial.mkdir()
+        try:
+            with self._disk_full_explained(step, needed_bytes, partial):
+                yield partial
+                _write_manifest(partial, step)
+                self._publish(partial, step)
+        finally:
+            # Gone under this name when it was published.
+            shutil.rmtree(partial, ignore_errors=True)
+        self._retain(step)
+
+    def latest(self) -> Checkpoint | None:
+        """The newest whole checkpoint, or None. Broken ones are passed over; `problems` says which and why."""
+        for folder in self._folders_newest_first():
+            if problem_of(folder) is None:
+                return _checkpoint(folder)
+        return None
+
+    def open(self, path: str | Path) -> Checkpoint:
+        """The checkpoint at `path`, checked byte by byte; CheckpointError names a file that is not as written."""
+        folder = Path(path)
+        problem = problem_of(folder)
+        if problem:
+            raise CheckpointError(f"{folder}: {problem}; expected a whole checkpoint: take another one")
+        return _checkpoint(folder)
+
+    def problems(self) -> list[str]:
+        """One line for everything in `root` that looks like a checkpoint and is not a whole one."""
+        if not self.root.is_dir():
+            return []
+        found = [
+            f"{entry.name}: half-written" for entry in sorted(self.root.iterdir()) if _LEFTOVER.fullmatch(entry.name)
+        ]
+        checked = ((folder, problem_of(folder)) for folder in self._folders_newest_first())
+        return found + [f"{folder.name}: {problem}" for folder, problem in checked if problem]
+
+    def steps(self) -> list[int]:
+        """Steps that have a folder, rising; not checked for being whole."""
+        return sorted(_step_of(folder) for folder in self._folders_newest_first())
+
+    def _folders_newest_first(self) -> list[Path]:
+        if not self.root.is_dir():
+            return []
+        folders = [entry for entry in self.root.iterdir() if FOLDER_PATTERN.fullmatch(entry.name) and entry.is_dir()]
+        pointed = self._pointed()
+        return sorted(folders, key=lambda f: (f.name == pointed, _written_at(f), _step_of(f)), reverse=True)
+
+    def _pointed(self) -> str | None:
+        file = self.root / LATEST_FILE
+        return file.read_text(encoding="utf-8").strip() if file.is_file() else None
+
+    def _publish(self, partial: Path, step: int) -> None:
+        final = self.root / f"step-{step:06d}"
+        if final.exists():
+            final.rename(self.root / f".{final.name}.replaced-{secrets.token_hex(4)}")
+        partial.rename(final)
+        sync_to_disk(self.root)
+        write_text_atomically(self.root / LATEST_FILE, final.name + "\n")
+
+    def _retain(self, step: int) -> None:
+        self._remove_leftovers()
+        newest = f"step-{step:06d}"
+        others = [folder for folder in self._folders_newest_first() if folder.name != newest]
+        # A broken folder must not take a place that a whole one could have.
+        whole = [folder for folder in others if _size_problem(folder) is None]
+        for folder in others:
+            if folder not in whole[: self.keep - 1]:
+                shutil.rmtree(folder)
+
+    def _remove_leftovers(self) -> None:
+        for entry in self.root.iterdir():
+            if _LEFTOVER.fullmatch(entry.name):
+                shutil.rmtree(entry)
+
+    @contextlib.contextmanager
+    def _disk_full_explained(self, step: int, needed: int | None, partial: Path | None) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if not (_is_disk_full(error) or self._nothing_free()):
+                raise
+            written = _bytes_in(partial) if partial is not None else 0
+            if partial is not None:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise CheckpointError(self._disk_full_message(step, needed, written)) from error
+
+    def _nothing_free(self) -> bool:
+        """Some writers (torch.save) meet a full disk and speak of something else."""
+        return self.root.exists() and shutil.disk_usage(self.root).free < 65536
+
+    def _disk_full_message(self, step: int, needed: int | None, written: int) -> str:
+        if needed is None:
+            needed = max((_bytes_in(folder) for folder in self._folders_newest_first()[:1]), default=0)
+        where = self.root if self.root.exists() else self.root.parent
+        free = shutil.disk_usage(where).free
+        # An earlier checkpoint's size is a guess at this one's; what did not fit is a better one.
+        wanted = f"{needed} bytes" if needed > max(written, free) else f"more than {max(written, free)} bytes"
+        return (
+            f"checkpoint of step {step}: the disk of {where} is full: needed {wanted}, free {free} bytes; "
+            "earlier checkpoints are untouched: free some space, lower checkpoint.keep or choose another runs_folder"
+        )
+
+
+def problem_of(folder: Path) -> str | None:
+    """Why `folder` is not a whole checkpoint, naming the file; None if it is one. Reads every byte."""
+    problem = _size_problem(folder)
+    if problem:
+        return problem
+    listed = _read_manifest(folder)["files"]
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        digests = list(pool.map(lambda name: _digest(folder / name), listed))
+    for (name, entry), digest in zip(listed.items(), digests, strict=True):
+        if digest != entry["blake2b"]:
+            return f"{name}: its content is not what was written (blake2b differs)"
+    return None
+
+
+def _size_problem(folder: Path) -> str | None:
+    """The quick part of `problem_of`: names and sizes."""
+    if not folder.is_dir():
+        return "not a folder"
+    try:
+        listed = _read_manifest(folder)["files"]
+    except FileNotFoundError:
+        return f"{MANIFEST_FILE}: missing"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST_FILE}: cannot be read ({error})"
+    for name, entry in listed.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name}: missing"
+        if file.stat().st_size != entry["size"]:
+            return f"{name}: got {file.stat().st_size} bytes, expected {entry['size']}"
+    return None
+
+
+def _write_manifest(folder: Path, step: int) -> None:
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        digests = list(pool.map(_digest, files))
+    listed = {
+        file.relative_to(folder).as_posix(): {"size": file.stat().st_size, "blake2b": digest}
+        for file, digest in zip(files, digests, strict=True)
+    }
+    for file in files:
+        sync_to_disk(file)
+    manifest = {"format": FORMAT, "step": step, "written_at": time.time(), "files": listed}
+    write_text_atomically(folder / MANIFEST_FILE, json.dumps(manifest, indent=2) + "\n")
+    for inner in [entry for entry in folder.rglob("*") if entry.is_dir()]:
+        sync_to_disk(inner)
+    sync_to_disk(folder)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+
+
+def _checkpoint(folder: Path) -> Checkpoint:
+    return Checkpoint(folder, _read_manifest(folder)["step"], _written_at(folder))
+
+
+def _written_at(folder: Path) -> float:
+    try:
+        return float(_read_manifest(folder)["written_at"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0.0  # broken: after every whole one; `problem_of` says what is wrong with it
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def _digest(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=32)).hexdigest()
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def _is_disk_full(error: BaseException | None) -> bool:
+    """Also where a library or another process has wrapped it: by cause, or by the operating system's words."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "No space left on device" in str(error) or "Disk quota exceeded" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

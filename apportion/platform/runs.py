@@ -1,0 +1,212 @@
+"""Run folders: made once, never shared; the configuration without its secrets; the summary; what `resume=` means.
+
+runs/NAME/  config.yaml  metrics.jsonl  samples.jsonl  summary.json  plots/  tensorboard/  checkpoints/
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from apportion.platform.checkpoint import FOLDER_PATTERN, Checkpoint, CheckpointStore
+from apportion.platform.errors import ConfigError, nearest
+from apportion.platform.files import write_text_atomically
+
+REDACTED = "<redacted>"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=@-]*")
+_SECRET_WORDS = r"token|secret|password|passwd|api_?key|access_?key|private_?key|credentials?|authorization|auth"
+_SECRET_KEY = re.compile(rf"(?:^|_)(?:{_SECRET_WORDS})$")
+# Text tokens of a tokenizer, not credentials.
+_TEXT_TOKEN_KEY = re.compile(
+    r"(?:^|_)(?:bos|eos|pad|unk|sep|cls|mask|stop|start|end|begin|image|special|prefix|step)_token$"
+)
+_ASSIGNMENT = re.compile(rf"((?:[A-Za-z0-9_.-]*[_.-])?(?:{_SECRET_WORDS})=)([^\s&'\",;}}\]]+)", re.IGNORECASE)
+_HEADER = re.compile(
+    r"((?:(?:proxy-)?authorization|(?:x-)?api-?key|x-[a-z-]*token)\s*:\s*)(\S+(?: \S+)?)", re.IGNORECASE
+)
+_KNOWN_SHAPES = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|xox[abprs]-[\w-]{10,}"
+    r"|AKIA[A-Z0-9]{16}|(?:Bearer|Basic)\s+[A-Za-z0-9._~+/=-]{8,}|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*)"
+)
+_URL_PASSWORD = re.compile(r"(\w+://)[^/\s@]+@")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def save_config(self, config: Mapping[str, Any]) -> None:
+        """`config.yaml`, without secrets."""
+        import yaml
+
+        write_text_atomically(
+            self.path / "config.yaml", yaml.safe_dump(redacted(config), sort_keys=False, allow_unicode=True)
+        )
+
+    def write_summary(self, summary: Mapping[str, Any]) -> Path:
+        """`summary.json`, whole or not at all; values that are not finite are null."""
+        file = self.path / "summary.json"
+        write_text_atomically(
+            file, json.dumps(_json_values(summary), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        )
+        return file
+
+
+def make_run_folder(root: str | Path, name: str | None, recipe: str) -> RunFolder:
+    """A folder of its own for one run. Without a name it is made from recipe, time and a random tail.
+
+    Two runs never get the same one: the folder is made exclusively, and a name that is taken is a ConfigError.
+    """
+    folder = Path(root)
+    if name is not None:
+        if not _NAME.fullmatch(name):
+            raise ConfigError(
+                f"run_name: got {name!r}, expected letters, digits and . _ - + = @ (a folder's name, no path)"
+            )
+        candidates = [name]
+    else:
+        stem = re.sub(r"[^A-Za-z0-9_-]+", "-", recipe).strip("-") or "run"
+        candidates = [f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}" for _ in range(20)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"runs_folder: got {folder}, which cannot be made ({error.strerror}); expected a writable folder"
+        ) from error
+    for candidate in candidates:
+        try:
+            (folder / candidate).mkdir()
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise ConfigError(
+                f"runs_folder: got {folder}, not writable ({error.strerror}); expected a writable folder"
+            ) from error
+        return RunFolder(folder / candidate)
+    raise ConfigError(
+        f"run_name: got {candidates[0]!r}, which {folder} already has; expected a new name, or resume={candidates[0]}"
+    )
+
+
+def redacted(config: Any) -> Any:
+    """A copy without secrets: values under telling keys, `KEY=value` texts, passwords in addresses, known token shapes.
+
+    >>> redacted({"api_key": "abc", "max_prompt_tokens": 8, "eos_token": "</s>"})
+    {'api_key': '<redacted>', 'max_prompt_tokens': 8, 'eos_token': '</s>'}
+    """
+    if isinstance(config, Mapping):
+        return {key: _redacted_under(str(key), value) for key, value in config.items()}
+    if isinstance(config, list | tuple):
+        return [redacted(value) for value in config]
+    return redacted_text(config) if isinstance(config, str) else config
+
+
+def redacted_text(text: str) -> str:
+    """A text (an override, a log line, an address) without secrets.
+
+    >>> redacted_text("http://me:pw@host/v1?api_key=abc&n=1")
+    'http://<redacted>@host/v1?api_key=<redacted>&n=1'
+    """
+    for value in _environment_secrets():
+        text = text.replace(value, REDACTED)
+    if "://" in text and "@" in text:
+        text = _URL_PASSWORD.sub(rf"\1{REDACTED}@", text)
+    text = _HEADER.sub(rf"\1{REDACTED}", text)
+    return _ASSIGNMENT.sub(_redacted_assignment, _KNOWN_SHAPES.sub(REDACTED, text))
+
+
+def _environment_secrets() -> list[str]:
+    """Values of environment variables with a telling name, longest first; short ones are words, not secrets."""
+    found = {
+        value for name, value in os.environ.items() if _is_secret_key(name) and len(value) >= 12 and "/" not in value
+    }
+    return sorted(found, key=len, reverse=True)
+
+
+def _redacted_assignment(match: re.Match[str]) -> str:
+    return match[1] + REDACTED if _is_secret_key(match[1].removesuffix("=")) else match[0]
+
+
+def _redacted_under(key: str, value: Any) -> Any:
+    # A number is no secret under a key like `kl_per_token`, but may well be a password.
+    harmless = value is None or isinstance(value, bool) or (isinstance(value, int | float) and "token" in key.lower())
+    return redacted(value) if harmless or not _is_secret_key(key) else REDACTED
+
+
+def _is_secret_key(key: str) -> bool:
+    normal = _normal_key(key)
+    return bool(_SECRET_KEY.search(normal)) and not _TEXT_TOKEN_KEY.search(normal)
+
+
+def _normal_key(key: str) -> str:
+    spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key)
+    return re.sub(r"[^a-z0-9]+", "_", spaced.lower()).strip("_")
+
+
+def find_checkpoint(argument: str, runs_root: str | Path) -> Checkpoint:
+    """What `resume=` names: a checkpoint's folder, a run's folder, or a run's name below `runs_root`.
+
+    The checkpoint is whole, checked byte by byte; of a run it is the newest whole one. ConfigError says what was found.
+    The run's folder is two levels above the checkpoint's (`run_of`).
+    """
+    given = Path(argument)
+    if given.is_dir() and FOLDER_PATTERN.fullmatch(given.resolve().name):
+        return CheckpointStore(given.parent).open(given.resolve())
+    for folder in (given, Path(runs_root) / argument):
+        if (folder / "checkpoints").is_dir() or (folder / "config.yaml").is_file():
+            return _newest_of_run(folder.resolve())
+    found = _runs_with_checkpoints(Path(runs_root))
+    close = nearest(argument, found)
+    listed = f"{runs_root} has {', '.join(found[:5])}" if found else f"no run in {runs_root} has a checkpoint"
+    raise ConfigError(f"resume: got {argument!r}, expected a run's folder or name, or a checkpoint{close}; {listed}")
+
+
+def run_of(checkpoint: Checkpoint) -> RunFolder:
+    """The run that wrote `checkpoint`."""
+    return RunFolder(checkpoint.path.parent.parent)
+
+
+def _newest_of_run(folder: Path) -> Checkpoint:
+    store = CheckpointStore(folder / "checkpoints")
+    newest = store.latest()
+    if newest is None:
+        found = "; ".join(store.problems()) or "no checkpoint"
+        raise ConfigError(f"resume: got run {folder}, expected one with a whole checkpoint; found: {found}")
+    return newest
+
+
+def _runs_with_checkpoints(root: Path) -> list[str]:
+    if not root.is_dir():
+        return []
+    runs = [
+        run for run in root.iterdir() if (run / "checkpoints").is_dir() and CheckpointStore(run / "checkpoints").steps()
+    ]
+    return [run.name for run in sorted(runs, key=lambda run: run.stat().st_mtime, reverse=True)]
+
+
+def _json_values(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _json_values(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_values(inner) for inner in value]
+    if hasattr(value, "tolist"):
+        return _json_values(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, str | int | float | bool) or value is None else str(value)

@@ -1,0 +1,389 @@
+"""Where the numbers and samples of a run go: jsonl, TensorBoard, wandb, the console; several at once.
+
+The metrics file belongs to the run and may stop it (a full disk). The others serve people: one that fails after the
+start is given up with a warning, and the run goes on. Names are those of `metric_names`; pictures are made in `plots`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import secrets
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from apportion.platform.errors import ApportionError, ConfigError
+from apportion.platform.files import write_text_atomically
+from apportion.platform.metric_names import unknown_metrics
+
+METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"
+State = dict[str, Any]
+
+
+class Tracker(Protocol):
+    """One place that numbers go to. `vital`: the run must not go on without it."""
+
+    name: str
+    vital: bool
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """The numbers of one step; a step comes once, in rising order."""
+
+    def log_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Whole trajectories to read; all rows of a step have the same keys."""
+
+    def log_summary(self, summary: Mapping[str, Any]) -> None:
+        """What `summary.json` holds, at the end."""
+
+    def warn(self, message: str) -> None:
+        """Something a person should know and the run survived."""
+
+    def state(self) -> State:
+        """What a resumed run needs to go on in the same place, as JSON values."""
+
+    def close(self) -> None: ...
+
+
+class JsonlTracker:
+    """`metrics.jsonl`: a line a step with `step`, `time` (Unix seconds) and metrics. `samples.jsonl`: a line a sample.
+
+    Every line is flushed. JSON has no NaN: a value that is not finite is null. Warnings stand in the next step's line
+    under `warnings` (in the last one, when they came after it). On resume from `resume_step`, lines of later steps are
+    dropped, and with them a last line torn by a kill, so that every step is there once.
+    """
+
+    name = "jsonl"
+    vital = True
+
+    def __init__(self, folder: Path, resume_step: int | None = None) -> None:
+        self._folder = folder
+        self._pending: list[str] = []
+        self._last = -1 if resume_step is None else resume_step
+        for file in (folder / METRICS_FILE, folder / SAMPLES_FILE):
+            if resume_step is not None and file.exists():
+                _drop_later_lines(file, resume_step)
+            elif file.exists():
+                raise ConfigError(f"{file}: exists, expected a new run's folder: choose another run_name, or resume it")
+        self._metrics = open(folder / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+        self._samples = open(folder / SAMPLES_FILE, "a", encoding="utf-8")  # noqa: SIM115
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        if step <= self._last:
+            raise ValueError(
+                f"metrics: got step {step} after step {self._last}, expected each step once, in rising order"
+            )
+        line: dict[str, Any] = {"step": step, "time": round(time.time(), 3)}
+        line.update({name: _finite(value) for name, value in metrics.items()})
+        if self._pending:
+            line["warnings"] = self._pending
+        _write_line(self._metrics, line)
+        self._pending, self._last = [], step
+
+    def log_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        for row in rows:
+            _write_line(self._samples, {"step": step, **row})
+
+    def log_summary(self, summary: Mapping[str, Any]) -> None:
+        """Nothing: `summary.json` is the run folder's."""
+
+    def warn(self, message: str) -> None:
+        self._pending.append(message)
+
+    def state(self) -> State:
+        return {}
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._samples.close()
+        lines = read_metrics(self._folder) if self._pending else []
+        if lines:
+            lines[-1]["warnings"] = [*lines[-1].pop("warnings", []), *self._pending]
+            _write_lines(self._folder / METRICS_FILE, lines)
+        self._pending = []
+
+
+class TensorBoardTracker:
+    """Event files under `tensorboard/`. On resume, TensorBoard hides what was written of later steps."""
+
+    name = "tensorboard"
+    vital = False
+
+    def __init__(self, folder: Path, resume_step: int | None = None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        purge = None if resume_step is None else resume_step + 1
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def log_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        for index, row in enumerate(rows):
+            # Four spaces make a block of Markdown code: a model's text is shown, not interpreted.
+            text = "\n\n".join(f"**{key}**\n\n" + _indented(_cell(value)) for key, value in row.items())
+            self._writer.add_text(f"samples/{index}", text, step)
+
+    def log_summary(self, summary: Mapping[str, Any]) -> None:
+        self._writer.add_text("summary", _indented(json.dumps(summary, indent=2, default=_plain)))
+
+    def warn(self, message: str) -> None:
+        """Nothing: warnings are for the console and the metrics file."""
+
+    def state(self) -> State:
+        return {}
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+@dataclass
+class WandbSettings:
+    """`mode` is online or offline; `run_id` of a run that is resumed, otherwise None."""
+
+    mode: str
+    project: str
+    run_name: str
+    entity: str | None = None
+    tags: list[str] = field(default_factory=list)
+    run_id: str | None = None
+
+
+class WandbTracker:
+    """Weights & Biases. Its step is the run's, so a step that a resumed run repeats keeps its first numbers there.
+
+    `config` must be free of secrets (see `runs.redacted`); the API key is read by wandb from its own places.
+    """
+
+    name = "wandb"
+    vital = False
+
+    def __init__(self, folder: Path, settings: WandbSettings, config: Mapping[str, Any]) -> None:
+        import wandb
+
+        self._table = wandb.Table
+        self.run_id = settings.run_id or secrets.token_hex(4)
+        try:
+            self._run = wandb.init(
+                project=settings.project,
+                entity=settings.entity,
+                name=settings.run_name,
+                tags=settings.tags,
+                id=self.run_id,
+                resume="allow",
+                mode=settings.mode,  # type: ignore[arg-type]
+                dir=str(folder),
+                config=dict(config),
+                settings=wandb.Settings(silent=True, console="off", finish_timeout=120, save_code=False),
+            )
+        except wandb.Error as error:
+            raise ConfigError(
+                f"tracking.wandb={settings.mode}: could not start ({_one_line(error)}): run `wandb login`, or take "
+                "tracking.wandb=offline or off"
+            ) from error
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def log_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        if not rows:
+            return
+        columns = list(rows[0])
+        table = self._table(columns=columns, data=[[_cell(row[column]) for column in columns] for row in rows])
+        self._run.log({"samples": table}, step=step)
+
+    def log_summary(self, summary: Mapping[str, Any]) -> None:
+        self._run.summary.update(json.loads(json.dumps(summary, default=_plain)))
+
+    def warn(self, message: str) -> None:
+        """Nothing: warnings are for the console and the metrics file."""
+
+    def state(self) -> State:
+        return {"run_id": self.run_id}
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class MultiTracker:
+    """All of a run's trackers as one.
+
+    Those that are not vital go first, so that the failure of one is in the metrics line of the same step. A failed one
+    is closed and left out from then on; each failure is said once, on the console and in the metrics file (on stderr
+    when there is neither). A metric name that the table does not have is said once, too.
+    """
+
+    name = "all"
+    vital = True
+
+    def __init__(self, trackers: Sequence[Tracker]) -> None:
+        self._trackers = sorted(trackers, key=lambda tracker: tracker.vital)
+        self._failures = 0
+        self._unknown: set[str] = set()
+        self._states: State = {}
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        unknown = [name for name in unknown_metrics(metrics) if name not in self._unknown]
+        if unknown:
+            self._unknown.update(unknown)
+            self.warn(f"metrics without a line in docs/metrics.md: {', '.join(unknown)}")
+        for tracker in list(self._trackers):
+            seen = {**metrics, "tracking/failures": float(self._failures)} if self._failures else metrics
+            self._attempt(tracker, "log", step, seen)
+
+    def log_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        for tracker in list(self._trackers):
+            self._attempt(tracker, "log_samples", step, rows)
+
+    def log_summary(self, summary: Mapping[str, Any]) -> None:
+        for tracker in list(self._trackers):
+            self._attempt(tracker, "log_summary", summary)
+
+    def warn(self, message: str) -> None:
+        if not any(tracker.name in ("console", "jsonl") for tracker in self._trackers):
+            print(f"warning: {message}", file=sys.stderr)
+        for tracker in list(self._trackers):
+            self._attempt(tracker, "warn", message)
+
+    def state(self) -> State:
+        """`{tracker: its state}`; one that was given up keeps its last state, so that a resumed run tries it again."""
+        return {**self._states, **{tracker.name: tracker.state() for tracker in self._trackers}}
+
+    def close(self) -> None:
+        for tracker in list(self._trackers):
+            self._attempt(tracker, "close")
+        self._trackers = []
+
+    def _attempt(self, tracker: Tracker, method: str, *arguments: Any) -> None:
+        try:
+            getattr(tracker, method)(*arguments)
+        except Exception as error:
+            if tracker.vital:
+                raise
+            self._give_up(tracker, method, error)
+
+    def _give_up(self, tracker: Tracker, method: str, error: Exception) -> None:
+        self._trackers = [other for other in self._trackers if other is not tracker]
+        self._failures += 1
+        self._states[tracker.name] = tracker.state()
+        cause = f"{type(error).__name__}: {_one_line(error)}"
+        self.warn(f"tracking.{tracker.name} failed in {method} and is off from here ({cause})")
+        if method == "close":
+            return
+        try:
+            tracker.close()
+        except Exception as second:  # noqa: BLE001 - it already failed; its close only frees what it can
+            self.warn(
+                f"tracking.{tracker.name} could not be closed either ({type(second).__name__}: {_one_line(second)})"
+            )
+
+
+class TrackingSettings(Protocol):
+    """What is read of the configuration's `tracking`."""
+
+    console: bool
+    jsonl: bool
+    tensorboard: bool
+    wandb: str
+    wandb_project: str
+    wandb_entity: str | None
+    wandb_tags: list[str]
+
+
+@dataclass
+class TrackedRun:
+    """The run that is tracked. `config` must be free of secrets; `resume_*` come from a checkpoint."""
+
+    folder: Path
+    name: str
+    total_steps: int
+    config: Mapping[str, Any]
+    resume_step: int | None = None
+    resume_state: State = field(default_factory=dict)
+
+
+def open_trackers(settings: TrackingSettings, run: TrackedRun) -> MultiTracker:
+    """The trackers that `settings` asks for. One that cannot start is a ConfigError: better now than after hours."""
+    from apportion.platform.console import ConsoleTracker
+
+    trackers: list[Tracker] = []
+    if settings.wandb != "off":
+        earlier = run.resume_state["wandb"]["run_id"] if "wandb" in run.resume_state else None
+        wandb = WandbSettings(
+            settings.wandb, settings.wandb_project, run.name, settings.wandb_entity, list(settings.wandb_tags), earlier
+        )
+        trackers.append(WandbTracker(run.folder, wandb, run.config))
+    if settings.tensorboard:
+        trackers.append(TensorBoardTracker(run.folder, run.resume_step))
+    if settings.jsonl:
+        trackers.append(JsonlTracker(run.folder, run.resume_step))
+    if settings.console:
+        trackers.append(ConsoleTracker(run.total_steps, start_step=run.resume_step or 0))
+    return MultiTracker(trackers)
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's `metrics.jsonl`, by step; a torn last line (a run that was killed) is left out."""
+    return [line for line in _read_lines(folder / METRICS_FILE) if line is not None]
+
+
+def _read_lines(file: Path) -> list[dict[str, Any] | None]:
+    """Parsed lines; None in place of a torn last one. A broken line before it is an error that names it."""
+    texts = file.read_text(encoding="utf-8").splitlines()
+    parsed: list[dict[str, Any] | None] = []
+    for number, text in enumerate(texts, start=1):
+        try:
+            parsed.append(json.loads(text))
+        except json.JSONDecodeError as error:
+            if number < len(texts):
+                raise ApportionError(
+                    f"{file}:{number}: got a broken line ({error}), expected one JSON object a line"
+                ) from error
+            parsed.append(None)
+    return parsed
+
+
+def _drop_later_lines(file: Path, step: int) -> None:
+    kept = [line for line in _read_lines(file) if line is not None and line["step"] <= step]
+    _write_lines(file, kept)
+
+
+def _write_lines(file: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    write_text_atomically(file, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _write_line(stream: Any, line: Mapping[str, Any]) -> None:
+    # ensure_ascii keeps a lone surrogate of a model's text writable.
+    stream.write(json.dumps(line, default=_plain) + "\n")
+    stream.flush()
+
+
+def _finite(value: float) -> float | None:
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def _plain(value: Any) -> Any:
+    """numpy and torch values as Python ones; anything else (a date of a user's column) as its text."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, str | int | float | bool) or value is None:
+        return value
+    return json.dumps(value, default=_plain, ensure_ascii=False)
+
+
+def _indented(value: Any) -> str:
+    return "\n".join("    " + line for line in str(value).splitlines())
+
+
+def _one_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else "no message"
