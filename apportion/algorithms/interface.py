@@ -27,7 +27,8 @@ class CreditInput:
     mask_BT: Tensor  # bool, tokens the policy chose
     group_ids_B: Tensor  # int64
     rewards_B: Tensor  # outcome, after shaping: the sum of the row's task rewards, without any KL
-    token_rewards_BT: Tensor  # what each token earned; a plain outcome stands at the last True of the mask; KL in reward included
+    # What each token earned; a plain outcome stands at the last True of the mask; a KL in the reward is included.
+    token_rewards_BT: Tensor
     turn_ids_BT: Tensor  # int, turn of each action token, -1 elsewhere
     terminated_B: Tensor  # bool, False: cut by a limit
     token_ids_BT: Tensor | None = None  # int
@@ -40,6 +41,7 @@ class CreditInput:
     step_ids_BT: Tensor | None = None  # int, reasoning step of each token
     wrong_steps: list[list[int]] | None = None  # per trajectory, steps a judge's vote found wrong
     texts: list[str] | None = None
+    token_ends_BT: Tensor | None = None  # int, characters of the row's text up to and including each token
 
 
 @dataclass

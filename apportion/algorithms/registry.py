@@ -21,6 +21,10 @@ CREDIT = {
     "grpo": f"{_HERE}.credit.grpo:Grpo",
     "rloo": f"{_HERE}.credit.rloo:Rloo",
     "reinforce_pp": f"{_HERE}.credit.reinforce_pp:ReinforcePlusPlus",
+    "macro_actions": f"{_HERE}.credit.macro_actions:MacroActions",
+    "poad": f"{_HERE}.credit.poad:Poad",
+    "capo": f"{_HERE}.credit.capo:Capo",
+    "hidden_reward": f"{_HERE}.credit.hidden_reward:HiddenReward",
 }
 SURROGATES = {
     "ppo_clip": f"{_HERE}.surrogates:PpoClip",

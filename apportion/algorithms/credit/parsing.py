@@ -1,0 +1,83 @@
+"""Macro actions from the constituents of sentences (MA-RLHF, arXiv 2410.02743, appendix B: rules 1 and 2).
+
+Works on text and on where each token ends in it; tokens stay the sampled ones. The parser is given.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+TreeParser = Callable[[str], Any]  # sentence -> nested lists of words
+
+SENTENCE_END = re.compile(r"(?<=[.!?]) +|\n")
+
+
+@dataclass
+class Node:
+    """A constituent: the characters it spans, its parts (none for a word) and how many words it has."""
+
+    start: int
+    end: int
+    children: list[Node]
+    words: int
+
+
+def sentences(text: str) -> list[tuple[int, int]]:
+    """Character spans of the sentences of a text, without what separates them.
+
+    >>> sentences("Go on. Stop!\\nNow")
+    [(0, 6), (7, 12), (13, 16)]
+    """
+    spans, start = [], 0
+    for match in SENTENCE_END.finditer(text):
+        spans.append((start, match.start()))
+        start = match.end()
+    spans.append((start, len(text)))
+    return [(a, b) for a, b in spans if text[a:b].strip()]
+
+
+def locate(tree: Any, text: str, start: int, end: int) -> Node:
+    """A parser's nested lists with the characters they span in text[start:end]; ValueError if a word is not there."""
+    if isinstance(tree, str):
+        place = text.find(tree, start, end) if tree else -1
+        if place < 0:
+            raise ValueError(f"parser: word {tree!r} is not in the text where it was expected")
+        return Node(place, place + len(tree), [], 1)
+    if not isinstance(tree, (list, tuple)) or not tree:
+        raise ValueError(f"parser: got {type(tree).__name__}, expected nested lists of words")
+    children = []
+    for part in tree:
+        children.append(locate(part, text, start, end))
+        start = children[-1].end
+    return Node(children[0].start, children[-1].end, children, sum(child.words for child in children))
+
+
+def parsed_starts(text: str, token_ends: Sequence[int], parse: TreeParser, max_tokens: int) -> list[int] | None:
+    """Tokens that begin a macro action, increasing, from 0; None where the text cannot be parsed.
+
+    `token_ends[i]` is how many characters of `text` stand up to and including token i, not decreasing. A cut falls
+    before the token that holds a constituent's first character.
+    """
+    starts: list[int] = []
+    try:
+        for start, end in sentences(text):
+            _collect(locate(parse(text[start:end]), text, start, end), token_ends, max_tokens, starts)
+    except (ValueError, RecursionError):  # a tree as deep as a page without a full stop is no parse either
+        return None
+    return sorted({0, *starts})
+
+
+def _collect(node: Node, ends: Sequence[int], max_tokens: int, starts: list[int]) -> None:
+    """Append the tokens at which the macro actions of `node` begin, depth first."""
+    if node.words == 1:
+        return  # a single word joins the macro action before it
+    first, last = bisect_right(ends, node.start), bisect_right(ends, node.end - 1)
+    if last - first + 1 < max_tokens:
+        starts.append(first)
+        return
+    for child in node.children:
+        _collect(child, ends, max_tokens, starts)
