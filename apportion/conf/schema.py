@@ -6,7 +6,7 @@ Nothing here repairs a value. What one component alone cannot judge (combination
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
@@ -63,6 +63,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         _one_of("data.on_bad_row", self.on_bad_row, ("error", "skip"))
         _at_least("data.max_prompt_tokens", self.max_prompt_tokens, 1)
+        _at_least("data.limit", self.limit, 1)
+        _at_least("data.eval_limit", self.eval_limit, 1)
 
 
 @dataclass
@@ -91,13 +93,19 @@ class RolloutConfig:
         _at_least("rollout.max_sequences", self.max_sequences, 1)
         _at_least("rollout.top_k", self.top_k, 0)
         _between("rollout.top_p", self.top_p, 1e-6, 1.0)
+        if self.kv_cache_gib <= 0:
+            raise ConfigError(f"rollout.kv_cache_gib: got {self.kv_cache_gib}, expected above 0")
         _between("rollout.gpu_memory_utilization", self.gpu_memory_utilization, 0.05, 0.98)
         if self.temperature <= 0:
-            raise ConfigError(f"rollout.temperature: got {self.temperature}, expected above 0 (greedy has no policy gradient)")
+            raise ConfigError(
+                f"rollout.temperature: got {self.temperature}, expected above 0 (greedy has no policy gradient)"
+            )
 
 
 @dataclass
 class LoraConfig:
+    """Low-rank adapters in place of full fine-tuning; `lora=default` on the command line, or any policy.lora value."""
+
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
@@ -105,12 +113,16 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         _at_least("policy.lora.rank", self.rank, 1)
+        _between("policy.lora.dropout", self.dropout, 0.0, 1.0)
+        if not self.targets:
+            raise ConfigError("policy.lora.targets: got none, expected the names of linear layers such as q_proj")
 
 
 @dataclass
 class EngineConfig:
     """What the policy's and the critic's training engine share."""
 
+    section: ClassVar[str] = "engine"
     learning_rate: float = 1e-6
     weight_decay: float = 0.0
     adam_beta1: float = 0.9
@@ -127,18 +139,22 @@ class EngineConfig:
     logits_chunk_tokens: int = 512  # response positions whose logits exist at a time
 
     def __post_init__(self) -> None:
-        _one_of("schedule", self.schedule, ("constant", "linear", "cosine"))
+        at = self.section
+        _one_of(f"{at}.schedule", self.schedule, ("constant", "linear", "cosine"))
         if self.zero_stage not in (0, 1, 2, 3):
-            raise ConfigError(f"zero_stage: got {self.zero_stage}, expected 0, 1, 2 or 3")
+            raise ConfigError(f"{at}.zero_stage: got {self.zero_stage}, expected 0, 1, 2 or 3")
         for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"):
-            _at_least(name, getattr(self, name), 0)
-        _at_least("micro_batch_tokens", self.micro_batch_tokens, 16)
-        _at_least("logits_chunk_tokens", self.logits_chunk_tokens, 1)
-        _between("min_lr_ratio", self.min_lr_ratio, 0.0, 1.0)
+            _at_least(f"{at}.{name}", getattr(self, name), 0)
+        for name in ("adam_beta1", "adam_beta2"):
+            _between(f"{at}.{name}", getattr(self, name), 0.0, 1.0 - 1e-9)
+        _at_least(f"{at}.micro_batch_tokens", self.micro_batch_tokens, 16)
+        _at_least(f"{at}.logits_chunk_tokens", self.logits_chunk_tokens, 1)
+        _between(f"{at}.min_lr_ratio", self.min_lr_ratio, 0.0, 1.0)
 
 
 @dataclass
 class PolicyConfig(EngineConfig):
+    section: ClassVar[str] = "policy"
     lora: LoraConfig | None = None
 
 
@@ -146,10 +162,16 @@ class PolicyConfig(EngineConfig):
 class CriticConfig(EngineConfig):
     """Started only when the algorithm needs values."""
 
+    section: ClassVar[str] = "critic"
     learning_rate: float = 1e-5
     model: str | None = None  # null: the policy's starting weights, with a fresh value head
     value_clip: float | None = 0.2
     warmup_steps_without_policy: int = 0  # first steps that train the critic alone
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least("critic.value_clip", self.value_clip, 0)
+        _at_least("critic.warmup_steps_without_policy", self.warmup_steps_without_policy, 0)
 
 
 @dataclass
@@ -158,6 +180,9 @@ class ReferenceConfig:
 
     model: str | None = None  # null: the policy's starting weights
     micro_batch_tokens: int = 4096
+
+    def __post_init__(self) -> None:
+        _at_least("reference.micro_batch_tokens", self.micro_batch_tokens, 16)
 
 
 @dataclass
@@ -175,6 +200,7 @@ class RewardConfig:
     def __post_init__(self) -> None:
         _at_least("reward.workers", self.workers, 1)
         _between("reward.max_failed_share", self.max_failed_share, 0.0, 1.0)
+        _at_least("reward.clip", self.clip, 0)
         if self.timeout_seconds <= 0:
             raise ConfigError(f"reward.timeout_seconds: got {self.timeout_seconds}, expected above 0")
 
@@ -186,13 +212,15 @@ class KlConfig:
     place: str = "none"
     coefficient: float = 0.0
     estimator: str = "k3"
+    straight_through: bool = False  # in the loss: the estimator's value with k2's gradient
     target: float | None = None  # with a horizon: the adaptive coefficient
     horizon: int = 10000
 
     def __post_init__(self) -> None:
         _one_of("algorithm.kl.place", self.place, ("none", "reward", "loss"))
-        _one_of("algorithm.kl.estimator", self.estimator, ("k1", "k2", "k3"))
+        _one_of("algorithm.kl.estimator", self.estimator, ("k1", "k2", "k3", "abs"))
         _at_least("algorithm.kl.coefficient", self.coefficient, 0)
+        _at_least("algorithm.kl.horizon", self.horizon, 1)
         if self.target is not None and self.place == "none":
             raise ConfigError("algorithm.kl.target: got a value with place=none, expected place=reward or place=loss")
 
@@ -245,6 +273,7 @@ class ClusterConfig:
     gpus_per_policy_rank: float = 0.0
     gpus_per_rollout_engine: float = 0.0  # a whole number times rollout.tensor_parallel_size
     gpus_per_reference_rank: float = 0.0
+    gpus_per_critic_rank: float = 0.0  # the critic has as many ranks as the policy
     threads: int | None = None  # of each compute actor; null: every core of its node
     start_timeout_seconds: float = 600.0
     call_timeout_seconds: float = 1800.0  # no wait on an actor is longer
@@ -253,8 +282,15 @@ class ClusterConfig:
     def __post_init__(self) -> None:
         for name in ("policy_ranks", "rollout_engines", "reference_ranks"):
             _at_least(f"cluster.{name}", getattr(self, name), 1)
-        for name in ("start_timeout_seconds", "call_timeout_seconds"):
+        for name in ("start_timeout_seconds", "call_timeout_seconds", "threads"):
             _at_least(f"cluster.{name}", getattr(self, name), 1)
+        for name in (
+            "gpus_per_policy_rank",
+            "gpus_per_rollout_engine",
+            "gpus_per_reference_rank",
+            "gpus_per_critic_rank",
+        ):
+            _at_least(f"cluster.{name}", getattr(self, name), 0)
 
 
 @dataclass
@@ -268,6 +304,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _at_least("train.steps", self.steps, 0)
         _at_least("train.prompts_per_step", self.prompts_per_step, 1)
+        if self.max_minutes is not None and self.max_minutes <= 0:
+            raise ConfigError(f"train.max_minutes: got {self.max_minutes}, expected above 0 or null")
 
 
 @dataclass
@@ -284,6 +322,14 @@ class EvaluationConfig:
     show: int = 3  # example answers kept for the summary
 
     def __post_init__(self) -> None:
+        _at_least("evaluation.every_steps", self.every_steps, 0)
+        _at_least("evaluation.samples", self.samples, 0)
+        _at_least("evaluation.max_response_tokens", self.max_response_tokens, 1)
+        _at_least("evaluation.show", self.show, 0)
+        if self.temperature <= 0:
+            raise ConfigError(
+                f"evaluation.temperature: got {self.temperature}, expected above 0 (greedy is evaluation.greedy)"
+            )
         for k in self.k:
             if not 1 <= k <= self.samples:
                 raise ConfigError(f"evaluation.k: got {k}, expected 1 to evaluation.samples={self.samples}")
@@ -303,6 +349,7 @@ class TrackingConfig:
 
     def __post_init__(self) -> None:
         _one_of("tracking.wandb", self.wandb, ("online", "offline", "off"))
+        _at_least("tracking.samples_per_step", self.samples_per_step, 0)
 
 
 @dataclass
@@ -321,6 +368,7 @@ class Config:
     """A whole run."""
 
     seed: int = 0
+    recipe: str = "run"  # what a run without a name is called after
     run_name: str | None = None  # null: made from the recipe, the time and a random tail
     runs_folder: str = "runs"
     resume: str | None = None  # a run's folder or name, or one of its checkpoints

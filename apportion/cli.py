@@ -1,0 +1,325 @@
+"""The command line: compose one typed Config, hand it to what runs it, turn every error into one line and an exit code.
+
+Exit codes: 0 done, 1 the run failed, 2 the configuration or the command is wrong, 130 interrupted. Nothing heavy is
+imported before a configuration has been found sound.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from apportion import __version__
+from apportion.platform.errors import ApportionError, ConfigError, nearest
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from apportion.conf.schema import Config
+
+FAILED, USAGE, INTERRUPTED = 1, 2, 130
+_SAVED_NAME = "config.yaml"  # what a run's folder keeps its configuration under
+_SWITCHES = ("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m")
+_SWITCHES_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-name", "-cn", "--info", "-i")
+_LORA_VALUES = ("policy.lora.", "+policy.lora.", "++policy.lora.", "policy.lora={")
+
+Run = Callable[["Config", dict[str, Any]], int]
+
+
+@dataclass(frozen=True)
+class Command:
+    """One word of the command line: what it is for, and what runs the words after it."""
+
+    summary: str
+    run: Callable[[list[str]], int]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return the exit code."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0
+    if words[0] in ("-V", "--version"):
+        print(f"apportion {__version__}")
+        return 0
+    try:
+        command = COMMANDS.get(words[0])
+        if command is None:
+            names = ", ".join(COMMANDS)
+            raise ConfigError(f"command: got {words[0]!r}, expected one of {names}{nearest(words[0], COMMANDS)}")
+        return command.run(words[1:])
+    except ApportionError as error:
+        return _report(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has gone (| head): pointing stdout elsewhere keeps the last flush quiet.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+
+
+def _usage() -> str:
+    lines = ["apportion: reinforcement learning of language models with credit for every token", "", "commands:"]
+    lines += [f"  {name:<9} {command.summary}" for name, command in COMMANDS.items()]
+    lines += [
+        "",
+        "examples:",
+        "  apportion train experiment=quickstart",
+        "  apportion train experiment=quickstart algorithm=rloo rollout.responses_per_prompt=16",
+        "  apportion train experiment=quickstart -m algorithm=grpo,rloo seed=0,1",
+        "  apportion plan experiment=quickstart cluster.policy_ranks=2",
+        "  apportion evaluate runs/NAME evaluation.samples=8 evaluation.k=[1,8]",
+        "",
+        "apportion train --help lists every value; --cfg job prints the composed configuration",
+    ]
+    return "\n".join(lines)
+
+
+def _report(error: ApportionError) -> int:
+    """Print an error: its first line as the message, what follows (a traceback, log lines) below it."""
+    message, _, details = str(error).partition("\n")
+    print(f"error: {message}", file=sys.stderr)
+    if details:
+        print(details, file=sys.stderr)
+    return USAGE if isinstance(error, ConfigError) else FAILED
+
+
+# --- commands ---
+
+
+def _train(words: list[str]) -> int:
+    def run(config: Config, resolved: dict[str, Any]) -> int:
+        from apportion.build import train
+
+        return train(config, resolved)
+
+    return _with_hydra("train", words, run, base=_resumed(words))
+
+
+def _plan(words: list[str]) -> int:
+    def run(config: Config, resolved: dict[str, Any]) -> int:
+        from apportion.plan import make_plan
+
+        print(make_plan(config).render())
+        return 0
+
+    return _with_hydra("plan", words, run, base=_resumed(words))
+
+
+def _evaluate(words: list[str]) -> int:
+    if words and words[0] in ("-h", "--help"):
+        print("usage: apportion evaluate CHECKPOINT_OR_RUN [KEY=VALUE ...]")
+        return 0
+    if not words or words[0].startswith("-") or ("=" in words[0] and not Path(words[0]).exists()):
+        got = repr(words[0]) if words else "nothing"
+        raise ConfigError(f"evaluate: got {got}, expected apportion evaluate CHECKPOINT_OR_RUN [KEY=VALUE ...]")
+    checkpoint, overrides = words[0], words[1:]
+    runs = _value_of("runs_folder", overrides) or "runs"
+    if not Path(checkpoint).exists() and not (Path(runs) / checkpoint).exists():
+        raise _no_such_run("checkpoint", checkpoint, runs)
+    base = None if _chooses(overrides) else saved_config(checkpoint, runs)
+
+    def run(config: Config, resolved: dict[str, Any]) -> int:
+        from apportion.build import evaluate
+
+        return evaluate(config, checkpoint)
+
+    return _with_hydra("evaluate", overrides, run, base)
+
+
+def _doctor(words: list[str]) -> int:
+    if words:
+        raise ConfigError(f"doctor: got {words[0]!r}, expected nothing after it")
+    from apportion.doctor import examine, render
+
+    findings = examine()
+    print(render(findings))
+    return FAILED if any(finding.level == "fail" for finding in findings) else 0
+
+
+COMMANDS: dict[str, Command] = {
+    "train": Command("train a model", _train),
+    "evaluate": Command("measure a checkpoint or a run on held-out prompts", _evaluate),
+    "plan": Command("print batch sizes, placement and memory of a run without starting it", _plan),
+    "doctor": Command("check this machine and say how to mend what is wrong", _doctor),
+}
+
+
+# --- a run's own configuration ---
+
+
+def _value_of(key: str, words: list[str]) -> str | None:
+    """The last value that the command line gives a key."""
+    values = [word.partition("=")[2] for word in words if word.partition("=")[0] == key]
+    return values[-1].strip("'\"") if values else None
+
+
+def _chooses(words: list[str]) -> bool:
+    return any(word.startswith(("experiment=", "algorithm=")) for word in words)
+
+
+def _resumed(words: list[str]) -> Path | None:
+    """The saved configuration that `resume=` continues from, unless the command line names a recipe itself."""
+    resume = _value_of("resume", words)
+    if resume in (None, "", "null") or _chooses(words):
+        return None
+    runs = _value_of("runs_folder", words) or "runs"
+    saved = saved_config(str(resume), runs)
+    if saved is None:
+        raise _no_such_run("resume", str(resume), runs)
+    return saved
+
+
+def saved_config(path: str, runs_folder: str = "runs") -> Path | None:
+    """The configuration kept by the run that `path` is, names, or lies in; None where there is none."""
+    for start in (Path(path), Path(runs_folder) / path):
+        if start.exists():
+            for folder in (start, *start.resolve().parents[:3]):
+                if (folder / _SAVED_NAME).is_file():
+                    return folder / _SAVED_NAME
+    return None
+
+
+def _no_such_run(what: str, got: str, runs_folder: str) -> ConfigError:
+    folder = Path(runs_folder)
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
+    return ConfigError(
+        f"{what}: got {got!r}, expected a run's folder, its name under {runs_folder}/, or one of its checkpoints"
+        f"{nearest(Path(got).name, names)}"
+    )
+
+
+# --- hydra ---
+
+
+def to_config(composed: DictConfig) -> tuple[Config, dict[str, Any]]:
+    """The typed configuration and the same as a plain dict. ConfigError for what the schema refuses."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from apportion.conf import explain
+
+    try:
+        explain.check_keys(composed)
+        resolved: Any = OmegaConf.to_container(composed, resolve=True)
+        explain.missing_values(composed)
+        config: Any = OmegaConf.to_object(composed)
+    except OmegaConfBaseException as error:
+        raise explain.explain(error) from error
+    return config, resolved
+
+
+def compose_config(overrides: list[str], base: Path | None = None) -> DictConfig:
+    """The composed configuration, without Hydra's command line. `base` is a run's own configuration to start from."""
+    from hydra import compose, initialize_config_module
+
+    with _explained(), initialize_config_module("apportion.conf", version_base="1.3"):
+        return compose(_register(base), overrides=_with_lora(overrides))
+
+
+def _register(base: Path | None) -> str:
+    """Make the schema (and a run's own configuration) known to Hydra; the name of the primary configuration to use."""
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+
+    from apportion.conf.schema import Config
+
+    # A whole number of something's share, at least 1: ${share:${rollout.max_response_tokens},0.2}
+    OmegaConf.register_new_resolver("share", lambda whole, part: max(1, int(whole * part)), replace=True)
+    ConfigStore.instance().store(name="schema", node=Config)
+    if base is None:
+        return "config"
+    ConfigStore.instance().store(name="saved_run", node=OmegaConf.load(base), package="_global_")
+    return "saved"
+
+
+def _split(command: str, words: list[str]) -> tuple[list[str], list[str]]:
+    """Hydra's switches and the overrides, which Hydra's own parser only takes in one piece."""
+    switches: list[str] = []
+    overrides: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        name, _, value = word.partition("=")
+        if not word.startswith("-"):
+            if name in ("algorithm", "experiment", "lora") and value == "null":
+                raise ConfigError(f"{name}: got null, expected a name, or nothing at all")
+            overrides.append(word)
+        elif word in _SWITCHES or (value and name in _SWITCHES_WITH_VALUE):
+            switches.append(word)
+        elif word in _SWITCHES_WITH_VALUE:
+            given = next(rest, None)
+            if given is None:
+                raise ConfigError(f"{command}: got {word} and nothing after it, expected {word} VALUE")
+            switches += [word, given]
+        else:
+            known = [switch for switch in (*_SWITCHES, *_SWITCHES_WITH_VALUE) if switch.startswith("--")]
+            expected = "KEY=VALUE, --help, --cfg job, --multirun or --config-dir DIR"
+            raise ConfigError(f"{command}: got {word!r}, expected {expected}{nearest(word, known)}")
+    if "--cfg" in switches and switches[switches.index("--cfg") + 1] not in ("job", "hydra", "all"):
+        raise ConfigError(f"--cfg: got {switches[switches.index('--cfg') + 1]!r}, expected job, hydra or all")
+    return switches, overrides
+
+
+def _with_lora(overrides: list[str]) -> list[str]:
+    """A value of the optional section policy.lora switches the section on."""
+    wanted = any(word.startswith(_LORA_VALUES) for word in overrides)
+    named = any(word.startswith("lora=") for word in overrides)
+    return ["lora=default", *overrides] if wanted and not named else overrides
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Hydra's and omegaconf's exceptions as one-line ConfigErrors; Hydra's own reporting of them off."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from apportion.conf.explain import explain
+
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise explain(error) from error
+    finally:
+        if before is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = before
+
+
+def _with_hydra(command: str, words: list[str], run: Run, base: Path | None = None) -> int:
+    """Hydra's command line (--cfg, --help, --multirun, --config-dir) around `run`; the worst exit code of its jobs.
+
+    In a sweep a job that fails is reported and the next one starts; an interruption ends the sweep.
+    """
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+
+    switches, overrides = _split(command, words)
+    codes: list[int] = []
+
+    def task(composed: DictConfig) -> None:
+        try:
+            codes.append(run(*to_config(composed)))
+        except ApportionError as error:
+            codes.append(_report(error))
+
+    argv = sys.argv
+    sys.argv = [f"apportion {command}", *switches, *_with_lora(overrides)]
+    try:
+        with _explained():
+            hydra.main(version_base="1.3", config_path="conf", config_name=_register(base))(task)()
+    except SystemExit as stop:  # how argparse and --help end
+        codes.append(stop.code if isinstance(stop.code, int) else FAILED)
+    finally:
+        sys.argv = argv
+        GlobalHydra.instance().clear()
+    return max(codes, default=0)

@@ -1,0 +1,186 @@
+"""Refuses values that are each sound and together cannot run. Each check says got, expected and what to change."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+
+from apportion.conf.models import VALUE_BYTES, ModelFacts
+from apportion.conf.parts import group_relative
+from apportion.conf.schema import Config
+from apportion.platform.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The machine that an embedded Ray would have for itself."""
+
+    cores: int
+    memory_bytes: int
+    gpus: int
+
+
+def this_machine() -> Machine:
+    """Cores this process may use, memory that its container may use, GPUs that are visible."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for file in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
+        if file.is_file() and (text := file.read_text().strip()).isdigit():
+            memory = min(memory, int(text))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = [d for d in visible.split(",") if d.strip() not in ("", "-1")] if visible is not None else None
+    present = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    gpus = present if devices is None else min(present, len(devices))
+    return Machine(len(os.sched_getaffinity(0)), memory, gpus)
+
+
+def check_combinations(
+    config: Config, needs: frozenset[str], model: ModelFacts | None, machine: Machine | None, gpus: float
+) -> None:
+    """ConfigError for the first combination that cannot run. `machine` is None where the cluster is not this machine;
+    `gpus` is what all actors together ask for."""
+    _check_batches(config)
+    _check_lengths(config, needs, model)
+    _check_algorithm(config)
+    _check_rollout(config, model)
+    _check_devices(config, machine, gpus)
+    _check_evaluation(config)
+
+
+def _check_batches(config: Config) -> None:
+    prompts, updates, ranks = (
+        config.train.prompts_per_step,
+        config.algorithm.updates_per_batch,
+        config.cluster.policy_ranks,
+    )
+    if prompts % updates:
+        below, above = prompts // updates * updates, (prompts // updates + 1) * updates
+        options = f"{below} or {above}" if below else str(above)
+        raise ConfigError(
+            f"train.prompts_per_step: got {prompts} with algorithm.updates_per_batch={updates}, "
+            f"expected a multiple of {updates} such as {options}, so that every optimiser step has whole groups"
+        )
+    if prompts // updates < ranks:
+        raise ConfigError(
+            f"train.prompts_per_step: got {prompts}, which gives {prompts // updates} groups an optimiser step for "
+            f"cluster.policy_ranks={ranks}, expected at least {ranks * updates}, or fewer ranks"
+        )
+
+
+def _check_lengths(config: Config, needs: frozenset[str], model: ModelFacts | None) -> None:
+    prompt, response = config.data.max_prompt_tokens, config.rollout.max_response_tokens
+    longest = prompt + response
+    sum_text = f"data.max_prompt_tokens={prompt} + rollout.max_response_tokens={response}"
+    limits = {"policy": config.policy.micro_batch_tokens}
+    if "values" in needs:
+        limits["critic"] = config.critic.micro_batch_tokens
+    if "reference_logprobs" in needs:
+        limits["reference"] = config.reference.micro_batch_tokens
+    for section, limit in limits.items():
+        if limit < longest:
+            raise ConfigError(
+                f"{section}.micro_batch_tokens: got {limit}, expected at least {longest} = {sum_text}, "
+                "the longest sequence"
+            )
+    if model is None or model.context is None:
+        return
+    if longest > model.context:
+        raise ConfigError(
+            f"rollout.max_response_tokens: got {sum_text} = {longest}, "
+            f"expected at most {model.context}, the model's context; shorten prompts or responses"
+        )
+    evaluated = config.evaluation.max_response_tokens
+    if evaluated is not None and prompt + evaluated > model.context:
+        raise ConfigError(
+            f"evaluation.max_response_tokens: got {evaluated} + data.max_prompt_tokens={prompt} = {prompt + evaluated}, "
+            f"expected at most {model.context}, the model's context"
+        )
+
+
+def _check_algorithm(config: Config) -> None:
+    algorithm, responses = config.algorithm, config.rollout.responses_per_prompt
+    if responses == 1 and group_relative(algorithm):
+        raise ConfigError(
+            f"rollout.responses_per_prompt: got 1 with credit {algorithm.credit['name']}, which compares the responses "
+            "to a prompt, expected at least 2 (or algorithm=reinforce_pp or ppo)"
+        )
+    if algorithm.kl.place == "none" and algorithm.kl.coefficient > 0:
+        raise ConfigError(
+            f"algorithm.kl.coefficient: got {algorithm.kl.coefficient} with algorithm.kl.place=none, "
+            "expected place=reward or place=loss, or a coefficient of 0"
+        )
+    if config.policy.offload_optimizer and config.policy.zero_stage == 0:
+        raise ConfigError("policy.offload_optimizer: got true with policy.zero_stage=0, expected zero_stage 1, 2 or 3")
+
+
+def _check_rollout(config: Config, model: ModelFacts | None) -> None:
+    parallel, gpus = config.rollout.tensor_parallel_size, config.cluster.gpus_per_rollout_engine
+    if parallel > 1 and config.rollout.engine != "vllm":
+        raise ConfigError(
+            f"rollout.tensor_parallel_size: got {parallel} with rollout.engine={config.rollout.engine}, "
+            "expected 1, or rollout.engine=vllm"
+        )
+    if parallel > 1 and (gpus < parallel or gpus % parallel):
+        raise ConfigError(
+            f"cluster.gpus_per_rollout_engine: got {gpus:g} with rollout.tensor_parallel_size={parallel}, "
+            f"expected {parallel}, a GPU for each part"
+        )
+    prompts, engines = config.train.prompts_per_step, config.cluster.rollout_engines
+    if engines > prompts:
+        raise ConfigError(
+            f"cluster.rollout_engines: got {engines} for train.prompts_per_step={prompts}, "
+            f"expected at most {prompts}: the responses to a prompt are sampled on one engine"
+        )
+    if model is not None and gpus == 0 and config.rollout.engine == "vllm":
+        longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+        needed = longest * model.kv_bytes_per_token(VALUE_BYTES[config.model.dtype]) / 2**30
+        if max(1, round(config.rollout.kv_cache_gib)) < needed:
+            raise ConfigError(
+                f"rollout.kv_cache_gib: got {config.rollout.kv_cache_gib:g}, "
+                f"expected at least {ceil(needed)} for one sequence of {longest} tokens"
+            )
+
+
+def _check_devices(config: Config, machine: Machine | None, gpus: float) -> None:
+    cluster = config.cluster
+    for section, count in (("policy", cluster.gpus_per_policy_rank), ("critic", cluster.gpus_per_critic_rank)):
+        settings = config.policy if section == "policy" else config.critic
+        if settings.offload_optimizer and count == 0:
+            raise ConfigError(
+                f"{section}.offload_optimizer: got true with cluster.gpus_per_{section}_rank=0, expected false: "
+                "without a GPU the optimiser is in main memory already"
+            )
+    if config.model.attention == "flash_attention_2" and cluster.gpus_per_policy_rank == 0:
+        raise ConfigError(
+            "model.attention: got flash_attention_2 with cluster.gpus_per_policy_rank=0, "
+            "expected sdpa or eager, or a GPU"
+        )
+    if machine is None:
+        return
+    if gpus > machine.gpus:
+        raise ConfigError(
+            f"cluster: got {gpus:g} GPUs over all actors, expected at most the {machine.gpus} of this machine; "
+            "lower cluster.gpus_per_*, or join a cluster with cluster.address"
+        )
+    if cluster.threads is not None and cluster.threads > machine.cores:
+        raise ConfigError(
+            f"cluster.threads: got {cluster.threads}, expected at most {machine.cores}, the cores of this machine, "
+            "or null for all"
+        )
+
+
+def _check_evaluation(config: Config) -> None:
+    evaluation = config.evaluation
+    if config.data.eval is None:
+        if evaluation.every_steps:
+            raise ConfigError(
+                f"evaluation.every_steps: got {evaluation.every_steps} with data.eval=null, "
+                "expected data.eval=SOURCE, or every_steps=0"
+            )
+        return
+    if not evaluation.greedy and evaluation.samples == 0:
+        raise ConfigError(
+            "evaluation.samples: got 0 with evaluation.greedy=false, expected at least 1, or greedy=true, "
+            "or data.eval=null for no evaluation"
+        )

@@ -1,0 +1,181 @@
+"""Turns what Hydra and omegaconf raise into one line: got, expected, nearest valid name.
+
+Knows their exceptions by class and by `full_key`; where they only carry text, by the first line of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterable
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from apportion.conf.schema import Config
+from apportion.platform.errors import ConfigError, nearest
+
+_GROUPS = ("algorithm", "experiment", "lora")
+_WORDS: dict[Any, str] = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    list: "a list [a,b]",
+    list[int]: "a list of integers [1,2]",
+    list[str]: "a list [a,b]",
+    dict: "a mapping {key: value}",
+}
+
+
+def config_keys(kind: type = Config, prefix: str = "") -> dict[str, str]:
+    """Every dotted key of the configuration and, in words, what it takes.
+
+    >>> config_keys()["train.steps"], config_keys()["cluster.threads"]
+    ('an integer', 'an integer or null')
+    """
+    keys: dict[str, str] = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        if typing.get_origin(hint) is typing.ClassVar:
+            continue
+        nested = next((part for part in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(part)), None)
+        keys[prefix + name] = _words(hint)
+        if nested is not None:
+            keys.update(config_keys(typing.cast(type, nested), f"{prefix}{name}."))
+    return keys
+
+
+def _words(hint: Any) -> str:
+    arguments = typing.get_args(hint)
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return " or ".join("null" if part is type(None) else _words(part) for part in arguments)
+    if dataclasses.is_dataclass(hint):
+        return "its keys, one by one (" + ", ".join(field.name for field in dataclasses.fields(hint)) + ")"
+    return _WORDS.get(hint) or _WORDS.get(typing.get_origin(hint)) or "a value"
+
+
+def unknown_key(key: str, siblings: Iterable[str] = ()) -> ConfigError:
+    """The error for a key that does not exist. `siblings` are the names beside it where its parent is free-form."""
+    head, _, name = key.rpartition(".")
+    names = list(siblings)
+    if names:
+        close = nearest(name, names)
+        return ConfigError(f"{key}: got an unknown key, expected one of {', '.join(names)} under {head}{close}")
+    keys = config_keys()
+    section = key.split(".")[0]
+    inside = [known for known in keys if known.startswith(f"{section}.")] if section in keys else []
+    close = nearest(key, inside or [*keys, *_GROUPS])
+    return ConfigError(
+        f"{key}: got an unknown key, expected a key {f'of {section}' if inside else 'that exists'}{close}"
+    )
+
+
+def check_keys(config: DictConfig) -> None:
+    """ConfigError for a key that Hydra's `+` added and the schema does not have (it would be dropped silently)."""
+    known = config_keys()
+
+    def walk(node: Any, prefix: str) -> None:
+        for name in node:
+            key = f"{prefix}{name}"
+            if key not in known:
+                raise unknown_key(key)
+            child = node._get_node(name)
+            if isinstance(child, DictConfig) and not child._is_none() and any(k.startswith(f"{key}.") for k in known):
+                walk(child, f"{key}.")
+
+    walk(config, "")
+
+
+def missing_values(config: DictConfig) -> None:
+    """ConfigError naming every mandatory value that was not given."""
+    order = list(config_keys())
+    missing = sorted(OmegaConf.missing_keys(config), key=lambda key: order.index(key) if key in order else len(order))
+    if missing:
+        first = missing[0]
+        raise ConfigError(
+            f"{', '.join(missing)}: got no value, expected {'one' if len(missing) == 1 else 'one each'}; "
+            f"choose a recipe (experiment=quickstart) or give {first}=..."
+        )
+
+
+def explain(error: Exception) -> ConfigError:
+    """The one-line ConfigError for an exception of Hydra or omegaconf."""
+    from hydra.errors import MissingConfigException, OverrideParseException
+    from omegaconf.errors import OmegaConfBaseException
+
+    if isinstance(error, MissingConfigException):
+        return _missing_choice(error)
+    if isinstance(error, OverrideParseException):
+        return ConfigError(
+            f"override: got {error.override!r}, expected key=value "
+            "(a value with spaces, commas, brackets or quotes in quotes of its own: key='\"a, b\"')"
+        )
+    own = isinstance(error, OmegaConfBaseException)
+    cause = error if own else error.__cause__ or error.__context__ or error
+    line = " ".join(str(error).split("\n")[0].split())
+    quoted = line.split("'")
+    if line.startswith(("Could not override '", "Could not delete from config. '")):
+        full_key = str(getattr(cause, "full_key", "") or "")
+        return unknown_key(full_key if full_key.startswith(quoted[1]) else quoted[1], _siblings(cause))
+    if line.startswith(("Ambiguous value for argument", "Sweep parameters")):
+        key, _, value = quoted[1].partition("=")
+        return ConfigError(
+            f"{key}: got {value!r}, expected one value; write {key}=[{value}] for a list, or sweep with -m"
+        )
+    if line.startswith("Could not append to config."):
+        return ConfigError(f"{quoted[1]}: got it with '+', expected {quoted[1]}=VALUE without '+': the key exists")
+    if line.startswith("Multiple values for "):
+        group = line.removeprefix("Multiple values for ").split(".")[0].split()[0]
+        return ConfigError(f"{group}: got it twice or with '+', expected {group}=NAME once, without '+'")
+    explained = _from_omegaconf(cause, line)
+    return ConfigError(f"{quoted[1]}.yaml: {explained}") if line.startswith("In '") else explained
+
+
+def _siblings(cause: BaseException) -> list[str]:
+    """Names beside an unknown one, when its parent is a free-form mapping (an algorithm's component)."""
+    parent = getattr(cause, "parent_node", None)
+    if isinstance(parent, DictConfig) and OmegaConf.get_type(parent) is dict:
+        return [str(name) for name in parent]
+    return []
+
+
+def _missing_choice(error: Any) -> ConfigError:
+    """A group's option, or the whole configuration, that no file has."""
+    wanted = str(error.missing_cfg_file)
+    group, _, name = wanted.rpartition("/")
+    options = [str(option) for option in error.options or ()]
+    if not group:
+        return ConfigError(f"configuration: got {wanted!r}, expected a file of that name in the search path")
+    if not options:
+        return ConfigError(f"{group}: got an unknown group with {name!r}, expected one of {', '.join(_GROUPS)}")
+    return ConfigError(f"{group}: got {name!r}, expected one of {', '.join(options)}{nearest(name, options)}")
+
+
+def _from_omegaconf(cause: BaseException, line: str) -> ConfigError:
+    """A wrong type, an unknown key inside a recipe, a reference that leads nowhere."""
+    from omegaconf.errors import (
+        ConfigKeyError,
+        InterpolationResolutionError,
+        UnsupportedInterpolationType,
+        ValidationError,
+    )
+
+    key = str(getattr(cause, "full_key", "") or "")
+    text = " ".join(str(cause).split("\n")[0].split()) or line
+    if isinstance(cause, (InterpolationResolutionError, UnsupportedInterpolationType)):
+        return ConfigError(f"{key}: got a reference that leads nowhere ({text}), expected one that does")
+    if isinstance(cause, (ConfigKeyError, AttributeError)) and key:
+        return unknown_key(key, _siblings(cause))
+    if "does not support deletion" in text:
+        return ConfigError(f"{key}: got a deletion, expected {key}=VALUE")
+    if isinstance(cause, ValidationError) and key:
+        key, _, element = key.partition("[")  # evaluation.k[0] is an element of evaluation.k
+        expected = config_keys().get(key)
+        if expected is not None:
+            value = getattr(cause, "value", None)
+            got = "null" if value is None else repr(value)
+            return ConfigError(f"{key}: got {got}{' in the list' if element else ''}, expected {expected}")
+    if key and key not in text:
+        text = f"{key}: {text}"
+    return ConfigError(text)

@@ -1,0 +1,110 @@
+"""Checks an algorithm's parts before anything starts, and says which signals its credit needs.
+
+The parts live in modules that import torch, which alone takes longer than a plan should. So a part written as in the
+shipped recipe of its algorithm is known to be good (a test builds each), and `needs` is read from the source of its
+class; any other part is built for real.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from apportion.algorithms.registry import KINDS, build
+from apportion.conf.schema import AlgorithmConfig
+from apportion.platform.errors import ConfigError
+
+# Credits that compare a trajectory with the others of its group; a group of one teaches them nothing.
+_GROUP_RELATIVE: dict[str, dict[str, str]] = {"grpo": {}, "rloo": {}, "reinforce_pp": {"baseline": "group"}}
+
+
+def check_parts(algorithm: AlgorithmConfig) -> frozenset[str]:
+    """The signals that credit and KL need (of the interface's SIGNALS); ConfigError for a part that cannot be."""
+    shipped = _shipped(algorithm.name)
+    for kind, spec in parts_of(algorithm):
+        if not isinstance(spec, Mapping):
+            raise ConfigError(f"algorithm.{kind}: got {spec!r}, expected a mapping with a name and its parameters")
+        if not any(_same(spec, known) for known in shipped[kind]):
+            _built(kind, spec)
+    needs = _declared_needs(algorithm.credit)
+    if needs is None:
+        needs = frozenset(_built("credit", algorithm.credit).needs)
+    return needs | ({"reference_logprobs"} if algorithm.kl.place != "none" else frozenset())
+
+
+def parts_of(algorithm: AlgorithmConfig) -> list[tuple[str, Any]]:
+    """Every part as (kind, spec)."""
+    single = [("credit", algorithm.credit), ("surrogate", algorithm.surrogate), ("reduction", algorithm.reduction)]
+    return single + [("shaping", s) for s in algorithm.shaping] + [("selection", s) for s in algorithm.selection]
+
+
+def group_relative(algorithm: AlgorithmConfig) -> bool:
+    """Whether the credit learns only from how the responses to one prompt differ."""
+    conditions = _GROUP_RELATIVE.get(str(algorithm.credit["name"]))
+    if conditions is None:
+        return False
+    return all(key in algorithm.credit and algorithm.credit[key] == value for key, value in conditions.items())
+
+
+def _built(kind: str, spec: Mapping[str, Any]) -> Any:
+    try:
+        return build(kind, spec)
+    except ValueError as error:
+        raise ConfigError(f"algorithm.{error}") from error
+
+
+@cache
+def _shipped(name: str) -> dict[str, list[dict[str, Any]]]:
+    """The parts of the recipe of that name, by kind; none for a recipe of one's own."""
+    import yaml
+
+    file = Path(__file__).parent / "algorithm" / f"{name}.yaml"
+    known: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
+    if file.is_file():
+        recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
+        for kind in KINDS.keys() & recipe.keys():
+            known[kind] = recipe[kind] if isinstance(recipe[kind], list) else [recipe[kind]]
+    return known
+
+
+def _same(spec: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
+    """Equal, where a reference (`${...}`) of the recipe stands for the positive number it resolves to."""
+    if spec.keys() != known.keys():
+        return False
+    for key, value in known.items():
+        if isinstance(value, str) and value.startswith("${"):
+            if type(spec[key]) is not int or spec[key] < 1:
+                return False
+        elif spec[key] != value or type(spec[key]) is not type(value):
+            return False
+    return True
+
+
+def _declared_needs(spec: Mapping[str, Any]) -> frozenset[str] | None:
+    """`needs` as the credit's class declares it in its source; None where that is no literal or not one of ours."""
+    path = KINDS["credit"].get(str(spec["name"]))
+    if path is None:
+        return None
+    module, _, class_name = path.partition(":")
+    file = Path(__file__).parents[2] / (module.replace(".", "/") + ".py")
+    if not file.is_file():
+        return None
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef) and node.name == class_name:
+            return _literal_needs(node)
+    return None
+
+
+def _literal_needs(node: ast.ClassDef) -> frozenset[str] | None:
+    for line in node.body:
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and line.target.id == "needs":
+            value = line.value
+            if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "frozenset":
+                try:
+                    return frozenset(ast.literal_eval(value.args[0])) if value.args else frozenset()
+                except ValueError:
+                    return None
+    return None

@@ -1,0 +1,315 @@
+"""What a run will do, worked out from its configuration alone: batch sizes with their arithmetic, which actor runs
+where, and an estimate of each one's memory. `make_plan` refuses what cannot run; nothing is started and nothing heavy
+imported.
+
+Memory is what weights, optimiser and caches need by design plus rough terms for activations and the processes; it is
+there to see what fits, to a factor of about 1.3.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from math import ceil
+
+from apportion.conf.combinations import Machine, check_combinations, this_machine
+from apportion.conf.models import VALUE_BYTES, ModelFacts, read_model
+from apportion.conf.parts import check_parts
+from apportion.conf.schema import Config, EngineConfig
+from apportion.platform.errors import ConfigError
+
+GIB = 2**30
+MASTER_BYTES, ADAM_BYTES = 4, 8  # a float32 copy; two float32 moments
+_PROCESS_BYTES = {"policy": 1.1, "critic": 1.1, "reference": 1.0, "rollout": 1.6, "credit": 0.5, "reward": 0.4}  # GiB
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """One number of a run and the arithmetic that gives it."""
+
+    name: str
+    value: int
+    arithmetic: str
+
+
+@dataclass(frozen=True)
+class ActorPlan:
+    """`count` actors of one role. `memory` is bytes of each one, by what they are for."""
+
+    role: str
+    count: int
+    cpus: float  # of each, Ray's accounting
+    gpus: float
+    threads: int | None  # None: every core of its node
+    memory: dict[str, int] = field(default_factory=dict)
+    on_gpu: bool = False  # where the model's part of the memory is
+    memory_known: bool = True
+
+    @property
+    def bytes_each(self) -> int:
+        return sum(self.memory.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole picture. `needs` are the signals that credit and KL ask for."""
+
+    title: str
+    quantities: list[Quantity]
+    actors: list[ActorPlan]
+    needs: frozenset[str]
+    notes: list[str]
+
+    @property
+    def needs_reference(self) -> bool:
+        return "reference_logprobs" in self.needs
+
+    @property
+    def needs_critic(self) -> bool:
+        return "values" in self.needs
+
+    def actor(self, role: str) -> ActorPlan | None:
+        """The actors of a role, or None where the run has none."""
+        return next((actor for actor in self.actors if actor.role == role), None)
+
+    def value(self, name: str) -> int:
+        """The quantity of that name; KeyError if there is none."""
+        return {quantity.name: quantity.value for quantity in self.quantities}[name]
+
+    def render(self) -> str:
+        """For people, about forty lines."""
+        width = max(len(quantity.name) for quantity in self.quantities)
+        lines = [self.title, "", "batches"]
+        lines += [f"  {q.name:<{width}}  {q.value:>11,}  = {q.arithmetic}" for q in self.quantities]
+        lines += ["", "actors", f"  {'role':<10} {'count':>5} {'CPUs':>5} {'GPUs':>5} {'threads':>8}  memory of each"]
+        for a in self.actors:
+            threads = "all" if a.threads is None else str(a.threads)
+            lines.append(f"  {a.role:<10} {a.count:>5} {a.cpus:>5g} {a.gpus:>5g} {threads:>8}  {_memory_text(a)}")
+        if self.notes:
+            lines += ["", "notes", *(f"  - {note}" for note in self.notes)]
+        return "\n".join(lines)
+
+
+def make_plan(config: Config, machine: Machine | None = None) -> Plan:
+    """The plan of a run; ConfigError where it cannot run, saying what to change.
+
+    `machine` is the one that an embedded Ray would use (default: this one); it does not count when a cluster is joined.
+    """
+    joined = config.cluster.address is not None or bool(os.environ.get("RAY_ADDRESS"))
+    here = None if joined else machine or this_machine()
+    needs = check_parts(config.algorithm)
+    model = read_model(config.model.path)
+    actors = _actors(config, needs, model)
+    gpus = sum(actor.count * actor.gpus for actor in actors)
+    check_combinations(config, needs, model, here, gpus)
+    _check_memory(config, actors, here)
+    return Plan(
+        title=f"{config.recipe}: {config.algorithm.name} on {config.model.path}, {config.train.steps} steps",
+        quantities=_quantities(config),
+        actors=actors,
+        needs=needs,
+        notes=_notes(config, needs, model, here, actors),
+    )
+
+
+def _quantities(config: Config) -> list[Quantity]:
+    prompts, responses = config.train.prompts_per_step, config.rollout.responses_per_prompt
+    ranks, engines = config.cluster.policy_ranks, config.cluster.rollout_engines
+    updates, epochs = config.algorithm.updates_per_batch, config.algorithm.epochs
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    total = prompts * responses
+    engine_rows = ceil(prompts / engines) * responses
+    side_by_side = config.rollout.max_sequences
+    update_rows = total // updates
+    rank_rows = ceil(prompts // updates / ranks) * responses
+    fitting = config.policy.micro_batch_tokens // longest
+    rows = [
+        ("trajectories a step", total, f"{prompts} prompts x {responses} responses"),
+        ("trajectories an engine", engine_rows, f"ceil({prompts} prompts / {engines} engines) x {responses} responses"),
+        ("decoding rounds", ceil(engine_rows / side_by_side), f"ceil({engine_rows} / {side_by_side} side by side)"),
+        (
+            "tokens a trajectory",
+            longest,
+            f"at most {config.data.max_prompt_tokens} prompt + {longest - config.data.max_prompt_tokens} response",
+        ),
+        ("tokens a step", total * longest, f"at most {total} trajectories x {longest}"),
+        ("trajectories an update", update_rows, f"{total} / {updates} updates a batch"),
+        (
+            "trajectories a rank and update",
+            rank_rows,
+            f"ceil({prompts // updates} groups / {ranks} ranks) x {responses}, balanced by tokens",
+        ),
+        ("longest rows a micro-batch", fitting, f"{config.policy.micro_batch_tokens} padded tokens // {longest}"),
+        ("micro-batches a rank and update", ceil(rank_rows / fitting), f"at most ceil({rank_rows} / {fitting})"),
+        ("optimiser steps a batch", updates * epochs, f"{updates} updates x {epochs} epochs"),
+        ("optimiser steps", config.train.steps * updates * epochs, f"{config.train.steps} steps x {updates * epochs}"),
+    ]
+    if config.data.eval is not None:
+        greedy, samples = int(config.evaluation.greedy), config.evaluation.samples
+        if config.data.eval_limit is not None:
+            limit = config.data.eval_limit
+            rows.append(
+                (
+                    "responses an evaluation",
+                    limit * (greedy + samples),
+                    f"at most {limit} prompts x ({greedy} greedy + {samples} sampled)",
+                )
+            )
+    return [Quantity(*row) for row in rows]
+
+
+def _actors(config: Config, needs: frozenset[str], model: ModelFacts | None) -> list[ActorPlan]:
+    """Every actor of the run; a critic and a reference only where a signal asks for them."""
+    cluster, threads = config.cluster, config.cluster.threads
+    known = model is not None
+    total = config.train.prompts_per_step * config.rollout.responses_per_prompt
+
+    def compute(role: str, count: int, gpus: float, memory: dict[str, int], facts_known: bool = known) -> ActorPlan:
+        process = {"process": round(_PROCESS_BYTES[role] * GIB)}
+        return ActorPlan(role, count, 1.0, gpus, threads, memory | process, gpus > 0, facts_known)
+
+    actors = [
+        compute(
+            "policy", cluster.policy_ranks, cluster.gpus_per_policy_rank, _training_memory(config, config.policy, model)
+        ),
+        compute("rollout", cluster.rollout_engines, cluster.gpus_per_rollout_engine, _rollout_memory(config, model)),
+    ]
+    if "values" in needs:
+        own = model if config.critic.model is None else read_model(config.critic.model, "critic.model")
+        memory = _training_memory(config, config.critic, own)
+        actors.append(compute("critic", cluster.policy_ranks, cluster.gpus_per_critic_rank, memory, own is not None))
+    if "reference_logprobs" in needs:
+        own = model if config.reference.model is None else read_model(config.reference.model, "reference.model")
+        frozen = {} if own is None else {"weights": own.parameters * VALUE_BYTES[config.model.dtype]}
+        frozen |= {} if own is None else {"logits": _logits_bytes(config.policy.logits_chunk_tokens, own, 2)}
+        actors.append(
+            compute("reference", cluster.reference_ranks, cluster.gpus_per_reference_rank, frozen, own is not None)
+        )
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    batch = {"batch": total * longest * 64}  # ids, masks, log-probs and credit of a token, packed and padded
+    actors.append(ActorPlan("credit", 1, 0.5, 0, 1, {**batch, "process": round(_PROCESS_BYTES["credit"] * GIB)}))
+    actors.append(
+        ActorPlan("reward", config.reward.workers, 0.5, 0, 1, {"process": round(_PROCESS_BYTES["reward"] * GIB)})
+    )
+    return actors
+
+
+def _training_memory(config: Config, settings: EngineConfig, model: ModelFacts | None) -> dict[str, int]:
+    """Bytes of one training rank under ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054): stage 1 parts masters and
+    moments among the ranks, stage 2 gradients too, stage 3 weights too. Only adapters are trained under LoRA."""
+    if model is None:
+        return {}
+    ranks, stage = config.cluster.policy_ranks, settings.zero_stage
+    value = VALUE_BYTES[config.model.dtype]
+    trained = model.parameters
+    lora = config.policy.lora if settings is config.policy else None
+    if lora is not None:
+        trained = model.lora_parameters(lora.rank, lora.targets)
+    optimizer_share = ranks if stage >= 1 else 1
+    gradient_share = ranks if stage >= 2 else 1
+    frozen = model.parameters if lora is not None else 0
+    memory = {"weights": (trained + frozen) * value // (ranks if stage == 3 else 1)}
+    if value == 2:
+        memory["masters"] = trained * MASTER_BYTES // optimizer_share
+    memory["adam"] = trained * ADAM_BYTES // optimizer_share
+    # Stage 0 accumulates in the weights' type and copies to float32 for the step; the others accumulate in float32.
+    memory["gradients"] = trained * (value + 4 if stage == 0 and value == 2 else 4) // gradient_share
+    kept = 2 if settings.gradient_checkpointing else 24  # values a layer keeps for each token and hidden unit
+    memory["activations"] = settings.micro_batch_tokens * model.hidden * model.layers * kept * value
+    if settings is config.policy:
+        memory["logits"] = _logits_bytes(settings.logits_chunk_tokens, model, 3)
+    return memory
+
+
+def _logits_bytes(tokens: int, model: ModelFacts, copies: int) -> int:
+    return tokens * model.vocabulary * 4 * copies
+
+
+def _rollout_memory(config: Config, model: ModelFacts | None) -> dict[str, int]:
+    if model is None:
+        return {}
+    value, rollout = VALUE_BYTES[config.model.dtype], config.rollout
+    longest = config.data.max_prompt_tokens + rollout.max_response_tokens
+    memory = {"weights": model.parameters * value // rollout.tensor_parallel_size}
+    if rollout.engine == "vllm" and config.cluster.gpus_per_rollout_engine == 0:
+        memory["kv cache"] = max(1, round(rollout.kv_cache_gib)) * GIB
+    else:
+        memory["kv cache"] = (
+            rollout.max_sequences * longest * model.kv_bytes_per_token(value) // rollout.tensor_parallel_size
+        )
+    return memory
+
+
+def _check_memory(config: Config, actors: Iterable[ActorPlan], machine: Machine | None) -> None:
+    """Refuse what certainly exceeds this machine: weights, optimiser and caches, without the rough terms."""
+    rough = ("activations", "process", "batch", "logits")
+    firm = sum(
+        actor.count * sum(size for name, size in actor.memory.items() if name not in rough)
+        for actor in actors
+        if not actor.on_gpu
+    )
+    if machine is not None and firm > machine.memory_bytes:
+        raise ConfigError(
+            f"model.path: got {config.model.path}, whose weights, optimiser and caches take {firm / GIB:.1f} GiB, "
+            f"expected at most the {machine.memory_bytes / GIB:.1f} GiB of this machine; try policy.lora.rank=16, "
+            "a smaller rollout.kv_cache_gib, a smaller model, or policy.zero_stage=3 over a cluster"
+        )
+
+
+def _notes(
+    config: Config, needs: frozenset[str], model: ModelFacts | None, machine: Machine | None, actors: list[ActorPlan]
+) -> list[str]:
+    asked = ", ".join(sorted(needs)) or "none"
+    notes = [f"signals the algorithm asks for: {asked}"]
+    if model is None:
+        notes.append(f"memory of {config.model.path} is not known: it is not on this machine yet")
+    else:
+        value = VALUE_BYTES[config.model.dtype]
+        notes.append(
+            f"model: {model.parameters:,} parameters, context {model.context or 'not stated'}; "
+            f"a sync carries {_size(model.parameters * value)} through the object store"
+        )
+        notes += _cache_notes(config, model)
+    if config.policy.lora is not None and "values" in needs:
+        notes.append("LoRA is the policy's alone: the critic trains all of its weights")
+    if machine is None:
+        notes.append("the cluster's size is not known here: it is joined by address")
+    else:
+        host = sum(actor.count * actor.bytes_each for actor in actors if not actor.on_gpu)
+        free = f"this machine has {machine.cores} cores, {machine.gpus} GPUs, {_size(machine.memory_bytes)} memory"
+        notes.append(f"all actors together: about {_size(host)}; {free}")
+        if host > machine.memory_bytes:
+            notes.append(
+                "memory is likely to run out: lower policy.micro_batch_tokens or turn on policy.gradient_checkpointing"
+            )
+    if not any(actor.on_gpu for actor in actors):
+        notes.append("no GPU: sampling and updating take turns on the cores")
+    return notes
+
+
+def _cache_notes(config: Config, model: ModelFacts) -> list[str]:
+    """How many sequences the KV cache of a CPU engine holds, where that is fewer than are decoded side by side."""
+    rollout = config.rollout
+    if rollout.engine != "vllm" or config.cluster.gpus_per_rollout_engine > 0:
+        return []
+    longest = config.data.max_prompt_tokens + rollout.max_response_tokens
+    size = max(1, round(rollout.kv_cache_gib)) * GIB
+    held = size // (model.kv_bytes_per_token(VALUE_BYTES[config.model.dtype]) * longest)
+    if held < rollout.max_sequences:
+        return [
+            f"the KV cache holds {held} longest sequences of rollout.max_sequences={rollout.max_sequences}; "
+            "more rollout.kv_cache_gib may decode faster"
+        ]
+    return []
+
+
+def _memory_text(actor: ActorPlan) -> str:
+    if not actor.memory_known:
+        return "not known"
+    parts = " + ".join(f"{name} {_size(size)}" for name, size in actor.memory.items() if size >= GIB // 100)
+    return f"{_size(actor.bytes_each)}{' (GPU)' if actor.on_gpu else ''} = {parts}"
+
+
+def _size(size: int) -> str:
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.0f} MiB"
