@@ -96,25 +96,25 @@ class ImportanceCorrection:
 def mismatch_metrics(old_logprobs: Tensor, behavior_logprobs: Tensor, mask: Tensor, bound: float) -> dict[str, float]:
     """How far the trainer is from the engine over the mask; packed or padded alike. 0 for an empty mask.
 
-    The KL is of the engine's distribution from the trainer's, its samples being the engine's: `kl_k1` is unbiased and
-    may be negative, `kl_k3` never is. `share_beyond_bound` counts |log-prob difference| > `bound`.
+    The KL is of the engine's distribution from the trainer's, its samples being the engine's: `kl` (k1) is unbiased and
+    may be negative, `k3` never is. `share_beyond_bound` counts |log-prob difference| > `bound`.
     """
     difference = log_weights(old_logprobs, behavior_logprobs, mask)
     size = difference.abs()
     exponent = difference.clamp(-LOG_WEIGHT_LIMIT, LOG_WEIGHT_LIMIT)
     return {
-        "mismatch/mean_absolute_difference": float(masked_mean(size, mask)),
-        "mismatch/max_absolute_difference": float(size.max()) if size.numel() else 0.0,
-        "mismatch/kl_k1": float(masked_mean(-difference, mask)),
-        "mismatch/kl_k3": float(masked_mean(exponent.exp() - 1 - exponent, mask)),
+        "mismatch/abs_logprob_diff": float(masked_mean(size, mask)),
+        "mismatch/max": float(size.max()) if size.numel() else 0.0,
+        "mismatch/kl": float(masked_mean(-difference, mask)),
+        "mismatch/k3": float(masked_mean(exponent.exp() - 1 - exponent, mask)),
         "mismatch/share_beyond_bound": float(masked_mean((size > bound).to(size.dtype), mask)),
     }
 
 
 def correction_metrics(weights_BT: Tensor, mask_BT: Tensor, cap: float) -> dict[str, float]:
-    """Mean weight, and the shares of tokens at the cap (or past it) and masked."""
+    """Mean weight, and the share of tokens whose weight was cut: at the cap, or masked to 0."""
+    cut_BT = (weights_BT >= cap) | (weights_BT == 0)
     return {
-        "mismatch/weight_mean": float(masked_mean(weights_BT, mask_BT)),
-        "mismatch/share_at_cap": float(masked_mean((weights_BT >= cap).to(weights_BT.dtype), mask_BT)),
-        "mismatch/share_masked": float(masked_mean((weights_BT == 0).to(weights_BT.dtype), mask_BT)),
+        "mismatch/correction_mean": float(masked_mean(weights_BT, mask_BT)),
+        "mismatch/share_corrected": float(masked_mean(cut_BT.to(weights_BT.dtype), mask_BT)),
     }
