@@ -1,7 +1,10 @@
 # Every target makes .venv and installs what is pinned when that is missing or out of date.
 VENV := .venv
+REQUIREMENTS ?= cpu# or cuda
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# ninja, with which DeepSpeed compiles, is looked for there.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: help quickstart test unit check format bench bench-peer study clean
 
@@ -14,10 +17,11 @@ help:
 	@echo "make bench        speed against bare vLLM and bare torch, side by side"
 	@echo "make bench-peer   speed against TRL, in an environment of its own"
 	@echo "make study        credit methods compared, with plots"
+	@echo "REQUIREMENTS=cuda make ...   the same with CUDA builds, on a machine with NVIDIA GPUs"
 	@echo "make clean        remove .venv and caches (not runs/)"
 
-$(INSTALLED): requirements/install.sh requirements/cpu.txt requirements/dev.txt pyproject.toml
-	@requirements/install.sh $(VENV)
+$(INSTALLED): requirements/install.sh requirements/$(REQUIREMENTS).txt requirements/dev.txt pyproject.toml
+	@requirements/install.sh $(VENV) $(REQUIREMENTS)
 	@touch $@
 
 quickstart: $(INSTALLED)

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Makes the virtual environment if it is not there and installs what is pinned. Safe to repeat; says what is missing.
-# Usage: requirements/install.sh FOLDER
+# Usage: requirements/install.sh FOLDER [cpu|cuda]
 set -euo pipefail
 
-venv=${1:?usage: requirements/install.sh FOLDER}
+venv=${1:?usage: requirements/install.sh FOLDER [cpu|cuda]}
+build=${2:-cpu}
 torch=2.13.0
 cpu_index=https://download.pytorch.org/whl/cpu
 cd "$(dirname "$0")/.."
@@ -46,16 +47,23 @@ if [ ! -x "$venv/bin/pip" ]; then
 fi
 command -v g++ >/dev/null || fail "got no C++ compiler, expected g++ (DeepSpeed compiles a small part of itself): install g++"
 
-echo "install: pinned packages into $venv (some minutes the first time)"
-if [ "$(installed_torch)" != "$torch+cpu" ]; then
+install_cpu_torch() {
+    [ "$(installed_torch)" != "$torch+cpu" ] || return 0
     if [ "$(plain_pin_gives || true)" = "$torch+cpu" ]; then
         quiet_pip install --no-deps "torch==$torch"
     else
         quiet_pip install --no-deps --index-url "$cpu_index" "torch==$torch" ||
             fail "got no CPU build of torch $torch from $cpu_index: check the network, or install one into $venv by hand"
     fi
-fi
-[ "$(installed_torch)" = "$torch+cpu" ] || fail "got torch '$(installed_torch)', expected $torch+cpu: rm -r $venv and run again"
-quiet_pip install --no-deps -r requirements/cpu.txt -r requirements/dev.txt
+    [ "$(installed_torch)" = "$torch+cpu" ] || fail "got torch '$(installed_torch)', expected $torch+cpu: rm -r $venv and run again"
+}
+
+echo "install: pinned packages into $venv (some minutes the first time)"
+case $build in
+cpu) install_cpu_torch ;;
+cuda) ;; # its list has torch
+*) fail "got $build, expected cpu or cuda" ;;
+esac
+quiet_pip install --no-deps -r "requirements/$build.txt" -r requirements/dev.txt
 quiet_pip install --no-deps --no-build-isolation --editable .
 echo "install: done"

@@ -71,7 +71,7 @@ def plain_console():
 def test_each_step_is_one_line_with_its_numbers(tmp_path):
     tracker = JsonlTracker(tmp_path)
     tracker.log(0, {"eval/greedy_accuracy": 0.25})
-    tracker.log(1, {"reward/mean": np.float32(0.5), "policy/loss": float("nan")})
+    tracker.log(1, {"reward/mean": float(np.float32(0.5)), "policy/loss": float("nan")})
     assert without_time(read_metrics(tmp_path)) == [
         {"step": 0, "eval/greedy_accuracy": 0.25},
         {"step": 1, "reward/mean": 0.5, "policy/loss": None},

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# One run on Slurm: sbatch --nodes=2 deploy/slurm.sh experiment=gsm8k runs_folder=/shared/runs
+# Arguments go to `apportion train`. Submit from the repository, which lies with its .venv on a folder that all nodes see.
+#SBATCH --job-name=apportion
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --exclusive
+#SBATCH --gpus-per-node=8
+#SBATCH --time=08:00:00
+#SBATCH --output=apportion-%j.log
+set -euo pipefail
+
+cd "$SLURM_SUBMIT_DIR"
+source .venv/bin/activate
+
+# A token of this job alone; srun gives the environment to every node.
+export RAY_AUTH_MODE=token
+RAY_AUTH_TOKEN_PATH=$(mktemp "$HOME/.ray-token-$SLURM_JOB_ID-XXXXXX")
+export RAY_AUTH_TOKEN_PATH
+trap 'rm -f "$RAY_AUTH_TOKEN_PATH"' EXIT
+chmod 600 "$RAY_AUTH_TOKEN_PATH"
+python -c 'import secrets; print(secrets.token_hex(32), end="")' >"$RAY_AUTH_TOKEN_PATH"
+
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+address=$(getent ahostsv4 "$head" | awk 'NR == 1 {print $1}'):6379
+
+# The run ends by itself, with a checkpoint, a quarter of an hour before Slurm would end it: resume=RUN goes on.
+minutes=$(((SLURM_JOB_END_TIME - $(date +%s)) / 60 - 15))
+
+# Starts Ray on every node, runs the command on the first one, and stops Ray when it ends (everyone's of this user on
+# these nodes, hence --exclusive above).
+srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" \
+    ray symmetric-run --address "$address" --min-nodes "$SLURM_NNODES" -- \
+    apportion train cluster.address="$address" train.max_minutes="$minutes" "$@"
