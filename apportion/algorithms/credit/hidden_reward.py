@@ -14,7 +14,7 @@ credit method, and with every surrogate that keeps them apart (the token form of
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -69,7 +69,7 @@ class HiddenReward:
     `correct_at`: the least reward of a right answer, needed when rewards are not 0 and 1.
     """
 
-    base: Any
+    base: Any = field(default_factory=lambda: {"name": "grpo"})
     variant: str = "thr"
     mode: str = "reweight"
     p: float = 0.1
