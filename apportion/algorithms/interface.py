@@ -1,8 +1,9 @@
 """What an algorithm's parts are given and give back. Everything here is torch on the response axis.
 
-`algorithm = credit x surrogate x reduction (+ KL, + selection, + shaping)`. A part is a small dataclass: its fields are its
-parameters (checked in `__post_init__`, ValueError with got / expected), calling it does the work. Nothing divides but a
-reduction, and a reduction divides by totals of the whole optimiser step, so a loss never depends on how a batch was cut.
+`algorithm = credit x surrogate x reduction (+ KL, + selection, + shaping)`. A part is a small dataclass: its fields are
+its parameters (checked in `__post_init__`, ValueError with got / expected), calling it does the work. Nothing divides
+but a reduction, and a reduction divides by totals of the whole optimiser step, so a loss never depends on how a batch
+was cut.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
 SIGNALS = frozenset({"old_logprobs", "reference_logprobs", "values", "entropies", "influences", "critiques"})
@@ -56,7 +56,7 @@ class Credit:
 
 @runtime_checkable
 class CreditMethod(Protocol):
-    needs: ClassVar[frozenset[str]]  # a subset of SIGNALS
+    needs: ClassVar[frozenset[str]]  # a subset of SIGNALS; read it from the instance: a wrapped method adds its own
 
     def __call__(self, batch: CreditInput) -> Credit: ...
 
