@@ -1,0 +1,166 @@
+"""Rewards from an HTTP service: several addresses, load spread over them, retries, a time limit.
+
+A request is `POST {"prompts": [...], "completions": [...], "columns": {name: [...]}}`, the answer `{"rewards": [...]}`
+with status 200 and one number, null or list a sample. Anything else fails the samples of that request (`batch_size: 1`
+makes that one sample). Nothing of a header, of an address's user part or query, or of an answer's body is ever shown.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from apportion.actors.reward_call import Failure, RewardCall
+from apportion.actors.reward_sources import RewardEntry
+from apportion.platform.errors import ConfigError
+
+if TYPE_CHECKING:
+    import httpx
+
+FIRST_PAUSE_SECONDS = 0.25  # before the first retry; doubles with each
+RETRIED_STATUS = (408, 425, 429, 500, 502, 503, 504)
+
+
+class _Refused(Exception):
+    """The service answered in a way that asking again will not change."""
+
+
+class ServiceSource:
+    """One component of the reward, asked from `urls`: requests go to them in turn, a retry to the next one."""
+
+    def __init__(self, entry: RewardEntry) -> None:
+        import httpx
+
+        self.urls = list(entry.urls) if entry.urls is not None else [str(entry.function)]
+        for url in self.urls:
+            if not _is_address(url):
+                raise ConfigError("reward.functions: got an address that is not one, expected http://host:port/path")
+        self.name = entry.name or (urlsplit(self.urls[0]).hostname or "service")
+        self.weight = entry.weight
+        self._limit, self._retries, self._batch_size = entry.timeout_seconds, entry.retries, entry.batch_size
+        headers = {"Content-Type": "application/json"}
+        if entry.auth_env is not None:
+            if not os.environ.get(entry.auth_env):
+                raise ConfigError(
+                    f"reward.functions {self.name}: environment variable {entry.auth_env} (auth_env) is not set"
+                )
+            headers["Authorization"] = os.environ[entry.auth_env].strip()
+        for name in ("httpx", "httpcore"):
+            logging.getLogger(name).setLevel(logging.WARNING)  # below that they write addresses in full
+        # The header of auth_env goes before what an address's user part would become.
+        self._client = httpx.Client(headers=headers, auth=httpx.Auth() if entry.auth_env is not None else None)
+        self._turn = itertools.count()
+
+    @property
+    def hung(self) -> int:
+        return 0
+
+    def close(self) -> None:
+        self._client.close()
+
+    def missing_columns(self, columns: set[str]) -> list[str]:
+        return []
+
+    def score(self, call: RewardCall) -> list[Any]:
+        deadline = time.monotonic() + self._limit
+        size = self._batch_size or -(-len(call) // len(self.urls))
+        chunks = [list(range(start, min(start + size, len(call)))) for start in range(0, len(call), size)]
+        with ThreadPoolExecutor(max_workers=min(len(chunks), 4 * len(self.urls))) as pool:
+            answers = pool.map(lambda chunk: self._ask(call.select(chunk), next(self._turn), deadline), chunks)
+        return [element for answer in answers for element in answer]
+
+    def _ask(self, call: RewardCall, turn: int, deadline: float) -> list[Any]:
+        """The elements of one request, failures if no attempt gave them in time."""
+        body = {"prompts": call.prompts, "completions": call.completions, "columns": call.columns}
+        try:
+            content = json.dumps(body, default=_plain, allow_nan=False).encode()
+        except (TypeError, ValueError) as error:
+            return self._failed(call, "service", f"the samples cannot be written as JSON ({error})")
+        problem = "no attempt was made"
+        for attempt in range(self._retries + 1):
+            url = self.urls[(turn + attempt) % len(self.urls)]
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return self._failed(call, "timeout", f"no answer within {self._limit:g} s; last: {problem}")
+            try:
+                return self._attempt(url, content, len(call), deadline)
+            except _Refused as error:
+                return self._failed(call, "service", str(error))
+            except ConnectionError as error:
+                problem = str(error)
+            pause = FIRST_PAUSE_SECONDS * 2**attempt
+            if attempt < self._retries:
+                time.sleep(max(0.0, min(pause, deadline - time.monotonic())))
+        late = time.monotonic() >= deadline
+        return self._failed(
+            call, "timeout" if late else "service", f"{self._retries + 1} attempts failed; last: {problem}"
+        )
+
+    def _attempt(self, url: str, content: bytes, expected: int, deadline: float) -> list[Any]:
+        """One request. ConnectionError where another attempt may help, _Refused where not."""
+        import httpx
+
+        shown = shown_url(url)
+        try:
+            left = max(0.001, deadline - time.monotonic())
+            with self._client.stream("POST", url, content=content, timeout=left) as response:
+                answer = _read(response, deadline)
+        except httpx.HTTPError as error:  # its text may name the address in full
+            raise ConnectionError(f"{shown}: {type(error).__name__}") from None
+        if response.status_code in RETRIED_STATUS:
+            raise ConnectionError(f"{shown}: status {response.status_code}")
+        if response.status_code != 200:
+            raise _Refused(f"{shown}: status {response.status_code}, expected 200")
+        try:
+            rewards = json.loads(answer)["rewards"]
+        except (ValueError, KeyError, TypeError):
+            raise _Refused(f"{shown}: the answer is not JSON of the form {{'rewards': [...]}}") from None
+        if not isinstance(rewards, list) or len(rewards) != expected:
+            got = len(rewards) if isinstance(rewards, list) else type(rewards).__name__
+            raise _Refused(f"{shown}: got {got} rewards for {expected} completions")
+        return rewards
+
+    def _failed(self, call: RewardCall, reason: str, text: str) -> list[Any]:
+        return [Failure(reason, f"{self.name}: {text}")] * len(call)
+
+
+def _read(response: httpx.Response, deadline: float) -> bytes:
+    # httpx's own limit is for each piece of an answer; one that arrives byte by byte would never reach it.
+    pieces = []
+    for piece in response.iter_bytes():
+        pieces.append(piece)
+        if time.monotonic() > deadline:
+            raise ConnectionError(f"{shown_url(str(response.url))}: the answer was not whole in time")
+    return b"".join(pieces)
+
+
+def shown_url(url: str) -> str:
+    """An address without what may be secret in it.
+
+    >>> shown_url("http://me:secret@host:8000/score?key=abc")
+    'http://host:8000/score'
+    """
+    parts = urlsplit(url)
+    port = f":{parts.port}" if parts.port else ""
+    return f"{parts.scheme}://{parts.hostname}{port}{parts.path}"
+
+
+def _is_address(url: str) -> bool:
+    import httpx
+
+    try:
+        parts = httpx.URL(url)
+    except (httpx.InvalidURL, TypeError):
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.host)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no form for: arrays as lists, the rest (dates, decimals) as text."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)

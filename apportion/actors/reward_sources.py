@@ -1,0 +1,242 @@
+"""Where rewards come from: a Python function here; a service and a reward model in the files beside this one.
+
+Every source gives, for a call of n samples, n elements: what was said of the sample, or a Failure. What an element may
+be is judged in `scoring`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from apportion.actors.reward_call import (
+    ASYNC_GRACE_SECONDS,
+    CallTimeout,
+    Failure,
+    LimitedCaller,
+    RewardCall,
+    TooManyHung,
+    failure_of,
+    within,
+)
+from apportion.data.errors import DataError
+from apportion.data.functions import load_function
+from apportion.data.verifiers import ONE_BY_ONE, VERIFIERS
+from apportion.platform.errors import ConfigError, nearest
+
+RESERVED = ("prompts", "completions", "prompt_ids", "completion_ids")
+HUNG_SAMPLES = 4  # samples of one call that may run into the time limit before the rest is given up
+
+
+class RewardSource(Protocol):
+    """One component of the reward."""
+
+    name: str
+    weight: float
+
+    @property
+    def hung(self) -> int: ...  # calls given up and still busy
+
+    def score(self, call: RewardCall) -> list[Any]: ...  # one element a sample, a Failure where there is none
+
+    def missing_columns(self, columns: set[str]) -> list[str]: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass
+class RewardEntry:
+    """What the configuration says of one component. `function` is a dotted path, `file.py:function`, a verifier's name,
+    `model:PATH` or an address; a service with several addresses has `urls` instead."""
+
+    function: str | Callable[..., Any] | None = None
+    urls: list[str] | None = None
+    weight: float = 1.0
+    timeout_seconds: float = 60.0
+    name: str | None = None  # null: the function's
+    params: dict[str, Any] = field(default_factory=dict)  # keyword arguments of a function, settings of a model
+    one_by_one: bool | None = None  # functions: called for one sample at a time; null: only verifiers that need it
+    batch_size: int | None = None  # services: samples of a request; models: sequences of a forward pass
+    retries: int = 3  # services: further attempts of a request
+    auth_env: str | None = None  # services: environment variable that holds the Authorization header
+
+    def __post_init__(self) -> None:
+        shown = self.function if self.function is not None else self.urls
+        if (self.function is None) == (self.urls is None):
+            raise ConfigError(
+                f"reward.functions: got function={self.function!r} and urls={self.urls!r}, expected one of the two"
+            )
+        if not isinstance(self.weight, int | float) or self.weight != self.weight or abs(self.weight) == float("inf"):
+            raise ConfigError(f"reward.functions {shown}: got weight {self.weight!r}, expected a number")
+        if not self.timeout_seconds > 0:
+            raise ConfigError(f"reward.functions {shown}: got timeout_seconds {self.timeout_seconds}, expected above 0")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ConfigError(f"reward.functions {shown}: got batch_size {self.batch_size}, expected at least 1")
+        if self.retries < 0:
+            raise ConfigError(f"reward.functions {shown}: got retries {self.retries}, expected at least 0")
+
+
+def parse_entries(value: Any, default_timeout: float) -> list[RewardEntry]:
+    """One entry or a list of them, each a string, a mapping or (from Python) a function."""
+    several = isinstance(value, Sequence) and not isinstance(value, str)
+    return [_parse_entry(entry, default_timeout) for entry in (value if several else [value])]
+
+
+def _parse_entry(entry: Any, default_timeout: float) -> RewardEntry:
+    if isinstance(entry, RewardEntry):
+        return entry
+    if isinstance(entry, str) or callable(entry):
+        return RewardEntry(function=entry, timeout_seconds=default_timeout)
+    if not isinstance(entry, Mapping):
+        raise ConfigError(f"reward.functions: got {entry!r}, expected a function's name or a mapping with `function`")
+    known = list(RewardEntry.__dataclass_fields__)
+    for key in entry:
+        if key not in known:
+            raise ConfigError(
+                f"reward.functions: got key {key!r}, expected {', '.join(known)}{nearest(str(key), known)}"
+            )
+    given = {"timeout_seconds": default_timeout} | dict(entry)
+    if given["timeout_seconds"] is None:
+        given["timeout_seconds"] = default_timeout
+    for key, kind in (("params", dict), ("urls", list)):
+        if given.get(key) is not None:
+            given[key] = kind(given[key])
+    return RewardEntry(**given)
+
+
+def function_source(entry: RewardEntry) -> FunctionSource:
+    """The source of an entry that names a Python function or a verifier. ConfigError if there is none of that name."""
+    spec = entry.function
+    if callable(spec):
+        function, name = spec, getattr(spec, "__name__", type(spec).__name__)
+    elif spec in VERIFIERS:
+        function, name = VERIFIERS[str(spec)], str(spec)
+    elif ":" not in str(spec) and "." not in str(spec):
+        raise ConfigError(
+            f"reward.functions: got {spec!r}, expected package.module:function, file.py:function or one of "
+            f"{', '.join(VERIFIERS)}{nearest(str(spec), VERIFIERS)}"
+        )
+    else:
+        try:
+            function = load_function(str(spec))
+        except DataError as error:
+            raise ConfigError(f"reward.functions: {error}") from None
+        except Exception as error:
+            raise ConfigError(
+                f"reward.functions: {spec} cannot be imported ({type(error).__name__}: {error})"
+            ) from error
+        name = str(spec).replace(":", ".").rpartition(".")[2]
+    one_by_one = spec in ONE_BY_ONE if entry.one_by_one is None else entry.one_by_one
+    return FunctionSource(entry.name or name, function, entry, one_by_one)
+
+
+class FunctionSource:
+    """A Python function with TRL's signature, `f(prompts, completions, **columns) -> list`, sync or async.
+
+    It is given what it names: `prompts`, `completions`, `prompt_ids`, `completion_ids`, columns, and all of them if it
+    takes `**kwargs`; `params` of the entry go before columns of the same name. It runs in a thread, one call at a time;
+    what needs a process's main thread (signals) fails there.
+
+    Where a call of several samples raises or runs into its limit, it is repeated one sample at a time, so that only the
+    samples at fault are lost; a function with effects elsewhere must bear being called again. The repetition has
+    `timeout_seconds` once more for all samples together: an async function is repeated for all of them side by side, a
+    plain one for one after the other, and each gets at most a quarter of what is left.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Any], entry: RewardEntry, one_by_one: bool = False) -> None:
+        self.name, self.weight = name, entry.weight
+        self._function, self._params, self._limit, self._one_by_one = (
+            function,
+            entry.params,
+            entry.timeout_seconds,
+            one_by_one,
+        )
+        self._is_async = any(inspect.iscoroutinefunction(f) for f in (function, type(function).__call__))
+        self._caller = LimitedCaller(name, self._is_async)
+        parameters = inspect.signature(function).parameters.values()
+        self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        self._takes = {p.name for p in named}
+        self._required = [p.name for p in named if p.default is p.empty]
+        unknown = [key for key in entry.params if key not in self._takes]
+        if unknown and not self._takes_all:
+            near = nearest(unknown[0], self._takes)
+            raise ConfigError(f"reward.functions {name}: got params key {unknown[0]!r}, the function has none{near}")
+
+    @property
+    def hung(self) -> int:
+        return self._caller.hung
+
+    def close(self) -> None:
+        self._caller.close()
+
+    def missing_columns(self, columns: set[str]) -> list[str]:
+        """Arguments without a default that neither a column nor `params` gives."""
+        return [n for n in self._required if n not in columns and n not in self._params and n not in RESERVED]
+
+    def score(self, call: RewardCall) -> list[Any]:
+        if self._one_by_one and len(call) > 1:
+            return self._each(call)
+        try:
+            return self._asked(call, self._limit)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - what a user's function raises is a failure of its samples
+            if len(call) == 1 or isinstance(error, TooManyHung):
+                return [failure_of(error, self.name)] * len(call)
+        return self._each(call)  # out here, or each traceback would begin with this one
+
+    def _asked(self, call: RewardCall, limit: float) -> list[Any]:
+        return self._listed(self._caller.call(lambda: self._function(**self._arguments(call)), limit), len(call))
+
+    def _arguments(self, call: RewardCall) -> dict[str, Any]:
+        given = dict(call.columns) | {"prompts": call.prompts, "completions": call.completions}
+        given |= {"prompt_ids": call.prompt_ids, "completion_ids": call.completion_ids} | self._params
+        return given if self._takes_all else {name: value for name, value in given.items() if name in self._takes}
+
+    def _listed(self, elements: Any, expected: int) -> list[Any]:
+        if hasattr(elements, "tolist"):  # numpy array, torch tensor
+            elements = elements.tolist()
+        if not isinstance(elements, list | tuple):
+            text = f"{self.name}: got a {type(elements).__name__}, expected a list with one element a sample"
+            return [Failure("wrong_type", text)] * expected
+        if len(elements) != expected:
+            text = f"{self.name}: got {len(elements)} rewards for {expected} completions"
+            return [Failure("wrong_length", text)] * expected
+        return list(elements)
+
+    def _each(self, call: RewardCall) -> list[Any]:
+        return self._side_by_side(call) if self._is_async else self._in_turn(call)
+
+    def _in_turn(self, call: RewardCall) -> list[Any]:
+        deadline = time.monotonic() + self._limit
+        elements: list[Any] = []
+        late = 0
+        for index in range(len(call)):
+            left = deadline - time.monotonic()
+            if left <= 0 or late == HUNG_SAMPLES:
+                why = f"{late} samples before it took too long" if late else f"the {self._limit:g} s for all are over"
+                elements.append(Failure("timeout", f"{self.name}: not called, as {why}"))
+                continue
+            try:
+                elements += self._asked(call.select([index]), left / 4)
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - as in `score`
+                late += isinstance(error, CallTimeout)
+                elements.append(failure_of(error, self.name))
+        return elements
+
+    def _side_by_side(self, call: RewardCall) -> list[Any]:
+        async def one(index: int) -> list[Any]:
+            answer = self._function(**self._arguments(call.select([index])))
+            return self._listed(await within(answer, self._limit, self._limit), 1)
+
+        async def all_of_them() -> list[Any]:
+            return await asyncio.gather(*map(one, range(len(call))), return_exceptions=True)
+
+        try:
+            answers = self._caller.call(all_of_them, self._limit + ASYNC_GRACE_SECONDS)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - as in `score`
+            return [failure_of(error, self.name)] * len(call)
+        return [failure_of(a, self.name) if isinstance(a, BaseException) else a[0] for a in answers]

@@ -1,0 +1,250 @@
+"""Sources of rows: what is read, what is refused and how it is said, and what is counted when skipping."""
+
+import gzip
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from apportion.data.errors import DataError
+from apportion.data.sources import load_sources, parse_specs
+
+
+def write_lines(path: Path, *lines: str) -> Path:
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def refusal(value, **options) -> str:
+    with pytest.raises(DataError) as caught:
+        load_sources(value, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+ROWS = [{"prompt": "1 + 1?", "answer": 2, "tags": ["a"]}, {"prompt": "2 + 2?", "answer": 4, "tags": []}]
+
+
+def test_jsonl_rows_keep_their_columns_and_types(tmp_path):
+    path = write_lines(tmp_path / "sums.jsonl", *map(json.dumps, ROWS))
+    [source] = load_sources(str(path))
+    assert source.name == "sums"
+    assert [row.values for row in source.rows] == ROWS
+    assert [row.place for row in source.rows] == [f"{path}:1", f"{path}:2"]
+
+
+def test_gzipped_jsonl_and_json_lists_give_the_same_rows(tmp_path):
+    with gzip.open(tmp_path / "sums.jsonl.gz", "wt") as file:
+        file.write("\n".join(map(json.dumps, ROWS)))
+    (tmp_path / "list.json").write_text(json.dumps(ROWS))
+    first, second = load_sources([str(tmp_path / "sums.jsonl.gz"), str(tmp_path / "list.json")])
+    assert [row.values for row in first.rows] == [row.values for row in second.rows] == ROWS
+    assert (first.name, second.name) == ("sums", "list")
+
+
+def test_csv_cells_are_text_and_quoted_cells_may_hold_line_ends(tmp_path):
+    path = write_lines(tmp_path / "sums.csv", "question,answer", '"1 +\n1?",2', "2 + 2?,4")
+    [source] = load_sources(str(path), prompt_column="question")
+    assert [row.values for row in source.rows] == [
+        {"question": "1 +\n1?", "answer": "2"},
+        {"question": "2 + 2?", "answer": "4"},
+    ]
+    assert source.rows[1].place == f"{path}:4"
+
+
+def test_parquet_rows_keep_their_columns_and_types(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "sums.parquet")
+    [source] = load_sources(str(tmp_path / "sums.parquet"))
+    assert [row.values for row in source.rows] == ROWS
+
+
+def test_a_broken_json_line_is_named_with_file_and_line(tmp_path):
+    path = write_lines(tmp_path / "sums.jsonl", json.dumps(ROWS[0]), '{"prompt": "2 +')
+    message = refusal(str(path))
+    assert message.startswith(f"{path}:2: not valid JSON (")
+    assert '\'{"prompt": "2 +\'' in message
+
+
+def test_a_missing_column_is_named_with_what_the_row_has(tmp_path):
+    path = write_lines(tmp_path / "sums.jsonl", json.dumps({"question": "1 + 1?", "answer": 2}))
+    assert refusal(str(path)) == (
+        f"{path}:1: no column 'prompt', got question, answer; name the right one with prompt_column"
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{}", "empty row, expected a JSON object with columns"),
+        ("[1]", "got a JSON list, expected an object with columns"),
+        ('{"prompt": "  "}', "column 'prompt' is empty, expected text or messages"),
+        ('{"prompt": []}', "column 'prompt' is empty, expected text or messages"),
+        ('{"prompt": 7}', "column 'prompt': got a int, expected text or a list of messages"),
+        ('{"prompt": [{"text": "hi"}]}', "column 'prompt': got message \"{'text': 'hi'}\", expected role and content"),
+        (
+            '{"prompt": [{"role": "assistant", "content": "hi"}]}',
+            "column 'prompt': the last message is the assistant's, expected one that asks for an answer",
+        ),
+    ],
+)
+def test_a_row_without_a_usable_prompt_is_refused_in_one_line(tmp_path, line, message):
+    path = write_lines(tmp_path / "rows.jsonl", line)
+    assert refusal(str(path)) == f"{path}:1: {message}"
+
+
+def test_an_empty_line_between_rows_is_bad_and_at_the_end_is_nothing(tmp_path):
+    rows = list(map(json.dumps, ROWS))
+    path = write_lines(tmp_path / "rows.jsonl", rows[0], "", rows[1], "", "")
+    assert refusal(str(path)) == f"{path}:2: empty line, expected a JSON object"
+    [source] = load_sources(str(path), on_bad_row="skip")
+    assert source.skipped == {"empty": 1}
+
+
+def test_skipping_counts_bad_rows_by_reason_and_keeps_row_numbers(tmp_path):
+    good = json.dumps(ROWS[0])
+    path = write_lines(tmp_path / "rows.jsonl", "{", good, '{"question": "x"}', '{"prompt": ""}', "[]", good)
+    [source] = load_sources(str(path), on_bad_row="skip")
+    assert source.skipped == {"broken": 2, "missing_column": 1, "empty": 1}
+    assert [row.number for row in source.rows] == [1, 5]
+
+
+def test_a_source_without_a_usable_row_is_refused_even_when_skipping(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", "{", "[]")
+    assert refusal(str(path), on_bad_row="skip") == f"{path}: no row can be used; left out: {{'broken': 2}}"
+    empty = write_lines(tmp_path / "empty.jsonl")
+    assert refusal(str(empty)) == f"{empty}: no row can be used; left out: none, the source is empty"
+
+
+def test_csv_rows_of_the_wrong_width_are_named_with_their_line(tmp_path):
+    path = write_lines(tmp_path / "rows.csv", "prompt,answer", "1 + 1?,2", "2 + 2?")
+    assert refusal(str(path)) == f"{path}:3: got 1 columns, expected 2: prompt, answer"
+
+
+def test_files_that_are_not_what_their_name_says_are_refused_in_one_line(tmp_path):
+    for name in ("rows.parquet", "rows.jsonl", "rows.jsonl.gz"):
+        (tmp_path / name).write_bytes(b"\xff\xfe\x00garbage")
+    assert "not a parquet file" in refusal(str(tmp_path / "rows.parquet"))
+    assert "not readable as jsonl text in UTF-8" in refusal(str(tmp_path / "rows.jsonl"))
+    assert "not readable as jsonl text in UTF-8" in refusal(str(tmp_path / "rows.jsonl.gz"))
+    (tmp_path / "rows.txt").write_text("hello")
+    assert refusal(str(tmp_path / "rows.txt")).endswith("got a .txt file, expected .jsonl, .json, .csv, .parquet")
+
+
+def test_a_missing_file_and_a_misspelt_source_are_told_what_is_expected():
+    assert refusal("nowhere.jsonl").startswith("nowhere.jsonl: no such file or saved dataset; expected a .jsonl")
+    assert "(did you mean 'arithmetic'?)" in refusal("arithmetik")
+    assert "(did you mean 'chain_sum'?)" in refusal("gym:chain_sums")
+    assert refusal({"sauce": "a.jsonl"}).startswith("data: got {'sauce': 'a.jsonl'}, expected a string or a mapping")
+
+
+def test_a_misspelt_key_of_a_file_is_refused_with_the_nearest_name(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", json.dumps(ROWS[0]))
+    assert refusal({"source": str(path), "wieght": 2}).endswith(
+        "got 'wieght', a file has no such parameter (did you mean 'weight'?)"
+    )
+
+
+@pytest.mark.parametrize("weight", [0, -1, math.inf, math.nan, "much"])
+def test_a_weight_that_is_no_positive_number_is_refused(weight):
+    assert refusal({"source": "arithmetic", "weight": weight}).startswith(f"arithmetic: got weight {weight!r}")
+
+
+def test_limits_come_from_the_run_unless_the_source_has_its_own(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", *[json.dumps({"prompt": f"{i}?"}) for i in range(9)])
+    sources = load_sources([str(path), {"source": str(path), "limit": 2, "name": "few"}], limit=4)
+    assert [(s.name, len(s.rows)) for s in sources] == [("rows", 4), ("few", 2)]
+
+
+def test_sources_of_one_name_get_numbers_so_that_prompt_ids_stay_unique():
+    sources = load_sources(["arithmetic", "arithmetic", {"source": "arithmetic", "name": "sums"}])
+    assert [s.name for s in sources] == ["arithmetic", "arithmetic#2", "sums"]
+
+
+def test_specs_keep_what_belongs_to_the_source_itself():
+    [spec] = parse_specs({"source": "gym:gcd", "weight": 3, "size": 9, "min_numbers": 2}, limit=5)
+    assert (spec.weight, spec.limit, spec.parameters) == (3, 5, {"size": 9, "min_numbers": 2})
+
+
+def pairs(split: str, **parameters) -> list[tuple[int, int]]:
+    [source] = load_sources({"source": "arithmetic", **parameters}, split=split)
+    return [(row.values["a"], row.values["b"]) for row in source.rows]
+
+
+def test_arithmetic_asks_every_sum_once_and_train_and_eval_share_none_not_even_mirrored():
+    train, held_out = pairs("train"), pairs("eval")
+    assert (len(train), len(held_out)) == (800, 100)
+    assert sorted(train + held_out) == [(a, b) for a in range(1, 31) for b in range(1, 31)]
+    assert not set(train) & {(b, a) for a, b in held_out}
+    assert pairs("train") == train
+    assert set(pairs("eval", seed=1)) != set(held_out)
+
+
+def test_arithmetic_rows_are_worded_as_documented():
+    [source] = load_sources("arithmetic", prompt_column="question")
+    row = source.rows[0].values
+    assert row["prompt"] == f"What is {row['a']} + {row['b']}? Answer with a number."
+    assert row["answer"] == str(row["a"] + row["b"])
+    assert source.prompt_column == "prompt"
+
+
+def test_arithmetic_parameters_are_checked():
+    assert refusal({"source": "arithmetic", "hihg": 9}).endswith(
+        "got 'hihg', expected low, high, eval_pairs, seed (did you mean 'high'?)"
+    )
+    assert refusal({"source": "arithmetic", "high": 5}).startswith("arithmetic: got eval_pairs=100 of 25 pairs")
+
+
+def test_gym_tasks_give_prompt_answer_and_the_whole_entry():
+    [source] = load_sources({"source": "gym:chain_sum", "size": 5, "seed": 1, "max_terms": 3})
+    values = source.rows[0].values
+    assert len(source.rows) == 5
+    assert values["prompt"] == values["entry"]["question"]
+    assert values["answer"] == values["entry"]["answer"] == str(eval(values["entry"]["metadata"]["expression"]))
+    assert (values["task"], values["task_parameters"]) == ("chain_sum", {"max_terms": 3})
+    assert all(row.values["entry"]["metadata"]["num_terms"] <= 3 for row in source.rows)
+
+
+def test_gym_eval_questions_are_others_than_the_training_ones():
+    [train], [held_out] = (load_sources({"source": "gym:gcd", "size": 50}, split=s) for s in ("train", "eval"))
+    assert not {r.values["prompt"] for r in train.rows} & {r.values["prompt"] for r in held_out.rows}
+
+
+def test_gym_parameters_that_the_task_refuses_are_a_data_error():
+    assert refusal({"source": "gym:chain_sum", "max_trems": 3}).startswith(
+        "gym:chain_sum: parameters {'max_trems': 3} refused ("
+    )
+
+
+def test_a_python_function_yields_rows_with_its_parameters(tmp_path, monkeypatch):
+    (tmp_path / "my_rows.py").write_text(
+        "import itertools\n\n"
+        "def squares(start):\n"
+        "    for n in itertools.count(start):\n"
+        "        yield {'prompt': f'{n}^2?', 'answer': n * n}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    [source] = load_sources({"source": "function:my_rows.py:squares", "start": 3, "limit": 2})
+    assert [row.values for row in source.rows] == [{"prompt": "3^2?", "answer": 9}, {"prompt": "4^2?", "answer": 16}]
+    assert "has no 'square' (did you mean 'squares'?)" in refusal("function:my_rows.py:square")
+    assert "no file" in refusal("function:other.py:squares")
+    assert "no module 'not_there'" in refusal("function:not_there:rows")
+
+
+def test_saved_datasets_are_read_by_split_and_checked(tmp_path):
+    import datasets
+
+    train = datasets.Dataset.from_list([*ROWS, {"prompt": "", "answer": 0, "tags": []}])
+    held_out = datasets.Dataset.from_list([{"prompt": "3 + 3?", "answer": 6, "tags": ["b"]}])
+    datasets.DatasetDict({"train": train, "test": held_out}).save_to_disk(str(tmp_path / "both"))
+    folder = str(tmp_path / "both")
+    assert refusal(folder) == f"{folder}: row 3: column 'prompt' is empty, expected text or messages"
+    [source] = load_sources(folder, on_bad_row="skip")
+    assert ([row.values for row in source.rows], source.skipped) == (ROWS, {"empty": 1})
+    [evaluation] = load_sources(f"hf:{folder}", split="eval")
+    assert [row.values["answer"] for row in evaluation.rows] == [6]
+    assert "got splits train, test, expected dev" in refusal({"source": folder, "split": "dev"})
+    assert "no column 'question', got prompt, answer, tags" in refusal(folder, prompt_column="question")
