@@ -141,9 +141,6 @@ class PromptStream:
     Several sources are mixed so that after any number of prompts each has given its share by weight, to within one
     prompt (two sources) or a few (many): the next prompt comes from the source that is furthest behind. Each source has
     its own epochs.
-
-    >>> stream.next_batch(2)            # doctest: +SKIP
-    [Prompt(prompt_id='arithmetic:17:0', ...), Prompt(prompt_id='arithmetic:402:0', ...)]
     """
 
     def __init__(
