@@ -96,6 +96,9 @@ def _report(error: ApportionError) -> int:
 
 def _train(words: list[str]) -> int:
     def run(config: Config, resolved: dict[str, Any]) -> int:
+        from apportion.plan import make_plan
+
+        make_plan(config)  # what cannot run is refused before anything heavy is imported
         from apportion.build import train
 
         return train(config, resolved)

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import ceil
 
-from apportion.conf.combinations import Machine, check_combinations, this_machine
+from apportion.conf.combinations import Machine, check_combinations, longest_sampled, this_machine
 from apportion.conf.models import VALUE_BYTES, ModelFacts, read_model
 from apportion.conf.parts import check_parts
 from apportion.conf.schema import Config, EngineConfig
@@ -188,9 +188,9 @@ def _actors(config: Config, needs: frozenset[str], model: ModelFacts | None) -> 
         )
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     batch = {"batch": total * longest * 64}  # ids, masks, log-probs and credit of a token, packed and padded
-    actors.append(ActorPlan("credit", 1, 0.5, 0, 1, {**batch, "process": round(_PROCESS_BYTES["credit"] * GIB)}))
+    actors.append(ActorPlan("credit", 1, 0, 0, 1, {**batch, "process": round(_PROCESS_BYTES["credit"] * GIB)}))
     actors.append(
-        ActorPlan("reward", config.reward.workers, 0.5, 0, 1, {"process": round(_PROCESS_BYTES["reward"] * GIB)})
+        ActorPlan("reward", config.reward.workers, 0, 0, 1, {"process": round(_PROCESS_BYTES["reward"] * GIB)})
     )
     return actors
 
@@ -230,7 +230,7 @@ def _rollout_memory(config: Config, model: ModelFacts | None) -> dict[str, int]:
     if model is None:
         return {}
     value, rollout = VALUE_BYTES[config.model.dtype], config.rollout
-    longest = config.data.max_prompt_tokens + rollout.max_response_tokens
+    longest = longest_sampled(config)
     memory = {"weights": model.parameters * value // rollout.tensor_parallel_size}
     if rollout.engine == "vllm" and config.cluster.gpus_per_rollout_engine == 0:
         memory["kv cache"] = max(1, round(rollout.kv_cache_gib)) * GIB
@@ -293,7 +293,7 @@ def _cache_notes(config: Config, model: ModelFacts) -> list[str]:
     rollout = config.rollout
     if rollout.engine != "vllm" or config.cluster.gpus_per_rollout_engine > 0:
         return []
-    longest = config.data.max_prompt_tokens + rollout.max_response_tokens
+    longest = longest_sampled(config)
     size = max(1, round(rollout.kv_cache_gib)) * GIB
     held = size // (model.kv_bytes_per_token(VALUE_BYTES[config.model.dtype]) * longest)
     if held < rollout.max_sequences:

