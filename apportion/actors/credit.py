@@ -261,7 +261,6 @@ def rollout_totals(scored: Batch) -> Totals:
     known = scored.rewards[scored.sample_mask]
     totals.add("reward/mean", known.sum(), len(known))
     totals.add("reward/square", (known**2).sum(), len(known))
-    totals.add("reward/failed_share", count - len(known), count)
     totals.add("rollout/response_tokens_mean", scored.response_lengths.sum(), count)
     totals.add("rollout/truncated_share", (~scored.terminated).sum(), count)
     turns = [int(scored.turn_ids[scored.response_slice(i)].max(initial=-1)) + 1 for i in range(count)]

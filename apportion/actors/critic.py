@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,18 +32,22 @@ class CriticSpec:
 
 
 class CriticWorker(ActorBase):
-    def __init__(self, spec: CriticSpec, world: World) -> None:
+    def __init__(self, spec: CriticSpec) -> None:
         self.spec = spec
+
+    def setup(self, world: World) -> None:
+        """Load the model and join the other ranks."""
+        spec, self.world = self.spec, world
         model = load_causal_lm(
             spec.model, spec.dtype, spec.attention, spec.trust_remote_code, spec.settings.gradient_checkpointing
         )
-        self.world = world
         module = ValueModel(model)
         freeze_unused_head(module)
         self.engine = DeepSpeedEngine(module, spec.settings, world, spec.total_optimizer_steps)
 
-    def signals(self, shard: Batch) -> Signals:
-        """`values` [R] of the state before each action token, and `bootstrap_values` [B] of the state after the last."""
+    def signals(self, shard: Batch) -> tuple[float, Signals]:
+        """Seconds, and `values` [R] of the state before each action token, and `bootstrap_values` [B] of the state after the last."""
+        start = time.perf_counter()
         values = np.zeros(int(shard.response_lengths.sum()), np.float32)
         bootstrap = np.zeros(len(shard), np.float32)
         totals = shard.prompt_lengths + shard.response_lengths
@@ -56,10 +61,10 @@ class CriticWorker(ActorBase):
                 out = self.engine.forward(m.input_ids, torch.cat([m.rows, each]), torch.cat([m.columns, last])).cpu()
                 values[micro.packed_index] = out[: len(micro.packed_index)].numpy()
                 bootstrap[rows] = out[len(micro.packed_index) :].numpy()
-        return Signals(values=values, bootstrap_values=bootstrap)
+        return time.perf_counter() - start, Signals(values=values, bootstrap_values=bootstrap)
 
     def update(self, shard: Batch, minibatches: int) -> UpdateReport:
-        report = UpdateReport(Totals())
+        report, start = UpdateReport(Totals()), time.perf_counter()
         for _ in range(self.spec.epochs):
             for step in range(minibatches):
                 chosen = np.flatnonzero(shard.minibatch_ids == step)
@@ -68,6 +73,7 @@ class CriticWorker(ActorBase):
                 report.tokens += sum(m.real_tokens for m in micros)
                 outcome = self.engine.train_step(micros, empty, lambda m: self._loss(m, shard, report.totals))
                 report.steps.append(outcome)
+        report.seconds = time.perf_counter() - start
         return report
 
     def _loss(self, micro: MicroBatch, shard: Batch, totals: Totals) -> Tensor:

@@ -64,9 +64,12 @@ class UpdateReport:
 class PolicyWorker(ActorBase):
     """A DeepSpeed rank. Methods that communicate must be called on every rank at once."""
 
-    def __init__(self, spec: PolicySpec, world: World) -> None:
+    def __init__(self, spec: PolicySpec) -> None:
         self.spec = spec
-        self.world = world
+
+    def setup(self, world: World) -> None:
+        """Load the model and join the other ranks."""
+        spec, self.world = self.spec, world
         model = load_causal_lm(
             spec.model,
             dtype=spec.dtype,
@@ -83,8 +86,9 @@ class PolicyWorker(ActorBase):
 
     # signals
 
-    def signals(self, shard: Batch) -> Signals:
-        """Log-probs and entropies of the weights as they are now, on the shard's response axis."""
+    def signals(self, shard: Batch) -> tuple[float, Signals]:
+        """Seconds, and log-probs and entropies of the weights as they are now, on the shard's response axis."""
+        start = time.perf_counter()
         logprobs = np.zeros(int(shard.response_lengths.sum()), np.float32)
         entropies = np.zeros_like(logprobs)
         self.engine.module().eval()
@@ -94,7 +98,7 @@ class PolicyWorker(ActorBase):
                 lp, entropy = self._forward(moved)
                 logprobs[micro.packed_index] = lp.cpu().numpy()
                 entropies[micro.packed_index] = entropy.cpu().numpy()
-        return Signals(old_logprobs=logprobs, entropies=entropies)
+        return time.perf_counter() - start, Signals(old_logprobs=logprobs, entropies=entropies)
 
     def _forward(self, micro: MicroBatch, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
         return self.engine.forward(
@@ -107,10 +111,10 @@ class PolicyWorker(ActorBase):
         """`minibatches` optimiser steps an epoch over this rank's part of the batch."""
         report = UpdateReport(Totals())
         assert shard.minibatch_ids is not None
-        start = time.perf_counter()
+        start, teaching = time.perf_counter(), self._teaching(shard)
         for _ in range(self.spec.loss.epochs):
             for step in range(minibatches):
-                chosen = np.flatnonzero(shard.minibatch_ids == step)
+                chosen = np.flatnonzero((shard.minibatch_ids == step) & teaching)
                 micros = cut(shard, chosen, self.spec.settings.micro_batch_tokens)
                 report.tokens += sum(m.real_tokens for m in micros)
                 outcome = self.engine.train_step(
@@ -119,6 +123,15 @@ class PolicyWorker(ActorBase):
                 report.steps.append(outcome)
         report.seconds = time.perf_counter() - start
         return report
+
+    def _teaching(self, shard: Batch) -> np.ndarray:
+        """bool [B]: rows that can have a gradient. Where credit is 0 on every token and nothing else is in the loss, a
+        row adds exactly 0 (denominators are in the weights already), so its passes are not made."""
+        loss = self.spec.loss
+        if loss.kl_in_loss or loss.entropy_coefficient > 0:
+            return np.ones(len(shard), bool)
+        advantages = _packed(shard, "advantages")
+        return np.array([bool(advantages[shard.response_slice(i)].any()) for i in range(len(shard))], bool)
 
     def _empty(self, shard: Batch) -> MicroBatch:
         """A pass that a rank makes only to keep pace with the others; its loss counts for nothing."""

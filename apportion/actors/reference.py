@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,11 +37,12 @@ class ReferenceWorker(ActorBase):
         self.module = CausalLMLogprobs(model, spec.logits_chunk_tokens).to(self.device).eval()
 
     @torch.no_grad()
-    def signals(self, shard: Batch) -> Signals:
-        """`reference_logprobs` [R], at the sampling temperature, as the policy's own are."""
+    def signals(self, shard: Batch) -> tuple[float, Signals]:
+        """Seconds, and `reference_logprobs` [R], at the sampling temperature, as the policy's own are."""
+        start = time.perf_counter()
         out = np.zeros(int(shard.response_lengths.sum()), np.float32)
         for micro in cut(shard, np.arange(len(shard)), self.spec.micro_batch_tokens):
             m = micro.to(self.device)
             logprobs, _ = self.module(m.input_ids, m.rows, m.columns, m.targets, self.spec.temperature)
             out[micro.packed_index] = logprobs.cpu().numpy()
-        return Signals(reference_logprobs=out)
+        return time.perf_counter() - start, Signals(reference_logprobs=out)

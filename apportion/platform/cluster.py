@@ -64,7 +64,9 @@ class Call:
 class Cluster:
     """A Ray of one's own, or a seat in one that runs."""
 
-    def __init__(self, address: str | None, run_name: str, cpus: float, log_folder: Path, store_gib: float | None) -> None:
+    def __init__(
+        self, address: str | None, run_name: str, cpus: float, log_folder: Path, store_gib: float | None
+    ) -> None:
         import ray
 
         self._actors: list[Actor] = []

@@ -30,11 +30,11 @@ class ActorBase:
     def peak_memory_mib(self) -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
-    def free_port(self) -> tuple[str, int]:
-        """This node's address as others reach it, and a port free on it now."""
+    def free_port(self, local: bool) -> tuple[str, int]:
+        """This node's address as others reach it (loopback if all are here), and a port free on it now."""
         import ray
 
-        address = ray.util.get_node_ip_address()
+        address = "127.0.0.1" if local else ray.util.get_node_ip_address()
         with socket.socket() as listener:
             listener.bind((address, 0))
             return address, listener.getsockname()[1]

@@ -1,0 +1,483 @@
+"""The loop: prompts -> rollout -> score -> cut -> signals -> credit -> update -> sync. One short method a stage.
+
+The driver holds prompts, references and reports; batches stay in Ray's object store. Every wait has a deadline.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from apportion.actors.credit import AdmitReport, CreditReport, CutReport, EvaluationReport
+from apportion.actors.engines import Sampling
+from apportion.actors.policy import UpdateReport
+from apportion.actors.rollout import RolloutReport
+from apportion.actors.scoring import ScoreReport
+from apportion.algorithms.kl import KlCoefficient
+from apportion.batch import Prompt, Totals
+from apportion.platform.checkpoint import CheckpointStore, RunState
+from apportion.platform.cluster import Actor, Call, Cluster, gather
+from apportion.platform.errors import ApportionError, RewardError
+from apportion.platform.tracking import Tracker
+from apportion.platform.weights import SyncReceipt, prove
+
+MAX_ROUNDS = 8  # of sampling for one step, when selection drops groups
+
+
+class PromptSource(Protocol):
+    def next_batch(self, prompts: int | None = None) -> list[Prompt]: ...
+    def state(self) -> dict[str, int]: ...
+    def load_state(self, state: dict[str, int]) -> None: ...
+
+
+@dataclass
+class Actors:
+    """Everything that runs. Reference and critic are empty when nothing needs them."""
+
+    rollout: list[Actor]
+    reward: list[Actor]
+    credit: Actor
+    policy: list[Actor]
+    reference: list[Actor] = field(default_factory=list)
+    critic: list[Actor] = field(default_factory=list)
+
+
+@dataclass
+class LoopSettings:
+    steps: int
+    prompts_per_step: int
+    responses_per_prompt: int
+    sampling: Sampling
+    minibatches: int
+    policy_signals: bool  # old log-probs are a pass of their own
+    selects: bool  # groups may be dropped, so sampling may take several rounds
+    max_failed_share: float
+    sync_check: bool
+    call_timeout_seconds: float
+    critic_only_steps: int
+    samples_shown: int
+    max_minutes: float | None
+    checkpoint_every: int
+    checkpoint_final: bool
+    seeds: dict[str, int]
+
+
+@dataclass
+class EvaluationSettings:
+    every_steps: int
+    before: bool
+    after: bool
+    greedy: bool
+    samples: int
+    ks: list[int]
+    temperature: float
+    max_tokens: int
+    correct_at: float
+    show: int
+
+
+@dataclass
+class Progress:
+    """Where the run stands; what a checkpoint carries beside the tensors."""
+
+    step: int = 0
+    policy_version: int = 0
+    accuracy_before: float | None = None
+    accuracy_after: float | None = None
+    answers_before: list[dict[str, Any]] = field(default_factory=list)
+    answers_after: list[dict[str, Any]] = field(default_factory=list)
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+    samples: int = 0
+    rollout_tokens: int = 0
+    update_tokens: int = 0
+    step_seconds: float = 0.0
+    wall_seconds: float = 0.0
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Experience:
+    """References to what a step has sampled and scored."""
+
+    admitted: list[Any]
+    groups: int
+    totals: Totals
+    seconds_sampling: float
+
+
+class Trainer:
+    """Runs steps over actors that others have started."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        actors: Actors,
+        prompts: PromptSource,
+        settings: LoopSettings,
+        kl: KlCoefficient,
+        tracker: Tracker,
+        store: CheckpointStore,
+    ) -> None:
+        self.cluster = cluster
+        self.actors = actors
+        self.prompts = prompts
+        self.settings = settings
+        self.kl = kl
+        self.tracker = tracker
+        self.store = store
+        self.progress = Progress()
+        self.evaluation: EvaluationSettings | None = None
+        self.evaluation_prompts: list[Prompt] = []
+        self._timing: dict[str, float] = {}
+        self._scores = Totals()
+        self._first_traceback: str | None = None
+        self._started = time.perf_counter()
+
+    # the run
+
+    def run(self) -> Progress:
+        """From where `progress` stands to the last step."""
+        self._started = time.perf_counter() - self.progress.wall_seconds
+        self._sync()
+        if self.evaluation and self.evaluation.before and self.progress.step == 0:
+            report = self._evaluate()
+            self.progress.accuracy_before = report.metrics.get("eval/greedy_accuracy")
+            self.progress.answers_before = report.answers
+            self.tracker.log(0, report.metrics)
+        while not self._finished():
+            self.step()
+        if self.settings.checkpoint_final and self.progress.step not in self.store.steps():
+            self.checkpoint()
+        self.progress.wall_seconds = self._elapsed()
+        return self.progress
+
+    def step(self) -> dict[str, float]:
+        """One step; its metrics are logged once, when it is whole."""
+        self._timing, self._scores = {}, Totals()
+        start = time.perf_counter()
+        experience = self._collect()
+        shards, cut = self._cut(experience)
+        signals = self._signals(shards)
+        shards, credit = self._credit(shards, signals)
+        updates, critic = self._update(shards, cut.minibatches)
+        self.progress.policy_version += 1
+        self._sync()
+        self.progress.step += 1
+        self._timing["step"] = time.perf_counter() - start
+        metrics = self._metrics(experience, cut, credit, updates, critic)
+        metrics |= self._evaluate_if_due()
+        self.tracker.log(self.progress.step, metrics)
+        self.tracker.log_samples(self.progress.step, credit.samples)
+        self.progress.metrics = metrics
+        if self.settings.checkpoint_every and self.progress.step % self.settings.checkpoint_every == 0:
+            self.checkpoint()
+        return metrics
+
+    def _elapsed(self) -> float:
+        """Seconds of the whole run, those before a resume included."""
+        return time.perf_counter() - self._started
+
+    def _finished(self) -> bool:
+        limit = self.settings.max_minutes
+        return self.progress.step >= self.settings.steps or (limit is not None and self._elapsed() > 60 * limit)
+
+    # stages
+
+    def _collect(self) -> Experience:
+        """Sample and score until there are enough groups. Produces references to admitted batches."""
+        wanted, experience = self.settings.prompts_per_step, Experience([], 0, Totals(), 0.0)
+        for round_ in range(MAX_ROUNDS if self.settings.selects else 1):
+            prompts = self.prompts.next_batch(wanted)
+            first_group = round_ * wanted
+            chunks = _deal(prompts, len(self.actors.rollout))
+            batches = self._rollout(chunks, first_group, experience)
+            scored = self._score(batches, chunks)
+            with self._timed("cut"):
+                for report, ref in self._call_all([self.actors.credit.call("admit", s, returns=2) for s in scored]):
+                    self._admit(experience, report, ref)
+            if experience.groups >= wanted:
+                break
+        self._check_rewards(experience)
+        return experience
+
+    def _rollout(self, chunks: list[list[Prompt]], first_group: int, experience: Experience) -> list[Any]:
+        settings = self.settings
+        calls, group = [], first_group
+        for actor, chunk in zip(self.actors.rollout, chunks, strict=False):
+            arguments = (chunk, group, settings.responses_per_prompt, settings.sampling)
+            calls.append(actor.call("generate", *arguments, returns=2))
+            group += len(chunk)
+        with self._timed("rollout"):
+            answers = self._call_all(calls)
+        reports: list[RolloutReport] = [report for report, _ in answers]
+        experience.seconds_sampling += max(r.seconds for r in reports)
+        self.progress.rollout_tokens += sum(r.response_tokens for r in reports)
+        experience.totals.add("rollout/trajectories", sum(r.trajectories for r in reports), 1)
+        experience.totals.add("rollout/prompts", sum(map(len, chunks)), 1)
+        return [ref for _, ref in answers]
+
+    def _score(self, batches: list[Any], chunks: list[list[Prompt]]) -> list[Any]:
+        workers = self.actors.reward
+        calls = [
+            workers[i % len(workers)].call("score", batch, chunk, returns=2)
+            for i, (batch, chunk) in enumerate(zip(batches, chunks, strict=True))
+        ]
+        with self._timed("score"):
+            answers = self._call_all(calls)
+        for report, _ in answers:
+            self._count_scores(report)
+        return [ref for _, ref in answers]
+
+    def _count_scores(self, report: ScoreReport) -> None:
+        self._scores.add("reward/failed_share", sum(report.failed.values()), report.samples)
+        if len(report.component_sums) > 1:
+            for name, total in report.component_sums.items():
+                self._scores.add(f"reward/{name}", total, report.component_counts[name])
+        if report.first_traceback and self._first_traceback is None:
+            self._first_traceback = report.first_traceback
+            self.tracker.warn(f"a reward failed; its samples are masked and counted:\n{report.first_traceback}")
+
+    def _admit(self, experience: Experience, report: AdmitReport, ref: Any) -> None:
+        experience.totals.merge(report.totals)
+        experience.totals.add("rollout/groups_dropped", report.groups_dropped, 1)
+        experience.groups += report.groups_kept
+        if report.groups_kept:
+            experience.admitted.append(ref)
+
+    def _check_rewards(self, experience: Experience) -> None:
+        """Stop rather than train on what is left when too many rewards failed or no group is usable."""
+        share = self._scores.means()["reward/failed_share"]
+        if share > self.settings.max_failed_share:
+            raise RewardError(
+                f"reward: {share:.0%} of this step's samples failed, expected at most "
+                f"{self.settings.max_failed_share:.0%} (reward.max_failed_share); the first failure:\n{self._first_traceback}"
+            )
+        if not experience.groups:
+            raise ApportionError(
+                "selection: no group of this step is left to train on, expected at least one; rewards may all be equal: "
+                "look at samples.jsonl, or change the task's difficulty or algorithm.selection"
+            )
+
+    def _cut(self, experience: Experience) -> tuple[list[Any], CutReport]:
+        shards, wanted = len(self.actors.policy), self.settings.prompts_per_step
+        arguments = (wanted, shards, self.settings.minibatches, *experience.admitted)
+        with self._timed("cut"):
+            [(report, *refs)] = self._call_all([self.actors.credit.call("cut", *arguments, returns=shards + 1)])
+        return refs, report
+
+    def _signals(self, shards: list[Any]) -> list[Any]:
+        """References to Signals, pass by pass, shard by shard; only the passes that are needed."""
+        actors, calls = self.actors, []
+        if self.settings.policy_signals:
+            calls += [a.call("signals", s, returns=2) for a, s in zip(actors.policy, shards, strict=True)]
+        if actors.reference:
+            ranks = len(actors.reference)
+            calls += [actors.reference[i % ranks].call("signals", s, returns=2) for i, s in enumerate(shards)]
+        calls += [a.call("signals", s, returns=2) for a, s in zip(actors.critic, shards, strict=False)]
+        with self._timed("signals"):
+            return [ref for _, ref in self._call_all(calls)]
+
+    def _credit(self, shards: list[Any], signals: list[Any]) -> tuple[list[Any], CreditReport]:
+        arguments = (len(shards), self.kl.coefficient, self.settings.samples_shown, *shards, *signals)
+        with self._timed("credit"):
+            [(report, *refs)] = self._call_all([self.actors.credit.call("credit", *arguments, returns=len(shards) + 1)])
+        return refs, report
+
+    def _update(self, shards: list[Any], minibatches: int) -> tuple[list[UpdateReport], list[UpdateReport]]:
+        """Policy and critic ranks; an update that fails on one rank stops the run."""
+        policy = self.actors.policy if self.progress.step >= self.settings.critic_only_steps else []
+        calls = [a.call("update", s, minibatches) for a, s in zip(self.actors.critic, shards, strict=False)]
+        calls += [a.call("update", s, minibatches, self.kl.coefficient) for a, s in zip(policy, shards, strict=False)]
+        with self._timed("update"):
+            reports = self._gather(calls, "update")
+        split = len(self.actors.critic)
+        return reports[split:], reports[:split]
+
+    def _sync(self) -> None:
+        """Every engine gets the trainer's weights and proves it; only then does the version count."""
+        version = self.progress.policy_version
+        with self._timed("sync"):
+            sent = self._gather([a.call("weights", version) for a in self.actors.policy], "sync")[0]
+            entries, bundle = sent
+            calls = [a.call("load_weights", bundle, self.settings.sync_check) for a in self.actors.rollout]
+            receipts: list[SyncReceipt] = self._gather(calls, "sync")
+            prove(receipts, entries, version)
+        self._weight_bytes = sum(e.size for e in entries)
+        self._live_checked = min(r.checked_live for r in receipts)
+
+    # evaluation
+
+    def _evaluate_if_due(self) -> dict[str, float]:
+        """Every so many steps, and after the last: then the answers are kept for the summary."""
+        settings = self.evaluation
+        if settings is None:
+            return {}
+        last = settings.after and self._finished()
+        if not last and not (settings.every_steps and self.progress.step % settings.every_steps == 0):
+            return {}
+        report = self._evaluate()
+        if last:
+            self.progress.accuracy_after = report.metrics.get("eval/greedy_accuracy")
+            self.progress.answers_after = report.answers
+        return report.metrics
+
+    def _evaluate(self) -> EvaluationReport:
+        """Greedy answers, and sampled ones for avg@k and pass@k, over all held-out prompts."""
+        settings = self.evaluation
+        assert settings is not None
+        chunks = _deal(self.evaluation_prompts, len(self.actors.rollout))
+        greedy, sampled = [], []
+        with self._timed("evaluate"):
+            if settings.greedy:
+                greedy = self._evaluate_with(chunks, Sampling(0.0, max_tokens=settings.max_tokens), 1)
+            if settings.samples:
+                sampling = Sampling(settings.temperature, max_tokens=settings.max_tokens)
+                sampled = self._evaluate_with(chunks, sampling, settings.samples)
+            arguments = (settings.correct_at, settings.ks, settings.show, len(greedy), *greedy, *sampled)
+            [report] = self._gather([self.actors.credit.call("evaluate_refs", *arguments)], "evaluation")
+        return report
+
+    def _evaluate_with(self, chunks: list[list[Prompt]], sampling: Sampling, responses: int) -> list[Any]:
+        calls, group = [], 0
+        for actor, chunk in zip(self.actors.rollout, chunks, strict=False):
+            calls.append(actor.call("generate", chunk, group, responses, Sampling(**vars(sampling)), returns=2))
+            group += len(chunk)
+        batches = [ref for _, ref in self._call_all(calls)]
+        workers = self.actors.reward
+        scoring = [
+            workers[i % len(workers)].call("score", batch, chunk, returns=2)
+            for i, (batch, chunk) in enumerate(zip(batches, chunks, strict=True))
+        ]
+        return [ref for _, ref in self._call_all(scoring)]
+
+    # checkpoints
+
+    def checkpoint(self) -> Path:
+        """Everything a resumed run needs, under a name only once it is whole."""
+        with self._timed("checkpoint"), self.store.writing(self.progress.step) as folder:
+            calls = [a.call("save", str(folder.resolve())) for a in [*self.actors.policy, *self.actors.critic]]
+            self._gather(calls, "checkpoint")
+            self._state().save(folder)
+        return self.store.root / f"step-{self.progress.step:06d}"
+
+    def _state(self) -> RunState:
+        p = self.progress
+        extra = {
+            "accuracy_before": p.accuracy_before,
+            "answers_before": p.answers_before,
+            "stage_seconds": p.stage_seconds,
+            "samples": p.samples,
+            "rollout_tokens": p.rollout_tokens,
+            "update_tokens": p.update_tokens,
+            "step_seconds": p.step_seconds,
+            "wall_seconds": self._elapsed(),
+        }
+        return RunState(
+            step=p.step,
+            policy_version=p.policy_version,
+            data=self.prompts.state(),
+            seeds=self.settings.seeds,
+            trackers=self.tracker.state(),
+            kl=self.kl.state_dict(),
+            extra=extra,
+        )
+
+    def restore(self, folder: Path, state: RunState) -> None:
+        """Take up where the checkpoint in `folder` was written."""
+        calls = [a.call("load", str(folder.resolve())) for a in [*self.actors.policy, *self.actors.critic]]
+        self._gather(calls, "resume")
+        self.prompts.load_state(state.data)
+        if state.kl is not None:
+            self.kl.load_state_dict(state.kl)
+        self.progress = Progress(step=state.step, policy_version=state.policy_version, **state.extra)
+
+    # waiting and counting
+
+    def _gather(self, calls: list[Call], what: str) -> list[Any]:
+        return gather(calls, self.settings.call_timeout_seconds, f"{what} of step {self.progress.step + 1}")
+
+    def _call_all(self, calls: list[Call]) -> list[tuple]:
+        """For calls with several results: the first of each fetched, the others left in the store."""
+        reports = self._gather(calls, calls[0].method if calls else "nothing")
+        return [(report, *call.refs[1:]) for report, call in zip(reports, calls, strict=True)]
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - start
+            self._timing[stage] = self._timing.get(stage, 0.0) + seconds
+            self.progress.stage_seconds[stage] = self.progress.stage_seconds.get(stage, 0.0) + seconds
+
+    def _metrics(
+        self,
+        experience: Experience,
+        cut: CutReport,
+        credit: CreditReport,
+        updates: list[UpdateReport],
+        critic: list[UpdateReport],
+    ) -> dict[str, float]:
+        totals = experience.totals
+        totals.merge(self._scores)
+        metrics = {**credit.metrics, **_update_metrics(updates, "policy"), **_update_metrics(critic, "critic")}
+        metrics |= totals.means()
+        metrics["reward/std"] = math.sqrt(max(0.0, metrics.pop("reward/square") - metrics["reward/mean"] ** 2))
+        for name in ("rollout/trajectories", "rollout/prompts", "rollout/groups_dropped"):
+            metrics[name] = totals.sums[name]
+        metrics["policy/kl_coefficient"] = self.kl.coefficient
+        metrics["weights/version"] = self.progress.policy_version
+        metrics["weights/bytes"] = self._weight_bytes
+        if "policy/kl_reference" in metrics:
+            self.kl.update(metrics["policy/kl_reference"], cut.trajectories)
+        return metrics | self._speeds(experience, cut, [*updates, *critic], updates)
+
+    def _speeds(
+        self, experience: Experience, cut: CutReport, reports: list[UpdateReport], policy: list[UpdateReport]
+    ) -> dict[str, float]:
+        timing, p = self._timing, self.progress
+        step = timing["step"]
+        tokens = sum(r.tokens for r in policy)
+        stages = sum(v for k, v in timing.items() if k != "step")
+        computing = experience.seconds_sampling + max((r.seconds for r in policy), default=0.0)
+        computing += max((r.seconds for r in reports if r not in policy), default=0.0) + timing.get("signals", 0.0)
+        p.samples += cut.trajectories
+        p.update_tokens += tokens
+        p.step_seconds += step
+        sampled = experience.totals.sums["rollout/response_tokens_mean"]
+        return {f"timing/{k}": v for k, v in timing.items()} | {
+            "timing/other": step - stages,
+            "perf/samples_per_second": cut.trajectories / step,
+            "perf/rollout_tokens_per_second": sampled / timing["rollout"],
+            "perf/update_tokens_per_second": tokens / timing["update"],
+            "perf/overhead_share": max(0.0, 1 - computing / step),
+        }
+
+
+def _update_metrics(reports: list[UpdateReport], role: str) -> dict[str, float]:
+    if not reports:
+        return {}
+    totals = Totals()
+    for report in reports:
+        totals.merge(report.totals)
+    steps = reports[0].steps
+    metrics = totals.means()
+    metrics[f"{role}/loss"] = totals.sums[f"{role}/loss"] / len(steps)
+    metrics[f"{role}/grad_norm"] = sum(s.grad_norm for s in steps) / len(steps)
+    if role == "policy":
+        metrics["policy/learning_rate"] = steps[-1].learning_rate
+        metrics["policy/optimizer_steps"] = len(steps)
+    return metrics
+
+
+def _deal(prompts: list[Prompt], engines: int) -> list[list[Prompt]]:
+    """Contiguous parts of about equal size, none empty."""
+    count = min(engines, len(prompts))
+    bounds = [round(i * len(prompts) / count) for i in range(count + 1)]
+    return [prompts[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
