@@ -11,6 +11,8 @@ What a field does not know is None (the whole field) or NaN (one element), never
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -209,9 +211,11 @@ class Batch:
             if missing == len(values):
                 out[f.name] = None
             elif missing:
-                raise ValueError(f"{f.name}: known in {len(values) - missing} of {len(values)} batches, expected all or none")
+                raise ValueError(
+                    f"{f.name}: known in {len(values) - missing} of {len(values)} batches, expected all or none"
+                )
             else:
-                out[f.name] = sum(values, []) if isinstance(values[0], list) else np.concatenate(values)
+                out[f.name] = functools.reduce(operator.iadd, values, []) if isinstance(values[0], list) else np.concatenate(values)
         return Batch(**out)
 
     def pad(self, name: str, fill: float = 0.0) -> torch.Tensor:
@@ -245,7 +249,9 @@ def _turn_rewards_on_tokens(t: Trajectory) -> np.ndarray:
         if len(places):
             row[places[-1]] = reward
         elif reward != 0:
-            raise ValueError(f"turn_rewards: turn {turn} of prompt {t.prompt_id} has reward {reward} but no action token")
+            raise ValueError(
+                f"turn_rewards: turn {turn} of prompt {t.prompt_id} has reward {reward} but no action token"
+            )
     return row
 
 

@@ -153,7 +153,9 @@ def _new_folder(config: Config, resolved: dict[str, Any]) -> RunFolder:
     return make_run_folder(config.runs_folder, config.run_name, str(recipe))
 
 
-def _tracker(config: Config, resolved: dict[str, Any], folder: RunFolder, checkpoint: Checkpoint | None) -> MultiTracker:
+def _tracker(
+    config: Config, resolved: dict[str, Any], folder: RunFolder, checkpoint: Checkpoint | None
+) -> MultiTracker:
     state = checkpoint.state.trackers if checkpoint else {}
     step = checkpoint.step if checkpoint else None
     run = TrackedRun(folder.path, folder.name, config.train.steps, redacted(resolved), step, state)
@@ -463,5 +465,3 @@ def _terminated_as_interrupt() -> Iterator[None]:
 
 def _say(text: str) -> None:
     print(text, flush=True)
-
-

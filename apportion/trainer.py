@@ -5,6 +5,7 @@ The driver holds prompts, references and reports; batches stay in Ray's object s
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Iterator
@@ -480,4 +481,4 @@ def _deal(prompts: list[Prompt], engines: int) -> list[list[Prompt]]:
     """Contiguous parts of about equal size, none empty."""
     count = min(engines, len(prompts))
     bounds = [round(i * len(prompts) / count) for i in range(count + 1)]
-    return [prompts[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [prompts[a:b] for a, b in itertools.pairwise(bounds)]

@@ -157,7 +157,7 @@ class CreditWorker(ActorBase):
         packed = {"advantages": result.advantages_BT, "loss_weights": weights, "value_weights": value_weights}
         if result.returns_BT is not None:
             packed["returns"] = result.returns_BT
-        fields = {name: batch.unpad(value.float()) for name, value in packed.items()}
+        fields: dict[str, Any] = {name: batch.unpad(value.float()) for name, value in packed.items()}
         segments = None if result.segment_ids_BT is None else batch.unpad(result.segment_ids_BT.int())
         return replace(batch, **fields, segment_ids=segments)
 

@@ -114,5 +114,3 @@ def _with_rows(shard: Batch, order: np.ndarray, micro_batch_tokens: int):
     for rows in plan_rows((shard.prompt_lengths + shard.response_lengths)[order], micro_batch_tokens):
         chosen = order[rows]
         yield make(shard, chosen), chosen
-
-

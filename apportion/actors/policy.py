@@ -181,7 +181,7 @@ class PolicyWorker(ActorBase):
         correction: Tensor | None,
         logprobs: tuple[Tensor, ...],
     ) -> None:
-        policy, old, behavior, entropies = (t.detach() for t in logprobs)
+        _policy, old, behavior, entropies = (t.detach() for t in logprobs)
         mask, count = micro.mask, float(micro.mask.sum())
         totals.add("policy/loss", float(loss.detach()), 0.0)
         totals.add("policy/entropy", float(entropies.sum()), count)
@@ -241,4 +241,3 @@ def _packed(shard: Batch, name: str) -> np.ndarray:
     if value is None:
         raise ValueError(f"{name}: missing in the shard, expected it to be made before the update")
     return value
-

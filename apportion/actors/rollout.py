@@ -38,7 +38,9 @@ class RolloutWorker(ActorBase):
         self._engine = make_engine(spec.engine, spec.engine_spec)
         self._version = 0
 
-    def generate(self, prompts: list[Prompt], first_group: int, responses: int, sampling: Sampling) -> tuple[RolloutReport, Batch]:
+    def generate(
+        self, prompts: list[Prompt], first_group: int, responses: int, sampling: Sampling
+    ) -> tuple[RolloutReport, Batch]:
         """A group of `responses` trajectories for each prompt; group ids count up from `first_group`."""
         requests = [
             Request(prompt.token_ids, self._seed(prompt, index) if self._spec.seed_each_sample else None)

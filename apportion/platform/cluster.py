@@ -167,7 +167,7 @@ def explain(error: Exception, call: Call, what: str) -> ApportionError:
 
 def _death(error: Exception) -> str:
     text = " ".join(str(error).split())
-    if "OutOfMemory" in type(error).__name__ or "memory" in text.lower() and "killed" in text.lower():
+    if "OutOfMemory" in type(error).__name__ or ("memory" in text.lower() and "killed" in text.lower()):
         return f"out of memory: {text[:300]}; use fewer or smaller actors, or a smaller rollout.kv_cache_gib"
     for marker in ("Worker exit type:", "The actor died because", "The actor is dead because"):
         if marker in text:

@@ -85,7 +85,7 @@ def as_bytes(tensor: Tensor) -> np.ndarray:
 
 
 def checksum(raw: np.ndarray) -> str:
-    return xxhash.xxh3_64_hexdigest(memoryview(raw))
+    return xxhash.xxh3_64_hexdigest(raw.data)
 
 
 def prove(receipts: Iterable[SyncReceipt], entries: Iterable[TensorEntry], version: int) -> None:

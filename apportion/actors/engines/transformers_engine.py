@@ -57,12 +57,17 @@ class TransformersEngine:
             output_scores=True,
             tokenizer=self._tokenizer,
             stop_strings=sampling.stop or None,
-            **({} if greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}),
+            **(
+                {}
+                if greedy
+                else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+            ),
         )
         new = out.sequences[:, width:].cpu()
         # scores are the processed logits: what was really sampled from
         logprobs = torch.stack(
-            [s.float().log_softmax(-1).cpu().gather(1, new[:, t : t + 1]).squeeze(1) for t, s in enumerate(out.scores)], 1
+            [s.float().log_softmax(-1).cpu().gather(1, new[:, t : t + 1]).squeeze(1) for t, s in enumerate(out.scores)],
+            1,
         )
         return [self._cut(new[row], logprobs[row], sampling) for row in range(len(requests))]
 

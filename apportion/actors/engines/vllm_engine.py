@@ -74,7 +74,9 @@ class VllmEngine:
         return merge_receipts(answers, bundle, name)
 
 
-def merge_receipts(answers: list[tuple[dict[str, str], int, list[str]]], bundle: WeightBundle, name: str) -> SyncReceipt:
+def merge_receipts(
+    answers: list[tuple[dict[str, str], int, list[str]]], bundle: WeightBundle, name: str
+) -> SyncReceipt:
     """One receipt for all tensor-parallel workers: a tensor is right only if it is right in each of them."""
     checksums: dict[str, str] = {}
     sent = {e.name: e.checksum for e in bundle.entries}
@@ -86,7 +88,9 @@ def merge_receipts(answers: list[tuple[dict[str, str], int, list[str]]], bundle:
 
 def _sample(output: Any) -> Sample:
     ids = np.asarray(output.token_ids, np.int32)
-    logprobs = np.fromiter((lp[t].logprob for lp, t in zip(output.logprobs, ids.tolist(), strict=True)), np.float32, len(ids))
+    logprobs = np.fromiter(
+        (lp[t].logprob for lp, t in zip(output.logprobs, ids.tolist(), strict=True)), np.float32, len(ids)
+    )
     reason = output.finish_reason if output.finish_reason in ("stop", "length") else "abort"
     return Sample(ids, logprobs, reason, output.text)
 
