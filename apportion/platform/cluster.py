@@ -73,6 +73,8 @@ class Cluster:
         self.log_folder = log_folder
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Ray would run its workers at nice 15, and so behind everything else on a machine that is also used otherwise.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         common = {"namespace": run_name, "log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
         self.joined = address is not None or "RAY_ADDRESS" in os.environ
         try:
