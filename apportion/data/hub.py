@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from apportion.data.errors import BadRows, DataError, nearest
-from apportion.data.rows import Row, SourceSpec, prompt_problem
+from apportion.data.rows import Row, RowCheck, SourceSpec, prompt_problem
 
 # What an eval source takes where neither the spec nor the name says a split, in this order.
 DEFAULT_SPLITS = {"train": ("train",), "eval": ("test", "validation", "eval")}
@@ -39,7 +39,9 @@ def saved_by_datasets(path: Path) -> bool:
     return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
 
 
-def load_saved(spec: SourceSpec, path: Path, split: str, column: str, bad: BadRows) -> Sequence[Row]:
+def load_saved(
+    spec: SourceSpec, path: Path, split: str, column: str, bad: BadRows, check: RowCheck = prompt_problem
+) -> Sequence[Row]:
     """Rows of a folder; one that holds several splits gives `spec.split`, else train, or test for eval."""
     import datasets
 
@@ -51,14 +53,16 @@ def load_saved(spec: SourceSpec, path: Path, split: str, column: str, bad: BadRo
         raise DataError(f"{spec.source}: not readable as a saved dataset ({_first_line(error)})") from None
     if isinstance(saved, datasets.DatasetDict):
         saved = saved[_choose_split(spec, split, list(saved))]
-    return _rows(saved, spec, column, bad)
+    return _rows(saved, spec, column, bad, check)
 
 
-def load_hub(spec: SourceSpec, name: str, split: str, column: str, bad: BadRows) -> Sequence[Row]:
+def load_hub(
+    spec: SourceSpec, name: str, split: str, column: str, bad: BadRows, check: RowCheck = prompt_problem
+) -> Sequence[Row]:
     """Rows of `NAME[:SPLIT]` on the hub (or a local folder of that name); `config` names a configuration of it."""
     name, _, named_split = name.partition(":")
     if saved_by_datasets(Path(name)):
-        return load_saved(_with_split(spec, named_split), Path(name), split, column, bad)
+        return load_saved(_with_split(spec, named_split), Path(name), split, column, bad, check)
     import datasets
 
     unknown = [key for key in spec.parameters if key not in ("config", "revision")]
@@ -75,7 +79,7 @@ def load_hub(spec: SourceSpec, name: str, split: str, column: str, bad: BadRows)
         raise
     except (OSError, ValueError, RuntimeError, LookupError) as error:
         raise DataError(f"{spec.source}: could not be loaded ({type(error).__name__}: {_first_line(error)})") from None
-    return _rows(table, spec, column, bad)
+    return _rows(table, spec, column, bad, check)
 
 
 def _with_split(spec: SourceSpec, split: str) -> SourceSpec:
@@ -92,13 +96,14 @@ def _choose_split(spec: SourceSpec, split: str, found: list[str]) -> str:
     )
 
 
-def _rows(table: Any, spec: SourceSpec, column: str, bad: BadRows) -> Sequence[Row]:
-    if column not in table.column_names:
+def _rows(table: Any, spec: SourceSpec, column: str, bad: BadRows, check: RowCheck) -> Sequence[Row]:
+    one_column = check is prompt_problem  # a check of another kind may look at every column
+    if one_column and column not in table.column_names:
         problem = prompt_problem(dict.fromkeys(table.column_names), column)
         raise DataError(f"{spec.source}: {problem[1] if problem else ''}")
     numbers: list[int] = []
-    for number, values in enumerate(table.select_columns([column])):
-        problem = prompt_problem(values, column)
+    for number, values in enumerate(table.select_columns([column]) if one_column else table):
+        problem = check(values, column)
         if problem is None:
             numbers.append(number)
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,10 @@ from apportion.data.errors import DataError
 EXPECTED = (
     "a .jsonl, .json, .csv or .parquet file, a saved dataset's folder, hf:NAME, gym:TASK, function:NAME or arithmetic"
 )
+
+
+# (a row's columns, the prompt's column) -> why the row cannot be used, as (reason, message), or None where it can
+RowCheck = Callable[[Mapping[str, Any], str], tuple[str, str] | None]
 
 
 @dataclass

@@ -26,7 +26,7 @@ from apportion.data.errors import BadRows, DataError, nearest
 from apportion.data.functions import load_function
 from apportion.data.hub import load_hub, load_saved, saved_by_datasets
 from apportion.data.readers import read_file
-from apportion.data.rows import EXPECTED, Row, SourceSpec, prompt_problem
+from apportion.data.rows import EXPECTED, Row, RowCheck, SourceSpec, prompt_problem
 from apportion.data.tasks import EVAL_SEED_OFFSET, Arithmetic, GymRows
 
 SPLITS = ("train", "eval")
@@ -74,11 +74,13 @@ def load_sources(
     prompt_column: str = "prompt",
     on_bad_row: str = "error",
     limit: int | None = None,
+    check: RowCheck = prompt_problem,
 ) -> list[Source]:
     """Every source that `value` (a spec or a list of specs) names.
 
     `split` ("train" or "eval") is what sources that know both sides of a split give; a spec's own `split` goes first.
-    DataError with file and line where a row is bad, unless `on_bad_row` is "skip": then `skipped` counts them.
+    DataError with file and line where a row is bad (`check` says which are), unless `on_bad_row` is "skip": then
+    `skipped` counts them.
     """
     if split not in SPLITS:
         raise DataError(f"split: got {split!r}, expected one of {', '.join(SPLITS)}")
@@ -87,7 +89,7 @@ def load_sources(
         bad = BadRows(on_bad_row)
         made_here = spec.source.startswith("gym:") or spec.source == "arithmetic"
         column = spec.prompt_column or ("prompt" if made_here else prompt_column)
-        rows = _load(spec, split, column, bad)
+        rows = _load(spec, split, column, bad, check)
         if not rows:
             raise DataError(
                 f"{spec.source}: no row can be used; left out: {dict(bad.counts) or 'none, the source is empty'}"
@@ -97,20 +99,20 @@ def load_sources(
     return sources
 
 
-def _load(spec: SourceSpec, split: str, column: str, bad: BadRows) -> Sequence[Row]:
+def _load(spec: SourceSpec, split: str, column: str, bad: BadRows, check: RowCheck) -> Sequence[Row]:
     kind, _, rest = spec.source.partition(":")
     if spec.source == "arithmetic":
         return _arithmetic(spec, split)
     if kind == "gym":
         return _gym(spec, rest, split)
     if kind == "hf":
-        return load_hub(spec, rest, split, column, bad)
+        return load_hub(spec, rest, split, column, bad, check)
     if kind == "function":
         rows = _function_rows(spec, rest, bad)
-        return list(islice(_checked(rows, column, bad), spec.limit))
+        return list(islice(_checked(rows, column, bad, check), spec.limit))
     path = Path(spec.source).expanduser()
     if saved_by_datasets(path):
-        return load_saved(spec, path, split, column, bad)
+        return load_saved(spec, path, split, column, bad, check)
     if not path.is_file():
         known = nearest(spec.source, ["arithmetic", "gym:", "hf:", "function:"])
         raise DataError(f"{spec.source}: no such file or saved dataset{known}; expected {EXPECTED}")
@@ -118,7 +120,7 @@ def _load(spec: SourceSpec, split: str, column: str, bad: BadRows) -> Sequence[R
         shared = [f.name for f in fields(SourceSpec) if f.name != "parameters"]
         first = next(iter(spec.parameters))
         raise DataError(f"{spec.source}: got {first!r}, a file has no such parameter{nearest(first, shared)}")
-    return list(islice(_checked(read_file(path, bad), column, bad), spec.limit))
+    return list(islice(_checked(read_file(path, bad), column, bad, check), spec.limit))
 
 
 def _arithmetic(spec: SourceSpec, split: str) -> list[Row]:
@@ -157,9 +159,9 @@ def _function_rows(spec: SourceSpec, name: str, bad: BadRows) -> Iterable[Row]:
             yield Row(number, place, dict(values))
 
 
-def _checked(rows: Iterable[Row], column: str, bad: BadRows) -> Iterable[Row]:
+def _checked(rows: Iterable[Row], column: str, bad: BadRows, check: RowCheck) -> Iterable[Row]:
     for row in rows:
-        problem = prompt_problem(row.values, column)
+        problem = check(row.values, column)
         if problem is None:
             yield row
         else:
