@@ -55,6 +55,7 @@ class Trajectory:
     text: str  # the response as text, for people and verifiers
     terminated: bool = True  # False: cut by a limit, the value of what would follow is unknown
     turn_rewards: np.ndarray | None = None  # [turns] float64, when an environment gave them
+    failure: str | None = None  # why its environment gave no reward
 
     def __post_init__(self) -> None:
         response = len(self.token_ids) - self.prompt_length
@@ -64,6 +65,16 @@ class Trajectory:
                 raise ValueError(f"{name}: got {got} values for {response} response tokens of prompt {self.prompt_id}")
         if self.finish_reason not in FINISH_REASONS:
             raise ValueError(f"finish_reason: got {self.finish_reason!r}, expected one of {FINISH_REASONS}")
+
+
+@dataclass
+class Critique:
+    """What a judge said of one response. Without a vote (`wrong_steps` is None) `failure` says why."""
+
+    wrong_steps: list[int] | None  # from 0, increasing
+    failure: str = ""  # one of the words of `actors.judge_client`
+    answer: str = ""  # the judge's own text
+    detail: str = ""  # of a failure, for people
 
 
 def _axis(axis: str, **kwargs: Any) -> Any:
@@ -100,6 +111,7 @@ class Batch:
     influences: np.ndarray | None = _axis("R", default=None)  # float32, per-token scores made beside the hidden states
     step_ids: np.ndarray | None = _axis("R", default=None)  # int32, reasoning step of each token
     wrong_steps: list[list[int]] | None = _axis("B", default=None)  # voted wrong step ids
+    critiques: list[list[Critique]] | None = _axis("B", default=None)  # what the vote was taken over
     # credited
     advantages: np.ndarray | None = _axis("R", default=None)  # float32
     returns: np.ndarray | None = _axis("R", default=None)  # float32
@@ -168,6 +180,8 @@ class Batch:
         )
         if any(t.turn_rewards is not None for t in trajectories):
             batch = batch.with_token_rewards([_turn_rewards_on_tokens(t) for t in trajectories])
+            assert batch.rewards is not None
+            batch.rewards[[t.failure is not None for t in trajectories]] = np.nan  # a row may have no token to say so
         return batch
 
     def with_token_rewards(self, rows: Sequence[np.ndarray]) -> Batch:
@@ -242,6 +256,8 @@ def pad_rows(packed: np.ndarray, lengths: np.ndarray, fill: float = 0.0) -> torc
 
 def _turn_rewards_on_tokens(t: Trajectory) -> np.ndarray:
     row = np.zeros(len(t.turn_ids), np.float64)
+    if t.failure is not None:
+        return row * np.nan
     if t.turn_rewards is None:
         raise ValueError(f"turn_rewards: missing for prompt {t.prompt_id} while others of its batch have them")
     for turn, reward in enumerate(t.turn_rewards):
@@ -269,6 +285,32 @@ class Signals:
     def apply(self, batch: Batch) -> Batch:
         known = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
         return replace(batch, **known)
+
+
+@dataclass
+class Marks:
+    """What a judge adds to the rows of a batch that it was given; several judges share a batch by rows."""
+
+    rows: list[int]  # places in the batch
+    step_ids: list[np.ndarray]  # of each row [R_i] int32
+    wrong_steps: list[list[int]]
+    critiques: list[list[Critique]]
+
+    @staticmethod
+    def apply(batch: Batch, parts: Sequence[Marks]) -> Batch:
+        """The batch with the marks of all its rows; unchanged if there are no parts."""
+        if not parts:
+            return batch
+        place = {row: (part, i) for part in parts for i, row in enumerate(part.rows)}
+        if sorted(place) != list(range(len(batch))):
+            raise ValueError(f"marks: got {len(place)} rows of {len(batch)} trajectories, expected each one's")
+        found = [place[row] for row in range(len(batch))]
+        return replace(
+            batch,
+            step_ids=np.concatenate([part.step_ids[i] for part, i in found]).astype(np.int32),
+            wrong_steps=[part.wrong_steps[i] for part, i in found],
+            critiques=[part.critiques[i] for part, i in found],
+        )
 
 
 @dataclass

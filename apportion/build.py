@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,22 +14,31 @@ from typing import Any
 
 from apportion.actors.credit import CreditSpec, CreditWorker
 from apportion.actors.critic import CriticSpec, CriticWorker
+from apportion.actors.distillation import DistillationSpec
 from apportion.actors.engine import World
 from apportion.actors.engines import EngineSpec, Sampling
+from apportion.actors.environment import EnvironmentSpec, EnvironmentWorker
+from apportion.actors.environment_client import share
+from apportion.actors.episodes import EpisodeLimits, EpisodeSpec
+from apportion.actors.judge import JudgeWorker
 from apportion.actors.policy import LossSpec, PolicySpec, PolicyWorker
 from apportion.actors.reference import ReferenceSpec, ReferenceWorker
 from apportion.actors.reward import RewardWorker
+from apportion.actors.reward_check import check_columns, check_functions
 from apportion.actors.rollout import RolloutSpec, RolloutWorker
 from apportion.algorithms import registry
 from apportion.algorithms.kl import KlCoefficient
 from apportion.batch import Prompt
+from apportion.conf.judges import check_judge, judge_spec, own_model
 from apportion.conf.schema import Config
+from apportion.conf.teachers import check_same_tokenizer, teacher_paths
 from apportion.data.builtin import resolve_model
 from apportion.data.errors import DataError as SourceError
 from apportion.data.prompts import PromptEncoder, PromptStream, every_prompt, load_tokenizer
-from apportion.data.sources import load_sources
+from apportion.data.sources import Source, load_sources
+from apportion.data.turns import TurnEncoder
 from apportion.platform.checkpoint import Checkpoint, CheckpointStore
-from apportion.platform.cluster import Actor, ActorRequest, Cluster, gather
+from apportion.platform.cluster import Actor, ActorRequest, Call, Cluster, gather
 from apportion.platform.errors import ConfigError, DataError
 from apportion.platform.plots import plot_run
 from apportion.platform.runs import RunFolder, find_checkpoint, make_run_folder, redacted, run_of
@@ -44,6 +54,7 @@ class Needs:
     reference: bool
     critic: bool
     groups_together: bool
+    judge: bool = False
 
 
 def needs_of(config: Config) -> Needs:
@@ -53,10 +64,11 @@ def needs_of(config: Config) -> Needs:
     return Needs(
         policy_signals=bool(asked & {"old_logprobs", "entropies", "influences"})
         or in_reward
-        or algorithm.updates_per_batch * algorithm.epochs > 1,
+        or (algorithm.updates_per_batch * algorithm.epochs > 1 and algorithm.distillation is None),
         reference=algorithm.kl.place != "none" or "reference_logprobs" in asked,
         critic="values" in asked,
         groups_together="influences" in asked,
+        judge="critiques" in asked,
     )
 
 
@@ -65,8 +77,12 @@ def train(config: Config, resolved: dict[str, Any]) -> int:
     with _refusals():
         checkpoint = find_checkpoint(config.resume, config.runs_folder) if config.resume else None
         needs = needs_of(config)
+        if needs.judge:
+            check_judge(config, joined=_joins(config))
         model = resolve_model(config.model.path)
         tokenizer = load_tokenizer(model, config.model.chat_template, config.model.trust_remote_code)
+        for key, path in teacher_paths(config).items():
+            check_same_tokenizer(tokenizer, load_tokenizer(path, None, config.model.trust_remote_code), key)
         prompts, held_out = _prompts(config, tokenizer)
         folder = run_of(checkpoint) if checkpoint else _new_folder(config, resolved)
         folder.save_config(resolved)
@@ -102,7 +118,7 @@ def evaluate(config: Config, checkpoint: str) -> int:
             raise ConfigError("data.eval: got none, expected a source to evaluate on")
     folder = run_of(found)
     with _terminated_as_interrupt(), _cluster(config, Needs(False, False, False, False), folder) as cluster:
-        actors = _serving_actors(config, model, cluster)
+        actors = _start(config, cluster, _serving_requests(config, model))
         trainer = Trainer(
             cluster, actors, _NoPrompts(), _loop_settings(config, Needs(False, False, False, False)),
             KlCoefficient(0.0), MultiTracker([]), CheckpointStore(folder.checkpoints),
@@ -124,17 +140,31 @@ def _prompts(config: Config, tokenizer: Any) -> tuple[PromptStream, list[Prompt]
     encoder = PromptEncoder(
         tokenizer, data.system_prompt, data.chat, dict(data.chat_template_kwargs), data.max_prompt_tokens
     )
-    common = {"prompt_column": data.prompt_column, "on_bad_row": data.on_bad_row}
+    if config.environment.cls is not None:
+        TurnEncoder(encoder, config.environment.observation_role)  # refuses a chat template that cannot show turns
+    common: dict[str, Any] = {"prompt_column": data.prompt_column, "on_bad_row": data.on_bad_row}
     sources = load_sources(data.train, split="train", limit=data.limit, **common)
+    functions = check_functions(config.reward.functions, config.reward.timeout_seconds)
+    check_columns(functions, _columns(sources), "data.train")
     stream = PromptStream(
         sources, encoder, config.train.prompts_per_step, config.seed, data.shuffle, on_bad_row=data.on_bad_row
     )
     held_out: list[Prompt] = []
+    left_out = Counter(stream.skipped)
     if data.eval is not None:
-        held_out, _ = every_prompt(
-            load_sources(data.eval, split="eval", limit=data.eval_limit, **common), encoder, data.on_bad_row
-        )
+        held_sources = load_sources(data.eval, split="eval", limit=data.eval_limit, **common)
+        check_columns(functions, _columns(held_sources), "data.eval")
+        held_out, skipped = every_prompt(held_sources, encoder, data.on_bad_row)
+        left_out += skipped
+    if left_out:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in left_out.items())
+        _say(f"data: {left_out.total()} rows left out ({reasons})")
     return stream, held_out
+
+
+def _columns(sources: list[Source]) -> set[str]:
+    """Columns beside the prompt, as the first rows of each source have them."""
+    return {name for s in sources for row in s.rows[:8] for name in row.values if name != s.prompt_column}
 
 
 class _NoPrompts:
@@ -174,19 +204,35 @@ def _trainer(
     tracker: MultiTracker,
     folder: RunFolder,
 ) -> Trainer:
-    actors = _serving_actors(config, model, cluster, needs)
-    actors.policy = _policy(config, model, cluster)
+    requests = _serving_requests(config, model, needs)
+    requests["policy"] = _policy_requests(config, model)
     if needs.reference:
-        actors.reference = _reference(config, model, cluster)
+        requests["reference"] = _reference_requests(config, model)
     if needs.critic:
-        actors.critic = _critic(config, model, cluster)
+        requests["critic"] = _critic_requests(config, model)
+    if needs.judge:
+        requests["judge"] = _judge_requests(config, model, folder)
+    actors = _start(config, cluster, requests)
     kl = config.algorithm.kl
     store = CheckpointStore(folder.checkpoints, config.checkpoint.keep)
     coefficient = KlCoefficient(kl.coefficient, kl.target, kl.horizon)
     return Trainer(cluster, actors, prompts, _loop_settings(config, needs), coefficient, tracker, store)
 
 
-def _serving_actors(config: Config, model: str, cluster: Cluster, needs: Needs | None = None) -> Actors:
+def _start(config: Config, cluster: Cluster, requests: dict[str, list[ActorRequest]]) -> Actors:
+    """Every actor of every role at once, since each spends its start on imports and on loading; and wait for all."""
+    started = {role: cluster.launch(asked) for role, asked in requests.items()}
+    joining = [call for role in ("policy", "critic") for call in _join(config, cluster, started.get(role, []))]
+    if environments := started.get("environment", []):
+        engines = started["rollout"]
+        joining += [a.call("connect", share(environments, i, len(engines))) for i, a in enumerate(engines)]
+    everyone = [actor for actors in started.values() for actor in actors]
+    cluster.ready(everyone, config.cluster.start_timeout_seconds, joining)
+    [credit] = started.pop("credit")
+    return Actors(credit=credit, **{"policy": [], **started})
+
+
+def _serving_requests(config: Config, model: str, needs: Needs | None = None) -> dict[str, list[ActorRequest]]:
     """Rollout engines, reward workers and the credit worker."""
     reward, c = config.reward, config.cluster
     gpus = c.gpus_per_rollout_engine
@@ -198,8 +244,39 @@ def _serving_actors(config: Config, model: str, cluster: Cluster, needs: Needs |
     arguments = (reward.functions, reward.timeout_seconds, reward.clip, model)
     rewards = [ActorRequest(f"reward-{i}", RewardWorker, arguments) for i in range(reward.workers)]
     credit = ActorRequest("credit-0", CreditWorker, (_credit_spec(config, model, needs),))
-    started = cluster.start([*rollouts, *rewards, credit], c.start_timeout_seconds)
-    return Actors(started[: len(rollouts)], started[len(rollouts) : -1], started[-1], [])
+    environments = _environment_requests(config)
+    return {"rollout": rollouts, "reward": rewards, "credit": [credit], "environment": environments}
+
+
+def _environment_requests(config: Config) -> list[ActorRequest]:
+    e = config.environment
+    if e.cls is None:
+        return []
+    spec = EnvironmentSpec(e.cls, dict(e.params), e.step_timeout_seconds, e.threads)
+    return [ActorRequest(f"environment-{i}", EnvironmentWorker, (spec,)) for i in range(e.workers)]
+
+
+def _episodes(config: Config, model: str) -> EpisodeSpec | None:
+    e, d, m = config.environment, config.data, config.model
+    if e.cls is None:
+        return None
+    return EpisodeSpec(
+        limits=EpisodeLimits(e.max_turns, e.max_turn_tokens),
+        step_timeout_seconds=e.step_timeout_seconds,
+        threads=e.threads,
+        role=e.observation_role,
+        tokenizer=model,
+        chat_template=m.chat_template,
+        trust_remote_code=m.trust_remote_code,
+        system_prompt=d.system_prompt,
+        chat=d.chat,
+        chat_template_kwargs=dict(d.chat_template_kwargs),
+        max_prompt_tokens=d.max_prompt_tokens,
+    )
+
+
+def _joins(config: Config) -> bool:
+    return config.cluster.address is not None or bool(os.environ.get("RAY_ADDRESS"))
 
 
 def _threads(config: Config) -> int:
@@ -237,7 +314,7 @@ def _rollout_spec(config: Config, model: str, index: int) -> RolloutSpec:
         threads=threads,
         first_thread=0,
     )
-    return RolloutSpec(r.engine, spec, config.seed, config.train.deterministic)
+    return RolloutSpec(r.engine, spec, config.seed, config.train.deterministic, _episodes(config, model))
 
 
 def _credit_spec(config: Config, model: str, needs: Needs | None) -> CreditSpec:
@@ -254,34 +331,47 @@ def _credit_spec(config: Config, model: str, needs: Needs | None) -> CreditSpec:
     )
 
 
-def _ranks(config: Config, cluster: Cluster, role: str, cls: type, spec: Any, gpus: float) -> list[Actor]:
-    """Ranks that train together. The first says where it can be met, then all of them load and join."""
-    c = config.cluster
+def _rank_requests(config: Config, role: str, cls: type, spec: Any, gpus: float) -> list[ActorRequest]:
+    """Ranks that train together, as many as the policy has."""
     environment = _training_environment(config, gpus)
-    if not cluster.joined:
-        environment["GLOO_SOCKET_IFNAME"] = "lo"
-    actors = cluster.start(
-        [ActorRequest(f"{role}-{i}", cls, (spec,), 1, gpus, environment) for i in range(c.policy_ranks)],
-        c.start_timeout_seconds,
+    if not _joins(config):
+        environment["GLOO_SOCKET_IFNAME"] = "lo"  # a Ray of our own: all ranks are on this machine
+    ranks = range(config.cluster.policy_ranks)
+    return [ActorRequest(f"{role}-{i}", cls, (spec,), 1, gpus, environment) for i in ranks]
+
+
+def _join(config: Config, cluster: Cluster, actors: list[Actor]) -> list[Call]:
+    """The first rank says where it can be met, then all of them load and join: the calls under way."""
+    if not actors:
+        return []
+    [(address, port)] = gather(
+        [actors[0].call("free_port", not cluster.joined)], config.cluster.start_timeout_seconds, "start of actors"
     )
-    [(address, port)] = gather([actors[0].call("free_port", not cluster.joined)], 60, f"meeting of {role} ranks")
     worlds = [
         World(rank, len(actors), address, port, _threads(config), config.seed, config.train.deterministic)
         for rank in range(len(actors))
     ]
-    calls = [actor.call("setup", world) for actor, world in zip(actors, worlds, strict=True)]
-    gather(calls, c.start_timeout_seconds, f"start of {role} ranks")
-    return actors
+    return [actor.call("setup", world) for actor, world in zip(actors, worlds, strict=True)]
+
+
+def _judge_requests(config: Config, model: str, folder: RunFolder) -> list[ActorRequest]:
+    spec = judge_spec(config, model, folder.path, _threads(config))
+    cpus = float(own_model(config.judge) is not None)
+    environment = _threads_environment(config)
+    return [
+        ActorRequest(f"judge-{i}", JudgeWorker, (spec,), cpus, config.cluster.gpus_per_judge, environment)
+        for i in range(config.judge.workers)
+    ]
 
 
 def _optimizer_steps(config: Config) -> int:
     return config.train.steps * config.algorithm.updates_per_batch * config.algorithm.epochs
 
 
-def _policy(config: Config, model: str, cluster: Cluster) -> list[Actor]:
+def _policy_requests(config: Config, model: str) -> list[ActorRequest]:
     a, m = config.algorithm, config.model
     loss = LossSpec(
-        surrogate=dict(a.surrogate),
+        surrogate=None if a.surrogate is None else dict(a.surrogate),
         temperature=config.rollout.temperature,
         kl_in_loss=a.kl.place == "loss",
         kl_estimator=a.kl.estimator,
@@ -294,22 +384,31 @@ def _policy(config: Config, model: str, cluster: Cluster) -> list[Actor]:
     )
     spec = PolicySpec(
         model, m.dtype, m.attention, m.trust_remote_code, config.policy.lora, config.policy, loss,
-        _optimizer_steps(config),
+        _optimizer_steps(config), credit=dict(a.credit) if needs_of(config).groups_together else None,
+        distillation=_distillation(config),
     )  # fmt: skip
-    return _ranks(config, cluster, "policy", PolicyWorker, spec, config.cluster.gpus_per_policy_rank)
+    return _rank_requests(config, "policy", PolicyWorker, spec, config.cluster.gpus_per_policy_rank)
 
 
-def _critic(config: Config, model: str, cluster: Cluster) -> list[Actor]:
+def _distillation(config: Config) -> DistillationSpec | None:
+    part, m = config.algorithm.distillation, config.model
+    if part is None:
+        return None
+    dpo, other = (resolve_model(path) for path in teacher_paths(config).values())
+    return DistillationSpec(dict(part), dpo, other, m.dtype, m.attention, m.trust_remote_code)
+
+
+def _critic_requests(config: Config, model: str) -> list[ActorRequest]:
     m = config.model
     path = resolve_model(config.critic.model) if config.critic.model else model
     spec = CriticSpec(
         path, m.dtype, m.attention, m.trust_remote_code, config.critic, config.critic.value_clip,
         config.algorithm.epochs, _optimizer_steps(config),
     )  # fmt: skip
-    return _ranks(config, cluster, "critic", CriticWorker, spec, config.cluster.gpus_per_critic_rank)
+    return _rank_requests(config, "critic", CriticWorker, spec, config.cluster.gpus_per_critic_rank)
 
 
-def _reference(config: Config, model: str, cluster: Cluster) -> list[Actor]:
+def _reference_requests(config: Config, model: str) -> list[ActorRequest]:
     m, c = config.model, config.cluster
     spec = ReferenceSpec(
         model=resolve_model(config.reference.model) if config.reference.model else model,
@@ -322,11 +421,10 @@ def _reference(config: Config, model: str, cluster: Cluster) -> list[Actor]:
         threads=_threads(config),
     )
     environment = _threads_environment(config)
-    requests = [
+    return [
         ActorRequest(f"reference-{i}", ReferenceWorker, (spec,), 1, c.gpus_per_reference_rank, environment)
         for i in range(c.reference_ranks)
     ]
-    return cluster.start(requests, c.start_timeout_seconds)
 
 
 # settings of the loop
@@ -351,6 +449,7 @@ def _loop_settings(config: Config, needs: Needs) -> LoopSettings:
         checkpoint_every=config.checkpoint.every_steps,
         checkpoint_final=config.checkpoint.final,
         seeds={"run": config.seed},
+        max_failed_critiques=config.judge.max_failed_share,
     )
 
 
@@ -423,6 +522,7 @@ def _cluster(config: Config, needs: Needs, folder: RunFolder) -> Iterator[Cluste
     c = config.cluster
     ranks = c.policy_ranks * (2 if needs.critic else 1) + c.rollout_engines
     ranks += c.reference_ranks if needs.reference else 0
+    ranks += config.judge.workers if needs.judge else 0
     cluster = Cluster(c.address, folder.name, ranks, folder.path / "logs", c.object_store_gib)
     try:
         yield cluster

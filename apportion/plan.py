@@ -13,10 +13,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import ceil
 
+from apportion.actors.reward_check import check_functions
 from apportion.conf.combinations import Machine, check_combinations, longest_sampled, this_machine
+from apportion.conf.environment import check_environment
+from apportion.conf.judges import check_judge, own_model
 from apportion.conf.models import VALUE_BYTES, ModelFacts, read_model
 from apportion.conf.parts import check_parts
 from apportion.conf.schema import Config, EngineConfig
+from apportion.conf.teachers import check_distillation
 from apportion.platform.errors import ConfigError
 
 GIB = 2**30
@@ -100,9 +104,15 @@ def make_plan(config: Config, machine: Machine | None = None) -> Plan:
     here = None if joined else machine or this_machine()
     needs = check_parts(config.algorithm)
     model = read_model(config.model.path)
+    teachers = check_distillation(config, model)
     actors = _actors(config, needs, model)
+    actors[0].memory.update(_teacher_memory(config, teachers))
     gpus = sum(actor.count * actor.gpus for actor in actors)
     check_combinations(config, needs, model, here, gpus)
+    if "critiques" in needs:
+        check_judge(config, joined)
+    check_environment(config)
+    check_functions(config.reward.functions, config.reward.timeout_seconds)
     _check_memory(config, actors, here)
     return Plan(
         title=f"{config.recipe}: {config.algorithm.name} on {config.model.path}, {config.train.steps} steps",
@@ -186,13 +196,33 @@ def _actors(config: Config, needs: frozenset[str], model: ModelFacts | None) -> 
         actors.append(
             compute("reference", cluster.reference_ranks, cluster.gpus_per_reference_rank, frozen, own is not None)
         )
+    if "critiques" in needs:
+        actors.append(_judge_plan(config))
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     batch = {"batch": total * longest * 64}  # ids, masks, log-probs and credit of a token, packed and padded
     actors.append(ActorPlan("credit", 1, 0, 0, 1, {**batch, "process": round(_PROCESS_BYTES["credit"] * GIB)}))
     actors.append(
         ActorPlan("reward", config.reward.workers, 0, 0, 1, {"process": round(_PROCESS_BYTES["reward"] * GIB)})
     )
+    if config.environment.cls is not None:
+        process = {"process": round(_PROCESS_BYTES["reward"] * GIB)}
+        actors.append(ActorPlan("environment", config.environment.workers, 0, 0, config.environment.threads, process))
     return actors
+
+
+def _judge_plan(config: Config) -> ActorPlan:
+    """A model of the run's own takes a core and memory; a function or an address next to nothing."""
+    judge, gpus, path = config.judge, config.cluster.gpus_per_judge, own_model(config.judge)
+    process = {"process": round(_PROCESS_BYTES["credit" if path is None else "rollout"] * GIB)}
+    if path is None:
+        return ActorPlan("judge", judge.workers, 0, gpus, 1, process)
+    model = read_model(path, "judge.model")
+    memory = {} if model is None else {"weights": model.parameters * VALUE_BYTES[judge.dtype]}
+    if gpus == 0 and judge.engine == "vllm":
+        memory["kv cache"] = max(1, round(judge.kv_cache_gib)) * GIB
+    return ActorPlan(
+        "judge", judge.workers, 1.0, gpus, config.cluster.threads, memory | process, gpus > 0, model is not None
+    )
 
 
 def _training_memory(config: Config, settings: EngineConfig, model: ModelFacts | None) -> dict[str, int]:
@@ -222,6 +252,18 @@ def _training_memory(config: Config, settings: EngineConfig, model: ModelFacts |
     return memory
 
 
+def _teacher_memory(config: Config, teachers: dict[str, ModelFacts | None]) -> dict[str, int]:
+    """Frozen weights beside each policy rank, and their logits of one chunk."""
+    known = [facts for facts in teachers.values() if facts is not None]
+    if not known:
+        return {}
+    chunk = config.policy.logits_chunk_tokens
+    return {
+        "teachers": sum(facts.parameters for facts in known) * VALUE_BYTES[config.model.dtype],
+        "teachers' logits": sum(_logits_bytes(chunk, facts, 2) for facts in known),
+    }
+
+
 def _logits_bytes(tokens: int, model: ModelFacts, copies: int) -> int:
     return tokens * model.vocabulary * 4 * copies
 
@@ -243,7 +285,7 @@ def _rollout_memory(config: Config, model: ModelFacts | None) -> dict[str, int]:
 
 def _check_memory(config: Config, actors: Iterable[ActorPlan], machine: Machine | None) -> None:
     """Refuse what certainly exceeds this machine: weights, optimiser and caches, without the rough terms."""
-    rough = ("activations", "process", "batch", "logits")
+    rough = ("activations", "process", "batch", "logits", "teachers' logits")
     firm = sum(
         actor.count * sum(size for name, size in actor.memory.items() if name not in rough)
         for actor in actors

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from apportion.actors.credit import AdmitReport, CreditReport, CutReport, EvaluationReport
 from apportion.actors.engines import Sampling
+from apportion.actors.judge import COUNTED, JudgeReport
 from apportion.actors.policy import UpdateReport
 from apportion.actors.rollout import RolloutReport
 from apportion.actors.scoring import ScoreReport
@@ -27,6 +28,7 @@ from apportion.platform.errors import ApportionError, RewardError
 from apportion.platform.tracking import Tracker
 from apportion.platform.weights import SyncReceipt, prove
 
+_ENVIRONMENT_SUMS = ("rollout/environment_failures", "rollout/environment_seconds")
 MAX_ROUNDS = 8  # of sampling for one step, when selection drops groups
 
 
@@ -46,6 +48,8 @@ class Actors:
     policy: list[Actor]
     reference: list[Actor] = field(default_factory=list)
     critic: list[Actor] = field(default_factory=list)
+    environment: list[Actor] = field(default_factory=list)  # the rollout engines speak to them
+    judge: list[Actor] = field(default_factory=list)
 
 
 @dataclass
@@ -66,6 +70,7 @@ class LoopSettings:
     checkpoint_every: int
     checkpoint_final: bool
     seeds: dict[str, int]
+    max_failed_critiques: float = 1.0  # share of a step's critiques
 
 
 @dataclass
@@ -109,6 +114,7 @@ class Experience:
     groups: int
     totals: Totals
     seconds_sampling: float
+    judging: list[list[Call]] = field(default_factory=list)  # of this round: for each rollout batch, one a judge
 
 
 class Trainer:
@@ -137,6 +143,7 @@ class Trainer:
         self._timing: dict[str, float] = {}
         self._scores = Totals()
         self._first_traceback: str | None = None
+        self._told_of_judge: set[str] = set()
         self._started = time.perf_counter()
 
     # the run
@@ -198,11 +205,14 @@ class Trainer:
             chunks = _deal(prompts, len(self.actors.rollout))
             batches = self._rollout(chunks, first_group, experience)
             scored = self._score(batches, chunks)
+            marks = self._judged(experience)
+            calls = [self.actors.credit.call("admit", s, *m, returns=2) for s, m in zip(scored, marks, strict=True)]
             with self._timed("cut"):
-                for report, ref in self._call_all([self.actors.credit.call("admit", s, returns=2) for s in scored]):
+                for report, ref in self._call_all(calls):
                     self._admit(experience, report, ref)
             if experience.groups >= wanted:
                 break
+        self._check_judge()
         self._check_rewards(experience)
         return experience
 
@@ -213,6 +223,7 @@ class Trainer:
             arguments = (chunk, group, settings.responses_per_prompt, settings.sampling)
             calls.append(actor.call("generate", *arguments, returns=2))
             group += len(chunk)
+        experience.judging = self._start_judging([call.refs[1] for call in calls], chunks)
         with self._timed("rollout"):
             answers = self._call_all(calls)
         reports: list[RolloutReport] = [report for report, _ in answers]
@@ -220,7 +231,17 @@ class Trainer:
         self.progress.rollout_tokens += sum(r.response_tokens for r in reports)
         experience.totals.add("rollout/trajectories", sum(r.trajectories for r in reports), 1)
         experience.totals.add("rollout/prompts", sum(map(len, chunks)), 1)
+        if self.actors.environment:
+            self._count_environments(reports, experience)
         return [ref for _, ref in answers]
+
+    def _count_environments(self, reports: list[RolloutReport], experience: Experience) -> None:
+        experience.totals.add("rollout/environment_failures", sum(r.environment_failures for r in reports), 1)
+        experience.totals.add("rollout/environment_seconds", max(r.environment_seconds for r in reports), 1)
+        first = next((r.first_failure for r in reports if r.first_failure), None)
+        if first and self._first_traceback is None:
+            self._first_traceback = first
+            self.tracker.warn(f"an environment failed; its episodes are masked and counted:\n{first}")
 
     def _score(self, batches: list[Any], chunks: list[list[Prompt]]) -> list[Any]:
         workers = self.actors.reward
@@ -233,6 +254,45 @@ class Trainer:
         for report, _ in answers:
             self._count_scores(report)
         return [ref for _, ref in answers]
+
+    def _start_judging(self, batches: list[Any], chunks: list[list[Prompt]]) -> list[list[Call]]:
+        """Critiques of each engine's batch, begun as soon as that engine is done: beside other engines and scoring."""
+        judges = self.actors.judge
+        return [
+            [judge.call("judge", batch, chunk, part, len(judges), returns=2) for part, judge in enumerate(judges)]
+            for batch, chunk in zip(batches, chunks, strict=True)
+        ]
+
+    def _judged(self, experience: Experience) -> list[list[Any]]:
+        """References to the marks of each batch of this round; none where nothing is judged."""
+        if not self.actors.judge:
+            return [[] for _ in experience.judging]
+        with self._timed("judge"):
+            answers = iter(self._call_all([call for calls in experience.judging for call in calls]))
+        marks = []
+        for calls in experience.judging:
+            mine = [next(answers) for _ in calls]
+            marks.append([ref for _, ref in mine])
+            for report, _ in mine:
+                self._count_critiques(report)
+        return marks
+
+    def _count_critiques(self, report: JudgeReport) -> None:
+        self._scores.merge(report.totals())
+        for problem in (report.first_failure, report.cache_problem):
+            kind = "" if problem is None else problem.partition(":")[0]
+            if problem is not None and kind not in self._told_of_judge:
+                self._told_of_judge.add(kind)
+                self.tracker.warn(f"judge: {problem}")
+
+    def _check_judge(self) -> None:
+        """Stop rather than train without critiques when the run asked for that."""
+        share, limit = self._scores.means().get("judge/failed_share", 0.0), self.settings.max_failed_critiques
+        if share > limit:
+            raise ApportionError(
+                f"judge: {share:.0%} of this step's critiques failed, expected at most {limit:.0%} "
+                "(judge.max_failed_share); metrics judge/failed_* say why"
+            )
 
     def _count_scores(self, report: ScoreReport) -> None:
         self._scores.add("reward/failed_share", sum(report.failed.values()), report.samples)
@@ -430,8 +490,10 @@ class Trainer:
         metrics = {**credit.metrics, **_update_metrics(updates, "policy"), **_update_metrics(critic, "critic")}
         metrics |= totals.means()
         metrics["reward/std"] = math.sqrt(max(0.0, metrics.pop("reward/square") - metrics["reward/mean"] ** 2))
-        for name in ("rollout/trajectories", "rollout/prompts", "rollout/groups_dropped"):
-            metrics[name] = totals.sums[name]
+        metrics |= {name: total for name, total in totals.sums.items() if name.startswith(COUNTED)}
+        for name in ("rollout/trajectories", "rollout/prompts", "rollout/groups_dropped", *_ENVIRONMENT_SUMS):
+            if name in totals.sums:
+                metrics[name] = totals.sums[name]
         metrics["policy/kl_coefficient"] = self.kl.coefficient
         metrics["weights/version"] = self.progress.policy_version
         metrics["weights/bytes"] = self._weight_bytes

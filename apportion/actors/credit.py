@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from apportion.algorithms import registry
-from apportion.algorithms.interface import Credit, CreditInput
+from apportion.algorithms.interface import Credit, CreditInput, judged_method
 from apportion.algorithms.kl import kl_estimates, kl_rewards
 from apportion.algorithms.reductions import TokenMean
 from apportion.algorithms.statistics import at_last_token
-from apportion.batch import Batch, Signals, Totals
+from apportion.batch import Batch, Marks, Signals, Totals
 from apportion.data.metrics import accuracy, average_at_k, mean_pass_at_k
 from apportion.platform.process import ActorBase
 
@@ -71,14 +71,21 @@ class CreditWorker(ActorBase):
         self.selection = [registry.build("selection", s) for s in spec.selection]
         self._tokenizer: Any = None
 
-    def admit(self, scored: Batch) -> tuple[AdmitReport, Batch]:
-        """Leave out trajectories without a reward, then those that selection does."""
+    def admit(self, scored: Batch, *marks: Marks) -> tuple[AdmitReport, Batch]:
+        """Add what judges marked, leave out trajectories without a reward, then those that selection does.
+
+        Selection compares what tokens earn by the vote, where the credit method has one.
+        """
+        scored = Marks.apply(scored, marks)
         assert scored.rewards is not None and scored.sample_mask is not None
         totals = rollout_totals(scored)
         valid = np.flatnonzero(scored.sample_mask)
         kept = scored.select(valid)
         if self.selection and len(kept):
             inputs = credit_input(kept)
+            if "critiques" in self.credit_method.needs:
+                earned = judged_method(self.credit_method).token_rewards(inputs)
+                inputs = replace(inputs, token_rewards_BT=earned)
             keep = torch.ones(len(kept), dtype=torch.bool)
             for part in self.selection:
                 keep &= part(inputs)
@@ -108,11 +115,13 @@ class CreditWorker(ActorBase):
             signalled[index % shards] = signal.apply(signalled[index % shards])
         batch = Batch.concat([s for s in signalled if len(s)])
         credited, metrics = self.assign(batch, kl_coefficient)
+        samples = self._shown(credited, show)
+        credited = replace(credited, critiques=None)  # for people; the ranks have no use for it
         out, start = [], 0
         for shard in signalled:
             out.append(credited.select(np.arange(start, start + len(shard))) if len(shard) else shard)
             start += len(shard)
-        return (CreditReport(metrics, self._shown(credited, show)), *out)
+        return (CreditReport(metrics, samples), *out)
 
     def assign(self, batch: Batch, kl_coefficient: float) -> tuple[Batch, dict[str, float]]:
         """Advantages, returns and loss weights of a whole batch."""
@@ -180,6 +189,21 @@ class CreditWorker(ActorBase):
             "finish_reason": batch.finish_reasons[index],
             "tokens": [self.tokenizer.decode([t]) for t in response.tolist()],
             "advantages": [round(float(a), 6) for a in batch.advantages[span]],
+            **self._judgement(batch, index),
+        }
+
+    def _judgement(self, batch: Batch, index: int) -> dict[str, Any]:
+        """Why a token was penalised: the steps as the judge saw them, each critique, and the vote. Steps from 0."""
+        if batch.critiques is None or batch.step_ids is None or batch.wrong_steps is None:
+            return {}
+        response = batch.sequence(index)[batch.prompt_lengths[index] :]
+        step_ids = batch.step_ids[batch.response_slice(index)]
+        steps = range(int(step_ids.max(initial=-1)) + 1)
+        return {
+            "steps": [self.tokenizer.decode(response[step_ids == step]) for step in steps],
+            "step_ids": step_ids.tolist(),
+            "wrong_steps": list(batch.wrong_steps[index]),
+            "critiques": [vars(critique) for critique in batch.critiques[index]],
         }
 
     @property

@@ -8,6 +8,7 @@ was cut.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol, runtime_checkable
 
@@ -59,6 +60,34 @@ class CreditMethod(Protocol):
     needs: ClassVar[frozenset[str]]  # a subset of SIGNALS; read it from the instance: a wrapped method adds its own
 
     def __call__(self, batch: CreditInput) -> Credit: ...
+
+
+@runtime_checkable
+class JudgedMethod(Protocol):
+    """A credit method that reads critiques says how many it wants, how they vote, and what tokens earn by the vote."""
+
+    critiques: int  # of one response
+
+    def vote(self, critiques: Sequence[Collection[int] | None]) -> list[int]:
+        """Wrong steps, increasing; a critique that failed is None and has no vote."""
+        ...
+
+    def token_rewards(self, batch: CreditInput) -> Tensor:
+        """[B, T], 0 where the mask is False: what selection compares in place of `token_rewards_BT`."""
+        ...
+
+
+def judged_method(method: CreditMethod) -> JudgedMethod:
+    """`method`, or the one that it wraps, that votes on critiques; ValueError if there is none."""
+    if isinstance(method, JudgedMethod):
+        return method
+    for inner in vars(method).values():
+        if "critiques" in getattr(inner, "needs", ()):
+            return judged_method(inner)
+    raise ValueError(
+        f"credit {type(method).__name__}: needs critiques, but has no `critiques`, `vote` and `token_rewards`; "
+        "expected the three of JudgedMethod"
+    )
 
 
 @dataclass

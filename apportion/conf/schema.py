@@ -155,6 +155,9 @@ class EngineConfig:
 @dataclass
 class PolicyConfig(EngineConfig):
     section: ClassVar[str] = "policy"
+    # A group's responses stand behind one copy of their prompt in the update: less work where prompts are not short
+    # beside responses. Needs model.attention=sdpa and full causal attention (no sliding window).
+    share_prompts: bool = False
     lora: LoraConfig | None = None
 
 
@@ -186,10 +189,33 @@ class ReferenceConfig:
 
 
 @dataclass
+class EnvironmentConfig:
+    """What the policy acts in, turn by turn; without `cls`, a response is one turn. `cls` is microwave, gymnasium,
+    textarena or a dotted path of a class of one's own; rollout.max_response_tokens bounds all turns and observations
+    of an episode together."""
+
+    cls: str | None = None
+    params: dict[str, Any] = field(default_factory=dict)  # keyword arguments of the class
+    workers: int = 1  # actors, each with many environments
+    threads: int = 16  # synchronous steps under way at once in one actor
+    max_turns: int = 8
+    max_turn_tokens: int | None = None  # of one action; null: what is left of the response
+    step_timeout_seconds: float = 10.0
+    observation_role: str = "user"  # in the chat template
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "threads", "max_turns", "max_turn_tokens"):
+            _at_least(f"environment.{name}", getattr(self, name), 1)
+        if self.step_timeout_seconds <= 0:
+            raise ConfigError(f"environment.step_timeout_seconds: got {self.step_timeout_seconds}, expected above 0")
+
+
+@dataclass
 class RewardConfig:
     """Rewards are the weighted sum of `functions`. One entry is a dotted path, `file.py:function`, a ready-made
     verifier's name, or a mapping with `function`, `weight`, `timeout_seconds` and `params`; `model:PATH` is a reward
-    model and `http://...` (or a list of addresses under `urls`) a service."""
+    model and `http://...` (or a list of addresses under `urls`) a service. With an environment, whose rewards are added
+    with weight 1, `functions` may be null."""
 
     functions: Any = MISSING
     workers: int = 1
@@ -203,6 +229,55 @@ class RewardConfig:
         _at_least("reward.clip", self.clip, 0)
         if self.timeout_seconds <= 0:
             raise ConfigError(f"reward.timeout_seconds: got {self.timeout_seconds}, expected above 0")
+
+
+@dataclass
+class JudgeConfig:
+    """Who says which steps of a response are wrong; started only when the algorithm needs critiques. One of three:
+    `function` alone, a dotted path or `file.py:function`; `model` alone, a model on an engine of the run's own; `url`
+    (one OpenAI-compatible address or a list, up to /v1) with `model`, the name it serves."""
+
+    function: str | None = None
+    model: str | None = None
+    url: Any = None
+    api_key_env: str | None = None  # name of the environment variable that holds the address's key
+    critiques: int | None = None  # of each response; null: as many as the credit method asks for
+    delimiter: str = "\n\n"  # what separates two steps
+    answer_column: str | None = "answer"  # the reference answer that the judge is shown, where a row has it; null: none
+    temperature: float = 0.7
+    max_tokens: int = 1024  # of one critique
+    context_tokens: int = 8192  # a longer prompt and critique is not asked and counted as too_long
+    timeout_seconds: float = 120.0  # of one critique
+    batch_timeout_seconds: float = 900.0  # of all critiques of a batch; what is late has failed
+    retries: int = 2  # of an address
+    concurrency: int = 16  # critiques under way at a time, in each worker
+    workers: int = 1
+    cache_folder: str | None = None  # null: `critiques` in the run's folder
+    max_failed_share: float = 1.0  # of a step's critiques; above it the run stops
+    engine: str = "vllm"
+    dtype: str = "bfloat16"
+    tensor_parallel_size: int = 1
+    gpu_memory_utilization: float = 0.5
+    kv_cache_gib: float = 1.0  # on CPU
+
+    def __post_init__(self) -> None:
+        _one_of("judge.engine", self.engine, ("vllm", "transformers"))
+        _one_of("judge.dtype", self.dtype, ("bfloat16", "float32", "float16"))
+        for name in ("critiques", "max_tokens", "concurrency", "workers", "tensor_parallel_size"):
+            _at_least(f"judge.{name}", getattr(self, name), 1)
+        for name in ("temperature", "retries"):
+            _at_least(f"judge.{name}", getattr(self, name), 0)
+        _between("judge.max_failed_share", self.max_failed_share, 0.0, 1.0)
+        _between("judge.gpu_memory_utilization", self.gpu_memory_utilization, 0.05, 0.98)
+        for name in ("timeout_seconds", "batch_timeout_seconds", "kv_cache_gib"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"judge.{name}: got {getattr(self, name)}, expected above 0")
+        if not self.delimiter:
+            raise ConfigError("judge.delimiter: got an empty text, expected what separates two steps")
+        if self.context_tokens <= self.max_tokens:
+            raise ConfigError(
+                f"judge.context_tokens: got {self.context_tokens}, expected more than judge.max_tokens={self.max_tokens}"
+            )
 
 
 @dataclass
@@ -242,11 +317,13 @@ class CorrectionConfig:
 @dataclass
 class AlgorithmConfig:
     """algorithm = credit x surrogate x reduction (+ KL, selection, shaping). Components are mappings with a `name`
-    (of the registry, or a dotted path of your own) and the parameters of that component."""
+    (of the registry, or a dotted path of your own) and the parameters of that component. `distillation` takes the
+    surrogate's place: the loss then comes from `teachers`, and credit is for the log alone."""
 
     name: str = MISSING
     credit: dict[str, Any] = MISSING
-    surrogate: dict[str, Any] = MISSING
+    surrogate: dict[str, Any] | None = MISSING  # null with a distillation
+    distillation: dict[str, Any] | None = None
     reduction: dict[str, Any] = MISSING
     shaping: list[Any] = field(default_factory=list)
     selection: list[Any] = field(default_factory=list)
@@ -259,6 +336,19 @@ class AlgorithmConfig:
     def __post_init__(self) -> None:
         _at_least("algorithm.updates_per_batch", self.updates_per_batch, 1)
         _at_least("algorithm.epochs", self.epochs, 1)
+        if self.surrogate is None and self.distillation is None:
+            raise ConfigError("algorithm.surrogate: got null, expected a mapping with a name, or algorithm.distillation")
+        if self.surrogate not in (None, MISSING) and self.distillation is not None:
+            raise ConfigError("algorithm.surrogate: got one beside algorithm.distillation, expected null")
+
+
+@dataclass
+class TeachersConfig:
+    """Frozen models for algorithm.distillation, beside the policy on each of its ranks: a model's folder or name, or a
+    run, of which the newest checkpoint is taken."""
+
+    dpo: str | None = None
+    other: str | None = None  # trained with preferences reversed, or a reference, as the variant asks
 
 
 @dataclass
@@ -272,6 +362,7 @@ class ClusterConfig:
     gpus_per_policy_rank: float = 0.0
     gpus_per_rollout_engine: float = 0.0  # a whole number times rollout.tensor_parallel_size
     gpus_per_reference_rank: float = 0.0
+    gpus_per_judge: float = 0.0  # of each worker; a whole number times judge.tensor_parallel_size
     gpus_per_critic_rank: float = 0.0  # the critic has as many ranks as the policy
     threads: int | None = None  # of each compute actor; null: every core of its node
     start_timeout_seconds: float = 600.0
@@ -287,6 +378,7 @@ class ClusterConfig:
             "gpus_per_policy_rank",
             "gpus_per_rollout_engine",
             "gpus_per_reference_rank",
+            "gpus_per_judge",
             "gpus_per_critic_rank",
         ):
             _at_least(f"cluster.{name}", getattr(self, name), 0)
@@ -374,11 +466,14 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    teachers: TeachersConfig = field(default_factory=TeachersConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

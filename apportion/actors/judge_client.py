@@ -1,0 +1,350 @@
+"""Who can be asked for critiques: an OpenAI-compatible address, a model of the run's own, a Python function.
+
+Each takes cases (a question and the steps of a response) and gives k critiques of each. Nothing here raises for what a
+judge does: a critique that cannot be used says why in `failure` and has no vote.
+
+    unparseable, out_of_range, cut   the judge answered, but not with a verdict on these steps (cut: at max_tokens)
+    no_opinion, raised               the function said None, or raised
+    slow, down, refused, malformed   no answer in time; no connection or a failing service; a request turned away; an
+                                     answer that is no chat completion
+    too_long                         question, response and critique do not fit the judge's context
+
+Never shown: a header, an address's user part or query, the body of an answer that is no critique.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import itertools
+import json
+import logging
+import numbers
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from apportion.actors.engines import EngineSpec, Request, RolloutEngine, Sampling, make_engine
+from apportion.actors.reward_call import LimitedCaller, failure_of
+from apportion.actors.reward_service import FIRST_PAUSE_SECONDS, RETRIED_STATUS, shown_url
+from apportion.algorithms.steps import critique_prompt, parse_verdict
+from apportion.batch import Critique
+from apportion.data.functions import load_function
+from apportion.data.prompts import PromptEncoder, load_tokenizer
+from apportion.platform.errors import ConfigError
+
+if TYPE_CHECKING:
+    import httpx
+
+ANSWERED = ("", "unparseable", "out_of_range", "cut", "no_opinion")  # the judge had its say; asking again is no help
+LARGEST_ANSWER_BYTES = 4 * 2**20
+_FAILURES = {"timeout": "slow", "hung": "slow", "raised": "raised"}  # of a called function, by the reward's words
+
+
+@dataclass
+class Case:
+    """One response to be judged."""
+
+    question: str
+    steps: list[str]
+    answer: str | None  # the reference answer, where there is one and the judge may see it
+    columns: dict[str, Any] = field(default_factory=dict)  # the row's other columns
+
+    def prompt(self) -> str:
+        return critique_prompt(self.question, self.steps, self.answer)
+
+
+class JudgeSource(Protocol):
+    """One judge; another kind joins by implementing this."""
+
+    name: str  # who is asked and how: part of the key under which its critiques are kept
+    durable: bool  # whether critiques may be kept on disk, from one run to the next
+
+    def content(self, case: Case) -> str:
+        """All that this judge sees of a case."""
+        ...
+
+    def ask(self, cases: Sequence[Case], count: int, deadline: float) -> list[list[Critique]]:
+        """`count` critiques of each case. What is not there at `deadline` (time.monotonic) has failed as slow."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def read_answer(answer: str, steps: int) -> Critique:
+    """A judge's text as a critique of a response with so many steps.
+
+    >>> read_answer("Step 2 is wrong. [2]", 3).wrong_steps, read_answer("[99]", 4).failure, read_answer("ok", 4).failure
+    ([1], 'out_of_range', 'unparseable')
+    """
+    wrong = parse_verdict(answer, steps)
+    if wrong is not None:
+        return Critique(wrong, "", answer)
+    listed = parse_verdict(answer, sys.maxsize) is not None
+    return Critique(None, "out_of_range" if listed else "unparseable", answer)
+
+
+# a Python function
+
+
+class FunctionJudge:
+    """`f(question, steps, answer, **columns) -> list[int] | None`: the wrong steps, from 0, or None for no opinion.
+
+    Sync or async, called once for each critique. A function with a parameter `critique` is told which one it is (from
+    0), so that a judge that errs at random can do so repeatably.
+    """
+
+    durable = False  # its source may change between two runs
+
+    def __init__(self, spec: str, timeout_seconds: float) -> None:
+        self.name = f"function:{spec}"
+        self._function = load_function(spec)
+        self._limit = timeout_seconds
+        self._numbered = "critique" in inspect.signature(self._function).parameters
+        self._caller = LimitedCaller(spec, inspect.iscoroutinefunction(self._function))
+
+    def close(self) -> None:
+        self._caller.close()
+
+    def content(self, case: Case) -> str:
+        return json.dumps([case.question, case.steps, case.answer, case.columns], sort_keys=True, default=str)
+
+    def ask(self, cases: Sequence[Case], count: int, deadline: float) -> list[list[Critique]]:
+        return [[self._critique(case, number, deadline) for number in range(count)] for case in cases]
+
+    def _critique(self, case: Case, number: int, deadline: float) -> Critique:
+        left = min(self._limit, deadline - time.monotonic())
+        if left <= 0:
+            return Critique(None, "slow", detail=f"{self.name}: the time for this batch was over before it was asked")
+        arguments = {**case.columns, "question": case.question, "steps": list(case.steps), "answer": case.answer}
+        if self._numbered:
+            arguments["critique"] = number
+        try:
+            said = self._caller.call(lambda: self._function(**arguments), left)
+        except Exception as error:  # noqa: BLE001 - a user's function may raise anything; it is carried on as a failure
+            failure = failure_of(error, self.name)
+            return Critique(None, _FAILURES[failure.reason], detail=failure.text)
+        return _of_function(said, len(case.steps), self.name)
+
+
+def _of_function(said: Any, steps: int, name: str) -> Critique:
+    if said is None:
+        return Critique(None, "no_opinion")
+    said = said.tolist() if hasattr(said, "tolist") else said
+    if not isinstance(said, list | tuple | set | frozenset) or any(
+        not isinstance(step, numbers.Integral) or isinstance(step, bool) for step in said
+    ):
+        text = f"{name}: got {str(said)[:60]!r}, expected a list of steps from 0, or None"
+        return Critique(None, "unparseable", detail=text)
+    wrong = sorted({int(step) for step in said})
+    if any(not 0 <= step < steps for step in wrong):
+        return Critique(None, "out_of_range", detail=f"{name}: got {wrong} of {steps} steps, expected 0 to {steps - 1}")
+    return Critique(wrong)
+
+
+# a model of the run's own
+
+
+@dataclass
+class ModelJudgeSpec:
+    engine: str
+    engine_spec: EngineSpec
+    temperature: float
+    max_tokens: int
+
+
+class ModelJudge:
+    """A model on an engine of its own, in this process; its context is the engine's `max_model_len`."""
+
+    durable = True
+
+    def __init__(self, spec: ModelJudgeSpec, engine: RolloutEngine | None = None) -> None:
+        settings = spec.engine_spec
+        self._spec = spec
+        tokenizer = load_tokenizer(settings.model, trust_remote_code=settings.trust_remote_code)
+        self._encoder = PromptEncoder(tokenizer, chat=bool(tokenizer.chat_template))
+        self._engine = engine or make_engine(spec.engine, settings)
+        self._sampling = Sampling(spec.temperature, max_tokens=spec.max_tokens)
+        self.name = f"model:{settings.model}:{spec.temperature:g}:{spec.max_tokens}:{settings.seed}"
+
+    def close(self) -> None:
+        return None
+
+    def content(self, case: Case) -> str:
+        return case.prompt()
+
+    def ask(self, cases: Sequence[Case], count: int, deadline: float) -> list[list[Critique]]:
+        prompts = [self._encoder.token_ids(case.prompt()) for case in cases]
+        room = self._spec.engine_spec.max_model_len - self._spec.max_tokens
+        places = [(i, k) for i, ids in enumerate(prompts) if len(ids) <= room for k in range(count)]
+        # What is not overwritten below was not reached in time, or does not fit.
+        out = [[Critique(None, "slow" if len(ids) <= room else "too_long")] * count for ids in prompts]
+        # An engine cannot be interrupted: the deadline is looked at between calls, each large enough to keep it busy.
+        size = 4 * self._spec.engine_spec.max_sequences
+        for start in range(0, len(places), size):
+            if time.monotonic() >= deadline:
+                break
+            chosen = places[start : start + size]
+            requests = [Request(prompts[i], self._seed(cases[i], k)) for i, k in chosen]
+            for (i, k), sample in zip(chosen, self._engine.generate(requests, self._sampling), strict=True):
+                whole = sample.finish_reason == "stop"
+                out[i][k] = (
+                    read_answer(sample.text, len(cases[i].steps)) if whole else Critique(None, "cut", sample.text)
+                )
+        return out
+
+    def _seed(self, case: Case, number: int) -> int:
+        key = f"{self._spec.engine_spec.seed}/{number}/{case.prompt()}".encode()
+        return int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "big") >> 1
+
+
+# an OpenAI-compatible address
+
+
+@dataclass
+class ServiceJudgeSpec:
+    """`urls` up to the version (`http://host:8000/v1`). `context_tokens` is held against `count_tokens` of a prompt."""
+
+    urls: list[str]
+    model: str
+    api_key_env: str | None
+    temperature: float
+    max_tokens: int
+    context_tokens: int
+    timeout_seconds: float  # of one critique, its retries included
+    retries: int
+    concurrency: int
+
+
+class _Refused(Exception):
+    """Asking again would not change the answer."""
+
+    def __init__(self, reason: str, text: str) -> None:
+        super().__init__(text)
+        self.reason = reason
+
+
+class ServiceJudge:
+    """Chat completions from one or several addresses: requests go to them in turn, a retry to the next one."""
+
+    durable = True
+
+    def __init__(self, spec: ServiceJudgeSpec, count_tokens: Callable[[str], int]) -> None:
+        import httpx
+
+        self._spec = spec
+        self._count_tokens = count_tokens
+        self.name = f"url:{spec.model}:{spec.temperature:g}:{spec.max_tokens}"
+        headers = {"Content-Type": "application/json"}
+        if spec.api_key_env is not None:
+            key = os.environ.get(spec.api_key_env, "").strip()
+            if not key:
+                raise ConfigError(
+                    f"judge.api_key_env: got {spec.api_key_env}, which is not set, expected the key in it"
+                )
+            headers["Authorization"] = f"Bearer {key}"
+        for name in ("httpx", "httpcore"):
+            logging.getLogger(name).setLevel(logging.WARNING)  # below that they write addresses in full
+        limits = httpx.Limits(max_connections=spec.concurrency)
+        self._client = httpx.Client(headers=headers, limits=limits, auth=httpx.Auth())
+        self._turn = itertools.count()
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        self._client.close()
+
+    def content(self, case: Case) -> str:
+        return case.prompt()
+
+    def ask(self, cases: Sequence[Case], count: int, deadline: float) -> list[list[Critique]]:
+        places = [(case, case.prompt()) for case in cases for _ in range(count)]
+        if not places:
+            return []
+        with ThreadPoolExecutor(max_workers=min(self._spec.concurrency, len(places))) as pool:
+            flat = list(pool.map(lambda place: self._critique(place[0], place[1], deadline), places))
+        return [flat[start : start + count] for start in range(0, len(flat), count)]
+
+    def _critique(self, case: Case, prompt: str, batch_deadline: float) -> Critique:
+        spec = self._spec
+        if self._count_tokens(prompt) + spec.max_tokens > spec.context_tokens:
+            return Critique(None, "too_long")
+        deadline = min(batch_deadline, time.monotonic() + spec.timeout_seconds)
+        message = {"role": "user", "content": prompt}
+        body = {"model": spec.model, "messages": [message], "temperature": spec.temperature, "n": 1}
+        content = json.dumps({**body, "max_tokens": spec.max_tokens}).encode()
+        try:
+            text, reason = self._attempts(content, deadline)
+        except _Refused as error:
+            return Critique(None, error.reason, detail=str(error))
+        return Critique(None, "cut", text) if reason == "length" else read_answer(text, len(case.steps))
+
+    def _attempts(self, content: bytes, deadline: float) -> tuple[str, str]:
+        """Text and finish reason of the first attempt that gives one; _Refused with the reason where none does."""
+        with self._lock:
+            turn = next(self._turn)
+        problem = "it was not asked in the time for this batch"
+        for attempt in range(self._spec.retries + 1):
+            if time.monotonic() >= deadline:
+                break
+            url = self._spec.urls[(turn + attempt) % len(self._spec.urls)]
+            try:
+                return self._attempt(url, content, deadline)
+            except ConnectionError as error:
+                problem = str(error)
+            if attempt < self._spec.retries:
+                time.sleep(max(0.0, min(FIRST_PAUSE_SECONDS * 2**attempt, deadline - time.monotonic())))
+        raise _Refused("slow" if time.monotonic() >= deadline else "down", f"no critique; last: {problem}")
+
+    def _attempt(self, url: str, content: bytes, deadline: float) -> tuple[str, str]:
+        """One request. ConnectionError where another may help, _Refused where not."""
+        import httpx
+
+        address, shown = completions_address(url), shown_url(url)
+        left = max(0.001, deadline - time.monotonic())
+        try:
+            with self._client.stream("POST", address, content=content, timeout=left) as response:
+                answer = _read(response, deadline, shown)
+        except httpx.HTTPError as error:  # its text may name the address in full
+            raise ConnectionError(f"{shown}: {type(error).__name__}") from None
+        status = response.status_code
+        if status in RETRIED_STATUS:
+            raise ConnectionError(f"{shown}: status {status}")
+        if status != 200:
+            long = status in (400, 413, 422) and b"context" in answer.lower()
+            raise _Refused("too_long" if long else "refused", f"{shown}: status {status}, expected 200")
+        try:
+            choice = json.loads(answer)["choices"][0]
+            text, reason = choice["message"]["content"], choice.get("finish_reason") or "stop"
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+            raise _Refused("malformed", f"{shown}: the answer is no chat completion") from None
+        if not isinstance(text, str):
+            raise _Refused("malformed", f"{shown}: got a {type(text).__name__} for the message, expected text")
+        return text, str(reason)
+
+
+def _read(response: httpx.Response, deadline: float, shown: str) -> bytes:
+    # httpx's own limit is for each piece of an answer; one that arrives byte by byte would never reach it.
+    pieces, size = [], 0
+    for piece in response.iter_bytes():
+        pieces.append(piece)
+        size += len(piece)
+        if size > LARGEST_ANSWER_BYTES:
+            raise _Refused("refused", f"{shown}: the answer is longer than {LARGEST_ANSWER_BYTES} bytes")
+        if time.monotonic() > deadline:
+            raise ConnectionError(f"{shown}: the answer was not whole in time")
+    return b"".join(pieces)
+
+
+def completions_address(url: str) -> str:
+    """
+    >>> completions_address("http://127.0.0.1:8000/v1/")
+    'http://127.0.0.1:8000/v1/chat/completions'
+    """
+    base, mark, query = url.partition("?")
+    base = base.rstrip("/")
+    return (base if base.endswith("/chat/completions") else f"{base}/chat/completions") + mark + query

@@ -1,0 +1,136 @@
+"""The judge's configuration: what cannot run is refused, and what its workers need is worked out."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from apportion.conf.models import ModelFacts, read_model
+from apportion.conf.schema import Config, JudgeConfig
+from apportion.platform.errors import ConfigError
+
+if TYPE_CHECKING:
+    from apportion.actors.judge import JudgeSpec
+    from apportion.actors.judge_client import ModelJudgeSpec
+
+_KINDS = "judge.function=my_module:f, judge.model=FOLDER, or judge.url=http://HOST:PORT/v1 with judge.model=NAME"
+
+
+def judge_urls(judge: JudgeConfig) -> list[str]:
+    """The addresses, none where the judge is of another kind; ConfigError for what is no address."""
+    given = [] if judge.url is None else [judge.url] if isinstance(judge.url, str) else list(judge.url)
+    for url in given:
+        parts = urlsplit(url) if isinstance(url, str) else None
+        if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ConfigError(
+                "judge.url: got an address that is not one, expected http://HOST:PORT/v1 or a list of such"
+            )
+    if judge.url is not None and not given:
+        raise ConfigError("judge.url: got an empty list, expected at least one address, or null")
+    return given
+
+
+def own_model(judge: JudgeConfig) -> str | None:
+    """The model that the run itself has to load, if any."""
+    return judge.model if judge.model is not None and judge.url is None else None
+
+
+def check_judge(config: Config, joined: bool) -> None:
+    """ConfigError where an algorithm that needs critiques would not get any. `joined`: actors start on a cluster."""
+    judge = config.judge
+    urls = judge_urls(judge)
+    name = config.algorithm.name
+    if judge.function is None and judge.model is None and not urls:
+        raise ConfigError(f"judge: got none with algorithm {name}, which needs critiques, expected {_KINDS}")
+    if judge.function is not None and (judge.model is not None or urls):
+        other = "judge.url" if urls else "judge.model"
+        raise ConfigError(f"judge: got judge.function and {other}, expected one of {_KINDS}")
+    if urls and judge.model is None:
+        raise ConfigError(
+            "judge.model: got null with judge.url, expected the name of the model that the address serves"
+        )
+    if judge.api_key_env is not None and not urls:
+        raise ConfigError("judge.api_key_env: got a name without judge.url, expected null, or an address to send it to")
+    if judge.api_key_env is not None and not joined and not os.environ.get(judge.api_key_env):
+        raise ConfigError(f"judge.api_key_env: got {judge.api_key_env}, which is not set, expected the key in it")
+    if judge.function is None and judge.temperature == 0 and (judge.critiques or 2) > 1:
+        raise ConfigError(
+            "judge.temperature: got 0 with several critiques of a response, which would all be the same, "
+            "expected above 0, or judge.critiques=1"
+        )
+    if judge.batch_timeout_seconds >= config.cluster.call_timeout_seconds:
+        raise ConfigError(
+            f"judge.batch_timeout_seconds: got {judge.batch_timeout_seconds:g}, expected less than "
+            f"cluster.call_timeout_seconds={config.cluster.call_timeout_seconds:g}, which stops the run"
+        )
+    if own_model(judge) is not None:
+        _check_own_model(config, judge, read_model(str(judge.model), "judge.model"))
+
+
+def _check_own_model(config: Config, judge: JudgeConfig, model: ModelFacts | None) -> None:
+    parallel, gpus = judge.tensor_parallel_size, config.cluster.gpus_per_judge
+    if parallel > 1 and (judge.engine != "vllm" or gpus < parallel or gpus % parallel):
+        raise ConfigError(
+            f"judge.tensor_parallel_size: got {parallel} with judge.engine={judge.engine} and "
+            f"cluster.gpus_per_judge={gpus:g}, expected engine vllm and a GPU for each part"
+        )
+    if model is not None and model.context is not None and judge.context_tokens > model.context:
+        raise ConfigError(
+            f"judge.context_tokens: got {judge.context_tokens}, expected at most {model.context}, the context of "
+            f"{judge.model} (and judge.max_tokens below it)"
+        )
+
+
+def judge_spec(config: Config, tokenizer: str, run_folder: Path, threads: int) -> JudgeSpec:
+    """What each of the judge's workers starts from. `tokenizer` is the policy's model."""
+    from apportion.actors.judge import JudgeSpec
+    from apportion.actors.judge_client import ServiceJudgeSpec
+
+    judge = config.judge
+    urls = judge_urls(judge)
+    service = None
+    if urls:
+        service = ServiceJudgeSpec(
+            urls, str(judge.model), judge.api_key_env, judge.temperature, judge.max_tokens, judge.context_tokens,
+            judge.timeout_seconds, judge.retries, judge.concurrency,
+        )  # fmt: skip
+    return JudgeSpec(
+        credit=dict(config.algorithm.credit),
+        tokenizer=tokenizer,
+        trust_remote_code=config.model.trust_remote_code,
+        delimiter=judge.delimiter,
+        answer_column=judge.answer_column,
+        critiques=judge.critiques,
+        timeout_seconds=judge.timeout_seconds,
+        batch_timeout_seconds=judge.batch_timeout_seconds,
+        cache_folder=str(Path(judge.cache_folder or run_folder / "critiques").absolute()),
+        function=judge.function,
+        model=_model_spec(config, threads) if own_model(judge) is not None else None,
+        service=service,
+    )
+
+
+def _model_spec(config: Config, threads: int) -> ModelJudgeSpec:
+    from apportion.actors.engines import EngineSpec
+    from apportion.actors.judge_client import ModelJudgeSpec
+    from apportion.data.builtin import resolve_model
+
+    judge = config.judge
+    engine = EngineSpec(
+        model=resolve_model(str(judge.model)),
+        dtype=judge.dtype,
+        seed=config.seed,
+        max_model_len=judge.context_tokens,
+        max_sequences=judge.concurrency,
+        tensor_parallel_size=judge.tensor_parallel_size,
+        gpu_memory_utilization=judge.gpu_memory_utilization,
+        kv_cache_gib=judge.kv_cache_gib,
+        compile=False,
+        prefix_caching=True,
+        trust_remote_code=config.model.trust_remote_code,
+        threads=threads,
+        first_thread=0,
+    )
+    return ModelJudgeSpec(judge.engine, engine, judge.temperature, judge.max_tokens)
