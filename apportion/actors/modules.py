@@ -6,6 +6,7 @@ backward pass makes them anew. So no tensor has both a whole batch's tokens and 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,27 +25,52 @@ class CausalLMLogprobs(nn.Module):
         self.softcap: float | None = getattr(causal.config, "final_logit_softcapping", None)
         self.logit_scale = _logit_scale(causal.config)
 
-    def hidden(self, input_ids: Tensor) -> Tensor:
-        """[b, S] ids to final hidden states [b, S, D], right-padded rows, no mask (causal attention needs none)."""
+    def hidden(self, input_ids: Tensor, positions: Tensor | None = None, visible: Tensor | None = None) -> Tensor:
+        """[b, S] ids to final hidden states [b, S, D], right-padded rows, no mask (causal attention needs none).
+
+        For responses behind a shared prompt: `positions` [b, S] and `visible` [b, 1, S, S] bool.
+        """
         decoder = base_causal_lm(self.model).base_model
-        return decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+        if visible is None:
+            return decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+        return decoder(
+            input_ids=input_ids, position_ids=positions, attention_mask=visible, use_cache=False
+        ).last_hidden_state
 
     def logits(self, hidden: Tensor, temperature: float) -> Tensor:
         """[c, D] to float32 [c, V], after the model's own scale and softcap and the sampling temperature."""
-        raw = base_causal_lm(self.model).get_output_embeddings()(hidden).float()
+        return self.finished(base_causal_lm(self.model).get_output_embeddings()(hidden), temperature)
+
+    def finished(self, raw: Tensor, temperature: float) -> Tensor:
+        """What the output head gave, in float32, after the model's own scale and softcap and the temperature."""
+        raw = raw.float()
         if self.logit_scale != 1.0:
             raw = raw * self.logit_scale
         if self.softcap is not None:
             raw = torch.tanh(raw / self.softcap) * self.softcap
         return raw if temperature == 1.0 else raw / temperature
 
-    def _chunk(self, hidden: Tensor, targets: Tensor, temperature: float, entropy_grad: bool) -> tuple[Tensor, Tensor]:
+    def _chunk(self, hidden: Tensor, targets: Tensor, temperature: float, entropy_grad: bool) -> tuple[Tensor, ...]:
         logits = self.logits(hidden, temperature)
         normalizer = torch.logsumexp(logits, dim=-1)
         logprobs = logits.gather(-1, targets[:, None]).squeeze(-1) - normalizer
         with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
             entropies = normalizer - (torch.softmax(logits, dim=-1) * logits).sum(-1)
-        return logprobs, entropies
+        return logprobs, entropies, normalizer
+
+    def chosen(
+        self, picked: Tensor, targets: Tensor, temperature: float, entropy_grad: bool = False
+    ) -> tuple[Tensor, ...]:
+        """Log-prob, entropy and logsumexp of the logits, float32 [r] each, from final hidden states [r, D]."""
+        if len(targets) <= self.chunk:
+            return self._chunk(picked, targets, temperature, entropy_grad)
+        outs = []
+        for h, y in zip(picked.split(self.chunk), targets.split(self.chunk), strict=True):
+            if torch.is_grad_enabled():
+                outs.append(checkpoint(self._chunk, h, y, temperature, entropy_grad, use_reentrant=False))
+            else:
+                outs.append(self._chunk(h, y, temperature, entropy_grad))
+        return tuple(torch.cat(column) for column in zip(*outs, strict=True))
 
     def forward(
         self,
@@ -54,18 +80,15 @@ class CausalLMLogprobs(nn.Module):
         targets: Tensor,
         temperature: float = 1.0,
         entropy_grad: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """Log-prob and entropy of each chosen token, float32 [r], [r]."""
-        picked = self.hidden(input_ids)[rows, columns]
-        if len(targets) <= self.chunk:
-            return self._chunk(picked, targets, temperature, entropy_grad)
-        outs = []
-        for h, y in zip(picked.split(self.chunk), targets.split(self.chunk), strict=True):
-            if torch.is_grad_enabled():
-                outs.append(checkpoint(self._chunk, h, y, temperature, entropy_grad, use_reentrant=False))
-            else:
-                outs.append(self._chunk(h, y, temperature, entropy_grad))
-        return torch.cat([o[0] for o in outs]), torch.cat([o[1] for o in outs])
+        work: Callable[[CausalLMLogprobs, Tensor], Any] | None = None,
+        tree: tuple[Tensor, Tensor] | None = None,
+    ) -> Any:
+        """Log-prob and entropy of each chosen token, float32 [r], [r]; or what `work` makes of this module and the
+        final hidden states [r, D] that predict them, within the same pass."""
+        picked = self.hidden(input_ids, *(tree or ()))[rows, columns]
+        if work is not None:
+            return work(self, picked)
+        return self.chosen(picked, targets, temperature, entropy_grad)[:2]
 
 
 class ValueModel(nn.Module):

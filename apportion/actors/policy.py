@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from apportion.actors.distillation import Distillation, DistillationSpec
 from apportion.actors.engine import DeepSpeedEngine, EngineSettings, OptimizerStep, World
+from apportion.actors.influence import InfluencePass
 from apportion.actors.loading import load_causal_lm, save_huggingface
 from apportion.actors.microbatch import MicroBatch, cut, make
 from apportion.actors.modules import CausalLMLogprobs, base_causal_lm
@@ -29,7 +31,7 @@ from apportion.platform.weights import WeightBundle
 class LossSpec:
     """The policy's loss, as far as a rank must know it."""
 
-    surrogate: dict[str, Any]
+    surrogate: dict[str, Any] | None  # None: distillation takes its place
     temperature: float
     kl_in_loss: bool
     kl_estimator: str
@@ -51,6 +53,9 @@ class PolicySpec:
     settings: EngineSettings
     loss: LossSpec
     total_optimizer_steps: int
+    share_prompts: bool = False  # responses of a group behind one copy of their prompt
+    credit: dict[str, Any] | None = None  # a credit method whose `influence` is to be called
+    distillation: DistillationSpec | None = None
 
 
 @dataclass
@@ -81,8 +86,18 @@ class PolicyWorker(ActorBase):
         module = CausalLMLogprobs(model, spec.settings.logits_chunk_tokens)
         self.engine = DeepSpeedEngine(module, spec.settings, world, spec.total_optimizer_steps)
         loss = spec.loss
-        self._surrogate: Surrogate = registry.build("surrogate", loss.surrogate)
+        self._surrogate: Surrogate | None = None
+        if loss.surrogate is not None:
+            self._surrogate = registry.build("surrogate", loss.surrogate)
         self._correction = ImportanceCorrection(loss.correction_method, loss.correction_level, loss.correction_cap)
+        self._influences: InfluencePass | None = None
+        if spec.credit is not None:
+            method = registry.build("credit", spec.credit)
+            self._influences = InfluencePass(method, loss.temperature, 2 * spec.settings.micro_batch_tokens)
+        self._distillation: Distillation | None = None
+        if spec.distillation is not None:
+            chunk = spec.settings.logits_chunk_tokens
+            self._distillation = Distillation(spec.distillation, chunk, self.engine.device)
 
     # signals
 
@@ -92,8 +107,13 @@ class PolicyWorker(ActorBase):
         logprobs = np.zeros(int(shard.response_lengths.sum()), np.float32)
         entropies = np.zeros_like(logprobs)
         self.engine.module().eval()
+        if self._influences is not None:
+            signals = self._influences.signals(self.engine, shard)
+            return time.perf_counter() - start, signals
         with torch.no_grad():
-            for micro in cut(shard, np.arange(len(shard)), 2 * self.spec.settings.micro_batch_tokens):
+            for micro in cut(
+                shard, np.arange(len(shard)), 2 * self.spec.settings.micro_batch_tokens, self.spec.share_prompts
+            ):
                 moved = micro.to(self.engine.device)
                 lp, entropy = self._forward(moved)
                 logprobs[micro.packed_index] = lp.cpu().numpy()
@@ -101,8 +121,9 @@ class PolicyWorker(ActorBase):
         return time.perf_counter() - start, Signals(old_logprobs=logprobs, entropies=entropies)
 
     def _forward(self, micro: MicroBatch, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
+        tree = (micro.tree.positions, micro.tree.visible) if micro.tree else None
         return self.engine.forward(
-            micro.input_ids, micro.rows, micro.columns, micro.targets, self.spec.loss.temperature, entropy_grad
+            micro.input_ids, micro.rows, micro.columns, micro.targets, self.spec.loss.temperature, entropy_grad, tree=tree
         )
 
     # update
@@ -115,7 +136,7 @@ class PolicyWorker(ActorBase):
         for _ in range(self.spec.loss.epochs):
             for step in range(minibatches):
                 chosen = np.flatnonzero((shard.minibatch_ids == step) & teaching)
-                micros = cut(shard, chosen, self.spec.settings.micro_batch_tokens)
+                micros = cut(shard, chosen, self.spec.settings.micro_batch_tokens, self.spec.share_prompts)
                 report.tokens += sum(m.real_tokens for m in micros)
                 outcome = self.engine.train_step(
                     micros, self._empty(shard), lambda m: self._loss(m, shard, kl_coefficient, report.totals)
@@ -128,7 +149,7 @@ class PolicyWorker(ActorBase):
         """bool [B]: rows that can have a gradient. Where credit is 0 on every token and nothing else is in the loss, a
         row adds exactly 0 (denominators are in the weights already), so its passes are not made."""
         loss = self.spec.loss
-        if loss.kl_in_loss or loss.entropy_coefficient > 0:
+        if loss.kl_in_loss or loss.entropy_coefficient > 0 or self._distillation is not None:
             return np.ones(len(shard), bool)
         advantages = _packed(shard, "advantages")
         return np.array([bool(advantages[shard.response_slice(i)].any()) for i in range(len(shard))], bool)
@@ -141,6 +162,8 @@ class PolicyWorker(ActorBase):
         return MicroBatch(torch.zeros(1, 2, dtype=torch.int64), zero, zero, zero, zero, 1, np.zeros(0, np.int64), 2)
 
     def _loss(self, micro: MicroBatch, shard: Batch, kl_coefficient: float, totals: Totals) -> Tensor:
+        if self._distillation is not None:
+            return self._distillation.loss(self.engine, micro, shard, totals)
         loss, device = self.spec.loss, self.engine.device
         moved = micro.to(device)
         logprobs, entropies = self._forward(moved, loss.entropy_coefficient > 0)
@@ -153,6 +176,7 @@ class PolicyWorker(ActorBase):
         weights = moved.gather(shard.loss_weights, device)
         advantages = moved.gather(_packed(shard, "advantages"), device)
         segments = None if shard.segment_ids is None else moved.gather(shard.segment_ids, device)
+        assert self._surrogate is not None
         out = self._surrogate(
             SurrogateInput(policy, old, advantages, moved.mask, moved.gather(shard.turn_ids, device), segments)
         )

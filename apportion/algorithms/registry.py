@@ -25,6 +25,7 @@ CREDIT = {
     "poad": f"{_HERE}.credit.poad:Poad",
     "capo": f"{_HERE}.credit.capo:Capo",
     "hidden_reward": f"{_HERE}.credit.hidden_reward:HiddenReward",
+    "none": f"{_HERE}.credit.none:NoCredit",
 }
 SURROGATES = {
     "ppo_clip": f"{_HERE}.surrogates:PpoClip",
@@ -43,6 +44,9 @@ SHAPING = {
     "length": f"{_HERE}.shaping:LengthPenalty",
     "clip": f"{_HERE}.shaping:RewardClip",
 }
+DISTILLATION = {
+    "aligndistil": f"{_HERE}.distillation:AlignDistil",
+}
 SELECTION = {
     "dynamic_sampling": f"{_HERE}.selection:DynamicSampling",
     "drop_truncated": f"{_HERE}.selection:DropTruncated",
@@ -53,6 +57,7 @@ KINDS = {
     "reduction": REDUCTIONS,
     "shaping": SHAPING,
     "selection": SELECTION,
+    "distillation": DISTILLATION,
 }
 
 
@@ -173,6 +178,11 @@ def _check_needs(where: str, part: Any) -> None:
     for signal in sorted(needs - SIGNALS):
         raise ValueError(
             f"{where}: got {signal!r} in needs, expected {', '.join(sorted(SIGNALS))}{_nearest(signal, SIGNALS)}"
+        )
+    if "influences" in needs and not callable(getattr(part, "influence", None)):
+        raise ValueError(
+            f"{where}: got 'influences' in needs and no method `influence`, expected one that gives a group's scores "
+            "from its hidden states (see apportion.algorithms.influence)"
         )
 
 

@@ -37,7 +37,10 @@ def check_parts(algorithm: AlgorithmConfig) -> frozenset[str]:
 
 def parts_of(algorithm: AlgorithmConfig) -> list[tuple[str, Any]]:
     """Every part as (kind, spec)."""
-    single = [("credit", algorithm.credit), ("surrogate", algorithm.surrogate), ("reduction", algorithm.reduction)]
+    single = [("credit", algorithm.credit), ("reduction", algorithm.reduction)]
+    for kind in ("surrogate", "distillation"):
+        if getattr(algorithm, kind) is not None:
+            single.append((kind, getattr(algorithm, kind)))
     return single + [("shaping", s) for s in algorithm.shaping] + [("selection", s) for s in algorithm.selection]
 
 
@@ -65,7 +68,7 @@ def _shipped(name: str) -> dict[str, list[dict[str, Any]]]:
     known: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
     if file.is_file():
         recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
-        for kind in KINDS.keys() & recipe.keys():
+        for kind in KINDS.keys() & {part for part, spec in recipe.items() if spec is not None}:
             known[kind] = recipe[kind] if isinstance(recipe[kind], list) else [recipe[kind]]
     return known
 

@@ -15,6 +15,7 @@ Any other estimator runs on macro actions too (`estimator`): it is handed the ba
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -160,6 +161,11 @@ class MacroActions:
         if self.estimator is None:
             return Gae(self.gamma, self.gae_lambda, "none")
         return build("credit", self.estimator)
+
+    def influence(self, *group: Any, **more: Any) -> Tensor:
+        """The estimator's own hook, for an estimator that needs `influences`."""
+        hook: Callable[..., Tensor] = getattr(self._estimator, "influence")  # noqa: B009
+        return hook(*group, **more)
 
     def segments(self, batch: CreditInput) -> tuple[Tensor, dict[str, float]]:
         """Segment ids [B, T] int64, and what the rule counted."""

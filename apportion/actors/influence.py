@@ -1,0 +1,183 @@
+"""Policy side of the signal `influences`: old log-probs and a credit method's own score of each token from one pass.
+
+The credit method's `influence` hook is given, group by group, the final hidden states that predict the group's action
+tokens and their probabilities on V*, the tokens that occur in the group. Those come from the output head's rows of V*
+and each token's logsumexp, so beyond a chunk nothing has a vocabulary's width, and only one number a token leaves here.
+
+The hook's rewards are outcomes as scored, before shaping: credit, which sees them after it, must sort right from wrong
+alike (with `correct_at`, where shaping moves rewards off 0 and 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from apportion.actors.microbatch import MicroBatch, cut
+from apportion.actors.modules import CausalLMLogprobs, base_causal_lm
+from apportion.algorithms.influence import GroupStates, group_vocabulary
+from apportion.batch import Batch, Signals
+from apportion.platform.errors import ConfigError
+
+KEPT_PROBABILITIES = 2**23  # numbers; a group with fewer has its probabilities made once, not in each sum
+
+
+class InfluenceMethod(Protocol):
+    """A credit method that needs `influences`."""
+
+    def influence(self, states: GroupStates, lengths_G: Tensor, rewards_G: Tensor) -> Tensor: ...
+
+
+class ForwardEngine(Protocol):
+    device: torch.device
+
+    def module(self) -> Any: ...
+    def forward(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+@dataclass
+class TokenStates:
+    """What one pass says of n action tokens."""
+
+    logprobs: Tensor  # [n] float32
+    entropies: Tensor  # [n] float32
+    normalizers: Tensor  # [n] float32, logsumexp of the logits
+    hidden: Tensor  # [n, D], predicts the token
+
+
+class OutputHead:
+    """Logits on some tokens of the vocabulary. The rows of `token_ids` (increasing) are taken once; under ZeRO-3 every
+    rank must make one at the same time. A head that is more than a matrix (adapted, quantised) is run whole instead.
+    """
+
+    def __init__(self, module: CausalLMLogprobs, token_ids: Tensor) -> None:
+        self._module, self._token_ids = module, token_ids
+        head = base_causal_lm(module.model).get_output_embeddings()
+        self._weight: Tensor | None = None
+        self._bias: Tensor | None = None
+        if type(head) is nn.Linear:
+            with _gathered(head):
+                self._weight = head.weight.detach()[token_ids]
+                self._bias = None if head.bias is None else head.bias.detach()[token_ids]
+
+    def logits(self, hidden: Tensor, vocabulary: Tensor, temperature: float) -> Tensor:
+        """[n, D] and ids [v] (some of `token_ids`) to float32 [n, v]."""
+        if self._weight is None:
+            chunks = hidden.split(self._module.chunk)
+            return torch.cat([self._module.logits(h, temperature)[:, vocabulary] for h in chunks])
+        rows = torch.searchsorted(self._token_ids, vocabulary)
+        bias = None if self._bias is None else self._bias[rows]
+        return self._module.finished(nn.functional.linear(hidden, self._weight[rows], bias), temperature)
+
+
+def _gathered(head: nn.Module) -> Any:
+    sharded = [p for p in head.parameters() if hasattr(p, "ds_id")]
+    if not sharded:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(sharded)
+
+
+@dataclass
+class InfluencePass:
+    """Signals of a shard that holds whole groups, with `influences` from `method`."""
+
+    method: InfluenceMethod
+    temperature: float
+    micro_batch_tokens: int  # padded tokens of one forward pass
+
+    @torch.no_grad()
+    def signals(self, engine: ForwardEngine, shard: Batch) -> Signals:
+        """`old_logprobs`, `entropies` and `influences` [R], 0 where the policy did not choose."""
+        size = int(shard.response_lengths.sum())
+        logprobs, entropies, influences = (np.zeros(size, np.float32) for _ in range(3))
+        head = OutputHead(engine.module(), _action_ids(shard).unique().to(engine.device))
+        for groups in whole_groups(shard, self.micro_batch_tokens):
+            states, packed = self._states(engine, shard, np.concatenate(groups))
+            logprobs[packed] = states.logprobs.cpu().numpy()
+            entropies[packed] = states.entropies.cpu().numpy()
+            place = np.full(size, -1, np.int64)
+            place[packed] = np.arange(len(packed))
+            for rows in groups:
+                tokens = np.concatenate([_action_places(shard, row) for row in rows])
+                if len(tokens):
+                    chosen = torch.from_numpy(place[tokens]).to(engine.device)
+                    influences[tokens] = self._influence(shard, rows, states, chosen, head)
+        return Signals(old_logprobs=logprobs, entropies=entropies, influences=influences)
+
+    def _states(self, engine: ForwardEngine, shard: Batch, rows: np.ndarray) -> tuple[TokenStates, np.ndarray]:
+        """States of the action tokens of `rows`, and the place of each on the shard's R axis."""
+        parts, packed = [], []
+        for micro in cut(shard, rows, self.micro_batch_tokens):
+            m = micro.to(engine.device)
+            parts.append(engine.forward(m.input_ids, m.rows, m.columns, m.targets, work=self._work(m)))
+            packed.append(micro.packed_index)
+        return TokenStates(*(torch.cat(column) for column in zip(*parts, strict=True))), np.concatenate(packed)
+
+    def _work(self, micro: MicroBatch) -> Callable[[CausalLMLogprobs, Tensor], tuple[Tensor, ...]]:
+        return lambda module, picked: (*module.chosen(picked, micro.targets, self.temperature), picked)
+
+    def _influence(
+        self, shard: Batch, rows: np.ndarray, states: TokenStates, chosen: Tensor, head: OutputHead
+    ) -> np.ndarray:
+        """Scores of a group's action tokens, response after response; `chosen` are their places in `states`."""
+        assert shard.rewards is not None
+        ids = torch.cat([_action_ids(shard, row) for row in rows]).to(chosen.device)
+        vocabulary, columns = group_vocabulary(ids)
+        hidden, normalizers = states.hidden[chosen], states.normalizers[chosen]
+
+        def probabilities(tokens: slice) -> Tensor:
+            logits = head.logits(hidden[tokens], vocabulary, self.temperature)
+            return (logits - normalizers[tokens, None]).exp()
+
+        small = len(ids) * len(vocabulary) <= KEPT_PROBABILITIES
+        group = GroupStates(hidden, probabilities(slice(None)) if small else probabilities, columns, len(vocabulary))
+        lengths = torch.tensor([len(_action_places(shard, row)) for row in rows])
+        try:
+            scores = self.method.influence(group, lengths, torch.from_numpy(shard.rewards[rows]).float())
+        except ValueError as error:
+            raise ConfigError(f"algorithm.credit: {error}") from error
+        return scores.float().cpu().numpy()
+
+
+def whole_groups(shard: Batch, tokens: int) -> Iterator[list[np.ndarray]]:
+    """Groups, each as the rows of its trajectories, so many at a time that they have about `tokens` tokens.
+
+    Their hidden states exist together, so a pass is filled and memory does not grow with the batch.
+    """
+    lengths = shard.prompt_lengths + shard.response_lengths
+    taken: list[np.ndarray] = []
+    total = 0
+    for group in dict.fromkeys(shard.group_ids.tolist()):
+        rows = np.flatnonzero(shard.group_ids == group)
+        size = int(lengths[rows].sum())
+        if taken and total + size > tokens:
+            yield taken
+            taken, total = [], 0
+        taken.append(rows)
+        total += size
+    if taken:
+        yield taken
+
+
+def _action_places(shard: Batch, row: int) -> np.ndarray:
+    """Places of a trajectory's action tokens on the R axis."""
+    span = shard.response_slice(row)
+    return span.start + np.flatnonzero(shard.action_mask[span])
+
+
+def _action_ids(shard: Batch, row: int | None = None) -> Tensor:
+    """Action-token ids, int64: of one trajectory, or of all."""
+    rows = range(len(shard)) if row is None else [row]
+    parts = []
+    for index in rows:
+        response = shard.sequence(index)[shard.prompt_lengths[index] :]
+        parts.append(response[shard.action_mask[shard.response_slice(index)]])
+    return torch.from_numpy(np.concatenate([*parts, np.empty(0, np.int32)]).astype(np.int64))

@@ -1,0 +1,20 @@
+"""No credit: every advantage is 0. For a policy that learns from something else than its advantages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from apportion.algorithms.interface import Credit, CreditInput
+
+
+@dataclass
+class NoCredit:
+    """Rewards are still scored, logged and evaluated; they teach nothing."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def __call__(self, batch: CreditInput) -> Credit:
+        return Credit(torch.zeros(batch.mask_BT.shape))
