@@ -436,7 +436,7 @@ def _loop_settings(config: Config, needs: Needs) -> LoopSettings:
         steps=t.steps,
         prompts_per_step=t.prompts_per_step,
         responses_per_prompt=r.responses_per_prompt,
-        sampling=Sampling(r.temperature, r.top_p, r.top_k, r.max_response_tokens, list(r.stop)),
+        sampling=Sampling(r.temperature, r.top_p, r.top_k, r.max_response_tokens, list(r.stop), r.response_column),
         minibatches=config.algorithm.updates_per_batch,
         policy_signals=needs.policy_signals,
         selects=bool(config.algorithm.selection),

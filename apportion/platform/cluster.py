@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -89,8 +90,8 @@ class Cluster:
             where = address or os.environ.get("RAY_ADDRESS", "a local Ray")
             raise ConfigError(f"cluster.address: cannot reach {where}: {str(error).splitlines()[0]}") from error
 
-    def start(self, requests: Sequence[ActorRequest], timeout_seconds: float) -> list[Actor]:
-        """Start actors side by side and wait until each has been constructed."""
+    def launch(self, requests: Sequence[ActorRequest]) -> list[Actor]:
+        """Start actors side by side without waiting for them; `ready` does."""
         import ray
 
         actors = []
@@ -101,9 +102,19 @@ class Cluster:
             handle = ray.remote(request.cls).options(**options).remote(*request.arguments)
             actors.append(Actor(request.name, handle, log))
         self._actors += actors
-        infos = gather([a.call("describe") for a in actors], timeout_seconds, "start of actors")
-        for actor, info in zip(actors, infos, strict=True):
+        return actors
+
+    def ready(self, actors: Sequence[Actor], timeout_seconds: float, joining: Sequence[Call] = ()) -> None:
+        """Wait until each actor has been constructed, and `joining`, what some of them were asked at once, is done."""
+        calls = [actor.call("describe") for actor in actors]
+        infos = gather([*calls, *joining], timeout_seconds, "start of actors")
+        for actor, info in zip(actors, infos, strict=False):
             actor.info = info
+
+    def start(self, requests: Sequence[ActorRequest], timeout_seconds: float) -> list[Actor]:
+        """Start actors side by side and wait until each has been constructed."""
+        actors = self.launch(requests)
+        self.ready(actors, timeout_seconds)
         return actors
 
     def peak_memory_mib(self) -> dict[str, float]:
@@ -162,6 +173,9 @@ def explain(error: Exception, call: Call, what: str) -> ApportionError:
         detail = str(error).rstrip().splitlines()
         lines = "\n".join(f"    {line}" for line in detail[-12:])
         return ActorError(f"{actor.name}: {call.method} failed in {what}: {detail[-1] if detail else error!r}\n{lines}")
+    refused = re.findall(r"apportion\.platform\.errors\.ConfigError: (.*)", str(error))
+    if refused:  # the actor could not be made as it was configured; Ray carries that as text only
+        return ConfigError(refused[-1])
     return ActorError(
         f"{actor.name}{_where(actor)} died in {what} ({call.method}): {_death(error)}{_last_lines(actor)}"
     )

@@ -22,6 +22,7 @@ class ActorBase:
 
     def __new__(cls, *args: object, **kwargs: object) -> ActorBase:
         log_to_file()  # before the constructor, which is where most things go wrong
+        find_environment_programs()
         return super().__new__(cls)
 
     def describe(self) -> ProcessInfo:
@@ -44,6 +45,13 @@ class ActorBase:
         import ray
 
         ray.actor.exit_actor()
+
+
+def find_environment_programs() -> None:
+    """Put this Python's own folder first on PATH: DeepSpeed and torch call ninja from there to compile."""
+    own, path = str(Path(sys.executable).parent), os.environ.get("PATH", "")
+    if own not in path.split(os.pathsep):
+        os.environ["PATH"] = f"{own}{os.pathsep}{path}"
 
 
 def log_to_file() -> None:

@@ -1,12 +1,12 @@
 """What runs inside vLLM's worker: takes weights, and holds the live model against what it was sent.
 
-A live parameter still in checkpoint layout is compared bit by bit. vLLM on CPU repacks linear layers (nothing of the
-original layout is left), so those are run on a probe vector and compared with the same product made from the sent weights.
+A live parameter still in checkpoint layout is compared bit by bit. vLLM on CPU repacks linear layers, and may drop the
+original; such a layer is run on unit vectors, each of which gives one column of its matrix exactly (a product with 1 and
+sums with 0 round nothing), so that too is compared bit by bit.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,84 +17,153 @@ from torch import Tensor
 from apportion.platform.weights import TensorEntry, WeightBundle, checksum
 
 Answer = tuple[dict[str, str], int, list[str]]  # checksums of what was received, parameters checked live, wrong ones
+COLUMNS_AT_A_TIME = 256  # of a repacked matrix read back
 
 
 class WeightReceiver:
     """Mixed into vLLM's worker class (`worker_extension_cls`)."""
 
     def apportion_load(self, bundle: WeightBundle, check: bool) -> Answer:
+        """Load, and with `check` prove it."""
         self.reload_weights(weights_iterator=bundle.tensors())  # type: ignore[attr-defined]
         if not check:
             return {e.name: e.checksum for e in bundle.entries}, 0, []
         sums = {e.name: checksum(bundle.data[e.offset : e.offset + e.size]) for e in bundle.entries}
-        model = self.model_runner.get_model()  # type: ignore[attr-defined]
-        checked, wrong = compare_live(model, dict(bundle.tensors()))
+        checked, wrong = self.apportion_compare(bundle)
         return sums, checked, wrong
 
     def apportion_load_file(self, path: str, index: list[tuple], check: bool) -> Answer:
+        """As `apportion_load`, where the worker is a process of its own: the bytes lie in a file in shared memory."""
         entries = [TensorEntry(n, d, tuple(s), o, z, c) for n, d, s, o, z, c in index]
         data = np.memmap(path, np.uint8, mode="r")
         return self.apportion_load(WeightBundle(0, entries, data), check)
 
+    def apportion_compare(self, bundle: WeightBundle) -> tuple[int, list[str]]:
+        """The live model against a bundle, without loading it."""
+        return compare_live(self.model_runner.get_model(), dict(bundle.tensors()))  # type: ignore[attr-defined]
 
+
+@torch.no_grad()
 def compare_live(model: torch.nn.Module, sent: dict[str, Tensor]) -> tuple[int, list[str]]:
     """How many live parameters were held against the sent ones, and the names of sent tensors that differ.
 
     Layers cut over tensor-parallel workers, or built from tensors this cannot name, are left to the checksums.
     """
     checked, wrong = 0, []
-    for name, parts in live_parts(model, sent):
-        module_name, _, attribute = name.rpartition(".")
-        module = model.get_submodule(module_name)
-        want = torch.cat([sent[p] for p in parts]) if len(parts) > 1 else sent[parts[0]]
-        same = _holds(module, attribute, want)
-        if same is None:
+    for module_name, attribute, parts in live_parts(model, sent):
+        answers = [_wrong_parts(m, parts, sent) for m in _views(model.get_submodule(module_name), attribute)]
+        if not answers or any(answer is None for answer in answers):
             continue
         checked += 1
-        if not same:
-            wrong.extend(parts)
-    return checked, wrong
+        wrong += [name for answer in answers for name in answer or []]
+    return checked, list(dict.fromkeys(wrong))
 
 
-def live_parts(model: torch.nn.Module, sent: dict[str, Tensor]) -> Iterator[tuple[str, list[str]]]:
-    """Each live parameter with the sent tensors that it is made of (`qkv_proj` of `q_proj`, `k_proj`, `v_proj`)."""
+def live_parts(model: torch.nn.Module, sent: dict[str, Tensor]) -> Iterator[tuple[str, str, list[str]]]:
+    """Each live parameter, as module and attribute, with the sent tensors it is made of (`qkv_proj` of `q_proj`,
+    `k_proj`, `v_proj`). One that two modules share (tied embeddings) comes once for each, since each may have repacked it.
+    """
     fused: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
-    for name, _ in model.named_parameters():
-        if name in sent:
-            yield name, [name]
-            continue
-        for whole, parts in fused.items():
-            names = [name.replace(f".{whole}.", f".{part}.") for part in parts]
-            if f".{whole}." in name and all(n in sent for n in names):
-                yield name, names
+    made_of: dict[int, list[str]] = {}
+    shared: list[tuple[str, int]] = []
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        parts = [name] if name in sent else _fused_names(name, fused, sent)
+        if parts:
+            made_of[id(parameter)] = parts
+            yield *_split(name), parts
+        else:
+            shared.append((name, id(parameter)))
+    for name, key in shared:
+        if key in made_of:
+            yield *_split(name), made_of[key]
 
 
-def _holds(module: Any, attribute: str, want: Tensor) -> bool | None:
-    """None: this layer cannot be compared here."""
+def _fused_names(name: str, fused: dict[str, list[str]], sent: dict[str, Tensor]) -> list[str]:
+    for whole, parts in fused.items():
+        names = [name.replace(f".{whole}.", f".{part}.") for part in parts]
+        if f".{whole}." in name and all(n in sent for n in names):
+            return names
+    return []
+
+
+def _split(name: str) -> tuple[str, str]:
+    module, _, attribute = name.rpartition(".")
+    return module, attribute
+
+
+class _Stored:
+    """A parameter as it lies in memory."""
+
+    def __init__(self, live: Tensor) -> None:
+        self.live = live.detach()
+        self.shape = tuple(live.shape)
+
+    def rows(self, start: int, end: int) -> Iterator[tuple[slice, Tensor]]:
+        """Pieces of rows `start` to `end`: which columns, and their values."""
+        yield slice(None), self.live[start:end].cpu()
+
+
+class _Repacked:
+    """The matrix of a linear layer, read back through the layer itself."""
+
+    def __init__(self, module: Any, shape: tuple[int, int]) -> None:
+        self.module, self.shape = module, shape
+        self._columns: list[tuple[slice, Tensor]] = []
+
+    def rows(self, start: int, end: int) -> Iterator[tuple[slice, Tensor]]:
+        if not self._columns:
+            self._columns = list(self._read())
+        for columns, values in self._columns:
+            yield columns, values[:, start:end].T
+
+    def _read(self) -> Iterator[tuple[slice, Tensor]]:
+        width = self.shape[1]
+        for first in range(0, width, COLUMNS_AT_A_TIME):
+            count = min(COLUMNS_AT_A_TIME, width - first)
+            unit = torch.zeros(count, width, dtype=self.module.weight.dtype)
+            unit[torch.arange(count), torch.arange(first, first + count)] = 1
+            yield slice(first, first + count), self.module.quant_method.apply(self.module, unit, None)
+
+
+def _views(module: Any, attribute: str) -> list[_Stored | _Repacked]:
+    """Every form in which the layer holds this parameter."""
     live = getattr(module, attribute)
-    if live.numel():
-        if live.shape != want.shape:
-            return None  # a shard, or padded
-        return torch.equal(live.detach().cpu(), want.to(live.dtype))
-    method = getattr(module, "quant_method", None)
-    if method is None or want.ndim != 2 or attribute != "weight":
-        return None
-    probe = _probe(want)
-    if getattr(module, "input_size_per_partition", want.shape[1]) != want.shape[1]:
-        return None
-    got = method.apply(module, probe, None).float()
-    if got.shape[-1] != want.shape[0]:
-        return None
-    right = probe.float() @ want.float().T
-    # Both sum the same products, in another order and rounded to bf16 once: 2^-8 of the terms' magnitude bounds it.
-    scale = probe.float().abs() @ want.float().abs().T
-    tolerance = 2.0**-7 * right.abs() + 2.0**-13 * scale + 1e-6
-    return bool(((got - right).abs() <= tolerance).all())
+    views: list[_Stored | _Repacked] = [_Stored(live)] if live.numel() else []
+    shape = _matrix_shape(module)
+    if attribute == "weight" and shape and hasattr(module, "cpu_linear") and hasattr(module, "quant_method"):
+        views.append(_Repacked(module, shape))
+    return views
 
 
-def _probe(want: Tensor) -> Tensor:
-    """A +-1 vector [1, in], from the layer's shape alone, so that every call and every machine probes alike."""
-    digest = hashlib.blake2b(repr(tuple(want.shape)).encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
-    signs = torch.randint(0, 2, (1, want.shape[1]), generator=generator) * 2 - 1
-    return signs.to(want.dtype)
+def _matrix_shape(module: Any) -> tuple[int, int] | None:
+    """[out, in] of this worker's part of a layer, from what vLLM says of it where the matrix itself is gone."""
+    if module.weight.ndim == 2:
+        return tuple(module.weight.shape)
+    width, height = (
+        getattr(module, "input_size_per_partition", None),
+        getattr(module, "output_size_per_partition", None),
+    )
+    return (height, width) if width and height else None
+
+
+def _wrong_parts(view: _Stored | _Repacked, parts: list[str], sent: dict[str, Tensor]) -> list[str] | None:
+    """Names of `parts` that this view does not hold. None: they cannot be compared here (a worker's share of them)."""
+    first, height = sent[parts[0]], sum(len(sent[p]) for p in parts)
+    # A vocabulary is padded at its end.
+    if (
+        tuple(first.shape[1:]) != view.shape[1:]
+        or height > view.shape[0]
+        or (len(parts) > 1 and height != view.shape[0])
+    ):
+        return None
+    wrong, start = [], 0
+    for name in parts:
+        want = sent[name]
+        same = all(
+            torch.equal(got, want[:, columns].to(got.dtype) if want.ndim > 1 else want.to(got.dtype))
+            for columns, got in view.rows(start, start + len(want))
+        )
+        if not same:
+            wrong.append(name)
+        start += len(want)
+    return wrong
