@@ -2,6 +2,9 @@
 
 Rows are sorted by length so that padding stays small, and never exceed `micro_batch_tokens` padded tokens, except a row that
 is longer alone. No attention mask is made: under causal attention a right-padded position is never seen by a real one.
+
+With `share_prompts` the responses of one group stand behind their prompt in ONE row: the prompt is computed once, and a
+tree mask with the right positions lets each response see the prompt and itself alone.
 """
 
 from __future__ import annotations
@@ -17,6 +20,19 @@ from apportion.batch import Batch
 
 
 @dataclass
+class Tree:
+    """What a micro-batch of shared prompts needs beside its ids; a row is a prompt and several responses to it."""
+
+    members: Tensor  # [r] int64, trajectory (0 to b - 1) of each action token
+    trajectories: int  # b
+    positions: Tensor  # [rows, S] int64
+    visible: Tensor  # [rows, 1, S, S] bool, which positions each position attends to
+
+    def to(self, device: torch.device | str) -> Tree:
+        return Tree(self.members.to(device), self.trajectories, self.positions.to(device), self.visible.to(device))
+
+
+@dataclass
 class MicroBatch:
     """b whole trajectories. r counts the tokens the policy chose, over all rows; T is the longest response here."""
 
@@ -27,12 +43,19 @@ class MicroBatch:
     targets: Tensor  # [r] int64, its id
     width: int  # T
     packed_index: np.ndarray  # [r] int64, its place on the shard's R axis
-    real_tokens: int  # unpadded tokens of input_ids
+    real_tokens: int  # tokens of the trajectories, a shared prompt counted in each
+    tree: Tree | None = None  # None: a row is a trajectory
+
+    @property
+    def trajectories(self) -> int:
+        """b"""
+        return self.input_ids.shape[0] if self.tree is None else self.tree.trajectories
 
     def spread(self, values: Tensor) -> Tensor:
         """[r] to [b, T], 0 where no action token stands; keeps the gradient."""
-        out = values.new_zeros(self.input_ids.shape[0], self.width)
-        return out.index_put((self.rows, self.steps), values)
+        out = values.new_zeros(self.trajectories, self.width)
+        rows = self.rows if self.tree is None else self.tree.members
+        return out.index_put((rows, self.steps), values)
 
     def gather(self, packed: np.ndarray, device: torch.device | str) -> Tensor:
         """Values on the shard's R axis to [b, T], 0 where no action token stands."""
@@ -45,7 +68,8 @@ class MicroBatch:
 
     def to(self, device: torch.device | str) -> MicroBatch:
         moved = {n: getattr(self, n).to(device) for n in ("input_ids", "rows", "columns", "steps", "targets")}
-        return MicroBatch(**moved, width=self.width, packed_index=self.packed_index, real_tokens=self.real_tokens)
+        rest = {"width": self.width, "packed_index": self.packed_index, "real_tokens": self.real_tokens}
+        return MicroBatch(**moved, **rest, tree=self.tree.to(device) if self.tree else None)
 
 
 def plan_rows(lengths: Sequence[int] | np.ndarray, micro_batch_tokens: int) -> list[list[int]]:
@@ -64,9 +88,15 @@ def plan_rows(lengths: Sequence[int] | np.ndarray, micro_batch_tokens: int) -> l
     return plans
 
 
-def cut(batch: Batch, indices: Sequence[int] | np.ndarray, micro_batch_tokens: int) -> list[MicroBatch]:
+def cut(
+    batch: Batch, indices: Sequence[int] | np.ndarray, micro_batch_tokens: int, share_prompts: bool = False
+) -> list[MicroBatch]:
     """Micro-batches over the trajectories of `batch` at `indices`."""
     chosen = np.asarray(indices, np.int64)
+    if share_prompts:
+        families = _families(batch, chosen, micro_batch_tokens)
+        lengths = [_family_length(batch, family) for family in families]
+        return [make_tree(batch, [families[i] for i in rows]) for rows in plan_rows(lengths, micro_batch_tokens)]
     totals = (batch.prompt_lengths + batch.response_lengths)[chosen]
     return [make(batch, chosen[rows]) for rows in plan_rows(totals, micro_batch_tokens)]
 
@@ -98,3 +128,80 @@ def make(batch: Batch, indices: np.ndarray) -> MicroBatch:
         packed_index=np.concatenate(packed).astype(np.int64),
         real_tokens=int(lengths.sum()),
     )
+
+
+def _family_length(batch: Batch, family: np.ndarray) -> int:
+    return int(batch.prompt_lengths[family[0]] + batch.response_lengths[family].sum())
+
+
+def _families(batch: Batch, indices: np.ndarray, micro_batch_tokens: int) -> list[np.ndarray]:
+    """Trajectories with the same prompt, as many together as fit into one micro-batch."""
+    offsets, groups = batch.token_offsets, {}
+    for index in indices.tolist():
+        prompt = batch.token_ids[offsets[index] : offsets[index] + batch.prompt_lengths[index]]
+        groups.setdefault((int(batch.group_ids[index]), prompt.tobytes()), []).append(index)
+    families: list[np.ndarray] = []
+    for members in groups.values():
+        room, family = 0, []
+        for index in members:
+            length = int(batch.response_lengths[index])
+            if family and room + length > micro_batch_tokens:
+                families.append(np.array(family, np.int64))
+                family = []
+            room = (room if family else int(batch.prompt_lengths[index])) + length
+            family.append(index)
+        families.append(np.array(family, np.int64))
+    return families
+
+
+def make_tree(batch: Batch, families: list[np.ndarray]) -> MicroBatch:
+    """One row a family: its prompt, then its responses side by side."""
+    width = max(_family_length(batch, family) for family in families)
+    input_ids = np.zeros((len(families), width), np.int64)
+    positions = np.zeros((len(families), width), np.int64)
+    segments = np.full((len(families), width), -1, np.int64)  # 0 prompt, 1.. responses, -1 padding
+    token_offsets, response_offsets = batch.token_offsets, batch.response_offsets
+    parts: dict[str, list[np.ndarray]] = {n: [] for n in ("rows", "columns", "steps", "targets", "members", "packed")}
+    member = 0
+    for row, family in enumerate(families):
+        prompt = int(batch.prompt_lengths[family[0]])
+        first = token_offsets[family[0]]
+        input_ids[row, :prompt] = batch.token_ids[first : first + prompt]
+        positions[row, :prompt], segments[row, :prompt] = np.arange(prompt), 0
+        end = prompt
+        for branch, index in enumerate(family, start=1):
+            start, length = end, int(batch.response_lengths[index])
+            end = start + length
+            input_ids[row, start:end] = batch.sequence(int(index))[prompt:]
+            positions[row, start:end], segments[row, start:end] = prompt + np.arange(length), branch
+            step = np.flatnonzero(batch.action_mask[response_offsets[index] : response_offsets[index + 1]])
+            parts["steps"].append(step)
+            parts["rows"].append(np.full(len(step), row))
+            # The first token of a response is predicted by the prompt's last position, wherever the response stands.
+            parts["columns"].append(np.where(step == 0, prompt - 1, start + step - 1))
+            parts["targets"].append(input_ids[row, start + step])
+            parts["members"].append(np.full(len(step), member))
+            parts["packed"].append(step + response_offsets[index])
+            member += 1
+    joined = {name: np.concatenate(part).astype(np.int64) for name, part in parts.items()}
+    tensors = {name: torch.from_numpy(joined[name]) for name in ("rows", "columns", "steps", "targets")}
+    chosen = np.concatenate(families)
+    return MicroBatch(
+        input_ids=torch.from_numpy(input_ids),
+        **tensors,
+        width=max(1, int(batch.response_lengths[chosen].max())),
+        packed_index=joined["packed"],
+        real_tokens=int((batch.prompt_lengths + batch.response_lengths)[chosen].sum()),
+        tree=Tree(torch.from_numpy(joined["members"]), member, torch.from_numpy(positions), _visible(segments)),
+    )
+
+
+def _visible(segments: np.ndarray) -> Tensor:
+    """[rows, S] segment of each position to [rows, 1, S, S] bool: earlier positions of the prompt and of one's own
+    response. Padding sees itself, so that no softmax is over nothing."""
+    ids = torch.from_numpy(segments)
+    query, key = ids[:, :, None], ids[:, None, :]
+    width = ids.shape[1]
+    earlier = torch.ones(width, width, dtype=torch.bool).tril()
+    seen = earlier & (key >= 0) & ((key == 0) | (key == query))
+    return (seen | torch.eye(width, dtype=torch.bool))[:, None]

@@ -77,6 +77,7 @@ class RolloutConfig:
     top_p: float = 1.0
     top_k: int = 0  # 0: off
     max_response_tokens: int = 256
+    response_column: str | None = None  # with a distillation: learn from the data's responses (hh: chosen), sample none
     stop: list[str] = field(default_factory=list)
     tensor_parallel_size: int = 1
     max_sequences: int = 64  # decoded side by side in one engine
