@@ -392,12 +392,12 @@ class Trainer:
         settings = self.evaluation
         assert settings is not None
         chunks = _deal(self.evaluation_prompts, len(self.actors.rollout))
-        greedy, sampled = [], []
+        greedy, sampled, stop = [], [], self.settings.sampling.stop
         with self._timed("evaluate"):
             if settings.greedy:
-                greedy = self._evaluate_with(chunks, Sampling(0.0, max_tokens=settings.max_tokens), 1)
+                greedy = self._evaluate_with(chunks, Sampling(0.0, max_tokens=settings.max_tokens, stop=stop), 1)
             if settings.samples:
-                sampling = Sampling(settings.temperature, max_tokens=settings.max_tokens)
+                sampling = Sampling(settings.temperature, max_tokens=settings.max_tokens, stop=stop)
                 sampled = self._evaluate_with(chunks, sampling, settings.samples)
             arguments = (settings.correct_at, settings.ks, settings.show, len(greedy), *greedy, *sampled)
             [report] = self._gather([self.actors.credit.call("evaluate_refs", *arguments)], "evaluation")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from apportion.actors.engine import DeepSpeedEngine, EngineSettings, World
 from apportion.actors.loading import load_causal_lm
-from apportion.actors.microbatch import MicroBatch, cut, make
+from apportion.actors.microbatch import MicroBatch, cut, make, nothing
 from apportion.actors.modules import ValueModel
 from apportion.actors.policy import UpdateReport
 from apportion.batch import Batch, Signals, Totals
@@ -51,16 +51,20 @@ class CriticWorker(ActorBase):
         values = np.zeros(int(shard.response_lengths.sum()), np.float32)
         bootstrap = np.zeros(len(shard), np.float32)
         totals = shard.prompt_lengths + shard.response_lengths
-        order = np.arange(len(shard))
+        planned = list(_with_rows(shard, np.arange(len(shard)), 2 * self.spec.settings.micro_batch_tokens))
+        extra = self.engine.extra_passes(len(planned))
         self.engine.module().eval()
         with torch.no_grad():
-            for micro, rows in _with_rows(shard, order, 2 * self.spec.settings.micro_batch_tokens):
+            for micro, rows in planned:
                 m = micro.to(self.engine.device)
                 last = torch.from_numpy(totals[rows].astype(np.int64) - 1).to(m.rows.device)
                 each = torch.arange(len(rows), device=m.rows.device)
                 out = self.engine.forward(m.input_ids, torch.cat([m.rows, each]), torch.cat([m.columns, last])).cpu()
                 values[micro.packed_index] = out[: len(micro.packed_index)].numpy()
                 bootstrap[rows] = out[len(micro.packed_index) :].numpy()
+            for _ in range(extra):
+                idle = nothing().to(self.engine.device)
+                self.engine.forward(idle.input_ids, idle.rows, idle.columns)
         return time.perf_counter() - start, Signals(values=values, bootstrap_values=bootstrap)
 
     def update(self, shard: Batch, minibatches: int) -> UpdateReport:
@@ -69,9 +73,8 @@ class CriticWorker(ActorBase):
             for step in range(minibatches):
                 chosen = np.flatnonzero(shard.minibatch_ids == step)
                 micros = cut(shard, chosen, self.spec.settings.micro_batch_tokens)
-                empty = make(shard, np.array([0]))
                 report.tokens += sum(m.real_tokens for m in micros)
-                outcome = self.engine.train_step(micros, empty, lambda m: self._loss(m, shard, report.totals))
+                outcome = self.engine.train_step(micros, nothing(), lambda m: self._loss(m, shard, report.totals))
                 report.steps.append(outcome)
         report.seconds = time.perf_counter() - start
         return report
@@ -83,6 +86,8 @@ class CriticWorker(ActorBase):
         m = micro.to(device)
         values = self.engine.forward(m.input_ids, m.rows, m.columns)
         index = micro.packed_index
+        if not len(index):
+            return values.sum() * 0.0
         returns, old, weights = (
             torch.from_numpy(packed[index]).to(device) for packed in (shard.returns, shard.values, shard.value_weights)
         )

@@ -66,6 +66,7 @@ class TrainingEngine(Protocol):
 
     def module(self) -> nn.Module: ...
     def train_step(self, micro_batches: Sequence[M], empty: M, loss: Callable[[M], Tensor]) -> OptimizerStep: ...
+    def extra_passes(self, own: int) -> int: ...
     def named_weights(self) -> Iterator[tuple[str, Tensor]]: ...
     def save(self, folder: Path) -> None: ...
     def load(self, folder: Path) -> None: ...
@@ -143,7 +144,7 @@ class DeepSpeedEngine:
         """One optimiser step over this rank's micro-batches.
 
         Every rank must make the same number of passes, since ZeRO communicates in each: ranks with fewer add `empty`,
-        a micro-batch whose loss is multiplied by 0.
+        a micro-batch whose loss is multiplied by 0 (and should count for nothing in metrics).
         """
         engine, rate = self._engine, learning_rate_at(self.optimizer_steps, self.total_steps, self.settings)
         for group in engine.optimizer.param_groups:
@@ -166,6 +167,13 @@ class DeepSpeedEngine:
         if isinstance(self._engine.optimizer, torch.optim.Optimizer):
             return nn.utils.get_total_norm([p.grad for p in self._engine.module.parameters() if p.grad is not None])
         return None
+
+    def extra_passes(self, own: int) -> int:
+        """Forward passes this rank must make beyond its `own`, so that all ranks make as many; every rank must ask.
+
+        Only ZeRO-3 communicates in a forward pass; 0 otherwise.
+        """
+        return self._most_passes(own) - own if self.settings.zero_stage == 3 else 0
 
     def _most_passes(self, own: int) -> int:
         if self.world.size == 1:

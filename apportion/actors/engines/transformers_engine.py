@@ -13,7 +13,7 @@ from apportion.platform.weights import SyncReceipt, WeightBundle, as_bytes, chec
 
 class TransformersEngine:
     def __init__(self, spec: EngineSpec) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
         torch.set_num_threads(spec.threads)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -22,6 +22,10 @@ class TransformersEngine:
             spec.model, dtype=getattr(torch, spec.dtype), trust_remote_code=spec.trust_remote_code
         )
         self._model.to(self._device).eval()
+        # Of the model's own generation settings only the end tokens count: penalties and the like would change what is
+        # sampled behind the configuration's back.
+        ends = sorted(self._end_ids())
+        self._model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=self._pad_id(), top_k=0)
         self._spec = spec
         torch.manual_seed(spec.seed)
 
@@ -47,11 +51,12 @@ class TransformersEngine:
         if any(r.seed is not None for r in requests):  # one generator for the batch: seeds name the batch, not the row
             torch.manual_seed(sum(r.seed or 0 for r in requests) % (2**63))
         greedy = sampling.temperature == 0
+        limits = [sampling.max_tokens if r.max_tokens is None else r.max_tokens for r in requests]
         out = self._model.generate(
             input_ids=ids.to(self._device),
             attention_mask=attention.to(self._device),
             do_sample=not greedy,
-            max_new_tokens=sampling.max_tokens,
+            max_new_tokens=max(limits),
             pad_token_id=self._pad_id(),
             return_dict_in_generate=True,
             output_scores=True,
@@ -69,7 +74,7 @@ class TransformersEngine:
             [s.float().log_softmax(-1).cpu().gather(1, new[:, t : t + 1]).squeeze(1) for t, s in enumerate(out.scores)],
             1,
         )
-        return [self._cut(new[row], logprobs[row], sampling) for row in range(len(requests))]
+        return [self._cut(new[row, :n], logprobs[row, :n], sampling) for row, n in enumerate(limits)]
 
     def _cut(self, ids: torch.Tensor, logprobs: torch.Tensor, sampling: Sampling) -> Sample:
         ends = self._end_ids()

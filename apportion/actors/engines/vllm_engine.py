@@ -19,9 +19,8 @@ class VllmEngine:
     def __init__(self, spec: EngineSpec) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(spec.kv_cache_gib)))
-        last = spec.first_thread + spec.threads - 1
         # By default vLLM leaves one core alone; sampling and updating take turns, so it may have them all.
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"{spec.first_thread}-{last}")
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", thread_binding(spec, sorted(os.sched_getaffinity(0))))
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ["VLLM_NO_USAGE_STATS"] = "1"
         import vllm
@@ -45,20 +44,21 @@ class VllmEngine:
 
     def generate(self, requests: list[Request], sampling: Sampling) -> list[Sample]:
         prompts = [{"prompt_token_ids": r.token_ids.tolist()} for r in requests]
-        params = [self._params(sampling, r.seed) for r in requests]
+        params = [self._params(sampling, r) for r in requests]
         outputs = self._llm.generate(prompts, params, use_tqdm=False)
         return [_sample(o.outputs[0]) for o in outputs]
 
-    def _params(self, sampling: Sampling, seed: int | None) -> Any:
+    def _params(self, sampling: Sampling, request: Request) -> Any:
         import vllm
 
         return vllm.SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
-            max_tokens=sampling.max_tokens,
+            max_tokens=sampling.max_tokens if request.max_tokens is None else request.max_tokens,
             stop=sampling.stop or None,
-            seed=seed,
+            include_stop_str_in_output=True,  # the text is what was sampled
+            seed=request.seed,
             logprobs=0,  # that of the sampled token alone
         )
 
@@ -72,6 +72,19 @@ class VllmEngine:
                 answers = self._llm.collective_rpc("apportion_load_file", args=(str(path), _index(bundle), check))
         self._llm.reset_prefix_cache()
         return merge_receipts(answers, bundle, name)
+
+
+def thread_binding(spec: EngineSpec, allowed: list[int]) -> str:
+    """The cores of each vLLM worker, out of those this process is allowed: `0,1`, or `0|1` for two workers.
+
+    >>> from types import SimpleNamespace
+    >>> thread_binding(SimpleNamespace(first_thread=0, threads=4, tensor_parallel_size=2), [2, 3, 8, 9])
+    '2,3|8,9'
+    """
+    cores = allowed[spec.first_thread : spec.first_thread + spec.threads] or allowed
+    share = max(1, len(cores) // spec.tensor_parallel_size)
+    starts = [worker * share % len(cores) for worker in range(spec.tensor_parallel_size)]
+    return "|".join(",".join(map(str, cores[start : start + share])) for start in starts)
 
 
 def merge_receipts(
