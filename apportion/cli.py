@@ -20,6 +20,7 @@ from apportion.platform.errors import ApportionError, ConfigError, nearest
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from apportion.conf.preference_schema import PreferenceConfig
     from apportion.conf.schema import Config
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
@@ -28,7 +29,7 @@ _SWITCHES = ("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", 
 _SWITCHES_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-name", "-cn", "--info", "-i")
 _LORA_VALUES = ("policy.lora.", "+policy.lora.", "++policy.lora.", "policy.lora={")
 
-Run = Callable[["Config", dict[str, Any]], int]
+Run = Callable[[Any, dict[str, Any]], int]  # (the typed configuration, the same as a plain dict) -> exit code
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
     if words[0] in ("-V", "--version"):
         print(f"apportion {__version__}")
         return 0
+    if os.getcwd() not in sys.path:  # a method, reward or environment of one's own, beside where the command was started
+        sys.path.append(os.getcwd())
     try:
         command = COMMANDS.get(words[0])
         if command is None:
@@ -67,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _usage() -> str:
     lines = ["apportion: reinforcement learning of language models with credit for every token", "", "commands:"]
-    lines += [f"  {name:<9} {command.summary}" for name, command in COMMANDS.items()]
+    lines += [f"  {name:<12} {command.summary}" for name, command in COMMANDS.items()]
     lines += [
         "",
         "examples:",
@@ -76,6 +79,7 @@ def _usage() -> str:
         "  apportion train experiment=quickstart -m algorithm=grpo,rloo seed=0,1",
         "  apportion plan experiment=quickstart cluster.policy_ranks=2",
         "  apportion evaluate runs/NAME evaluation.samples=8 evaluation.k=[1,8]",
+        "  apportion dpo model.path=MODEL data.train=pairs.jsonl.gz data.eval_share=0.05 dpo.beta=0.1",
         "",
         "apportion train --help lists every value; --cfg job prints the composed configuration",
     ]
@@ -128,6 +132,8 @@ def _evaluate(words: list[str]) -> int:
     if not Path(checkpoint).exists() and not (Path(runs) / checkpoint).exists():
         raise _no_such_run("checkpoint", checkpoint, runs)
     base = None if _chooses(overrides) else saved_config(checkpoint, runs)
+    if base is None and not overrides:
+        raise _no_such_run("checkpoint", checkpoint, runs)
 
     def run(config: Config, resolved: dict[str, Any]) -> int:
         from apportion.build import evaluate
@@ -147,10 +153,30 @@ def _doctor(words: list[str]) -> int:
     return FAILED if any(finding.level == "fail" for finding in findings) else 0
 
 
+def _stage(stage: str) -> Callable[[list[str]], int]:
+    """The command of a preference stage (a key of conf.preference_schema.STAGES)."""
+
+    def command(words: list[str]) -> int:
+        def run(config: PreferenceConfig, resolved: dict[str, Any]) -> int:
+            from apportion.conf.preference_schema import check
+
+            check(config)
+            from apportion.preference_build import train
+
+            return train(config, resolved)
+
+        return _with_hydra(stage.replace("_", "-"), words, run, base=_resumed(words), stage=stage)
+
+    return command
+
+
 COMMANDS: dict[str, Command] = {
     "train": Command("train a model", _train),
     "evaluate": Command("measure a checkpoint or a run on held-out prompts", _evaluate),
     "plan": Command("print batch sizes, placement and memory of a run without starting it", _plan),
+    "sft": Command("fine-tune a model on demonstrations", _stage("sft")),
+    "reward-model": Command("train a reward model on pairs of answers", _stage("reward_model")),
+    "dpo": Command("train a model on pairs of answers directly", _stage("dpo")),
     "doctor": Command("check this machine and say how to mend what is wrong", _doctor),
 }
 
@@ -202,12 +228,13 @@ def _no_such_run(what: str, got: str, runs_folder: str) -> ConfigError:
 # --- hydra ---
 
 
-def to_config(composed: DictConfig) -> tuple[Config, dict[str, Any]]:
+def to_config(composed: DictConfig) -> tuple[Any, dict[str, Any]]:
     """The typed configuration and the same as a plain dict. ConfigError for what the schema refuses."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     from apportion.conf import explain
+    from apportion.conf.schema import Config
 
     try:
         explain.check_keys(composed)
@@ -215,32 +242,41 @@ def to_config(composed: DictConfig) -> tuple[Config, dict[str, Any]]:
         explain.missing_values(composed)
         config: Any = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
-        raise explain.explain(error) from error
+        raise explain.explain(error, OmegaConf.get_type(composed) or Config) from error
     return config, resolved
 
 
-def compose_config(overrides: list[str], base: Path | None = None) -> DictConfig:
-    """The composed configuration, without Hydra's command line. `base` is a run's own configuration to start from."""
+def compose_config(overrides: list[str], base: Path | None = None, stage: str | None = None) -> DictConfig:
+    """The composed configuration, without Hydra's command line. `base` is a run's own configuration to start from;
+    `stage` a preference stage's name, None for training."""
     from hydra import compose, initialize_config_module
 
-    with _explained(), initialize_config_module("apportion.conf", version_base="1.3"):
-        return compose(_register(base), overrides=_with_lora(overrides))
+    with _explained(stage), initialize_config_module("apportion.conf", version_base="1.3"):
+        return compose(_register(base, stage), overrides=_with_lora(overrides))
 
 
-def _register(base: Path | None) -> str:
+def _schema(stage: str | None) -> type:
+    from apportion.conf.schema import Config
+
+    if stage is None:
+        return Config
+    from apportion.conf.preference_schema import STAGES
+
+    return STAGES[stage]
+
+
+def _register(base: Path | None, stage: str | None) -> str:
     """Make the schema (and a run's own configuration) known to Hydra; the name of the primary configuration to use."""
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 
-    from apportion.conf.schema import Config
-
     # A whole number of something's share, at least 1: ${share:${rollout.max_response_tokens},0.2}
     OmegaConf.register_new_resolver("share", lambda whole, part: max(1, int(whole * part)), replace=True)
-    ConfigStore.instance().store(name="schema", node=Config)
+    ConfigStore.instance().store(name=f"schema_of_{stage}" if stage else "schema", node=_schema(stage))
     if base is None:
-        return "config"
+        return f"preference/{stage}" if stage else "config"
     ConfigStore.instance().store(name="saved_run", node=OmegaConf.load(base), package="_global_")
-    return "saved"
+    return f"preference/saved_{stage}" if stage else "saved"
 
 
 def _split(command: str, words: list[str]) -> tuple[list[str], list[str]]:
@@ -278,7 +314,7 @@ def _with_lora(overrides: list[str]) -> list[str]:
 
 
 @contextlib.contextmanager
-def _explained() -> Iterator[None]:
+def _explained(stage: str | None = None) -> Iterator[None]:
     """Hydra's and omegaconf's exceptions as one-line ConfigErrors; Hydra's own reporting of them off."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -290,7 +326,7 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except (HydraException, OmegaConfBaseException) as error:
-        raise explain(error) from error
+        raise explain(error, _schema(stage)) from error
     finally:
         if before is None:
             del os.environ["HYDRA_FULL_ERROR"]
@@ -298,7 +334,7 @@ def _explained() -> Iterator[None]:
             os.environ["HYDRA_FULL_ERROR"] = before
 
 
-def _with_hydra(command: str, words: list[str], run: Run, base: Path | None = None) -> int:
+def _with_hydra(command: str, words: list[str], run: Run, base: Path | None = None, stage: str | None = None) -> int:
     """Hydra's command line (--cfg, --help, --multirun, --config-dir) around `run`; the worst exit code of its jobs.
 
     In a sweep a job that fails is reported and the next one starts; an interruption ends the sweep.
@@ -318,8 +354,8 @@ def _with_hydra(command: str, words: list[str], run: Run, base: Path | None = No
     argv = sys.argv
     sys.argv = [f"apportion {command}", *switches, *_with_lora(overrides)]
     try:
-        with _explained():
-            hydra.main(version_base="1.3", config_path="conf", config_name=_register(base))(task)()
+        with _explained(stage):
+            hydra.main(version_base="1.3", config_path="conf", config_name=_register(base, stage))(task)()
     except SystemExit as stop:  # how argparse and --help end
         codes.append(stop.code if isinstance(stop.code, int) else FAILED)
     finally:

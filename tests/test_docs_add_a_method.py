@@ -1,0 +1,46 @@
+"""The page docs/add-a-method.md, run as it stands: its files, its tests, its command."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PAGE = Path(__file__).parent.parent / "docs" / "add-a-method.md"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, body in re.findall(r"```\w+ file=(\S+)\n(.*?)```", PAGE.read_text(), re.DOTALL):
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(body)
+    return tmp_path
+
+
+def test_the_pages_own_tests_pass(folder):
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_opo.py"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "2 passed" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.system
+def test_the_pages_command_trains_with_the_method_and_reports_its_metric(folder):
+    [command] = re.findall(r"```bash run\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    program = Path(sys.executable).parent / "apportion"
+    words = [str(program), *shlex.split(command)[1:], "run_name=page"]
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=400, env=dict(os.environ))
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [json.loads(line) for line in (folder / "runs/page/metrics.jsonl").read_text().splitlines()]
+    trained = [line for line in lines if "credit/baseline" in line]
+    assert [line["step"] for line in trained] == [1]
+    assert 0.0 <= trained[0]["credit/baseline"] <= 1.0
