@@ -55,17 +55,18 @@ def _words(hint: Any) -> str:
     return _WORDS.get(hint) or _WORDS.get(typing.get_origin(hint)) or "a value"
 
 
-def unknown_key(key: str, siblings: Iterable[str] = ()) -> ConfigError:
+def unknown_key(key: str, siblings: Iterable[str] = (), kind: type = Config) -> ConfigError:
     """The error for a key that does not exist. `siblings` are the names beside it where its parent is free-form."""
     head, _, name = key.rpartition(".")
     names = list(siblings)
     if names:
         close = nearest(name, names)
         return ConfigError(f"{key}: got an unknown key, expected one of {', '.join(names)} under {head}{close}")
-    keys = config_keys()
+    keys = config_keys(kind)
     section = key.split(".")[0]
     inside = [known for known in keys if known.startswith(f"{section}.")] if section in keys else []
-    close = nearest(key, inside or [*keys, *_GROUPS])
+    groups = _GROUPS if kind is Config else ("lora",)
+    close = nearest(key, inside or [*keys, *groups])
     return ConfigError(
         f"{key}: got an unknown key, expected a key {f'of {section}' if inside else 'that exists'}{close}"
     )
@@ -73,13 +74,14 @@ def unknown_key(key: str, siblings: Iterable[str] = ()) -> ConfigError:
 
 def check_keys(config: DictConfig) -> None:
     """ConfigError for a key that Hydra's `+` added and the schema does not have (it would be dropped silently)."""
-    known = config_keys()
+    kind = _kind(config)
+    known = config_keys(kind)
 
     def walk(node: Any, prefix: str) -> None:
         for name in node:
             key = f"{prefix}{name}"
             if key not in known:
-                raise unknown_key(key)
+                raise unknown_key(key, kind=kind)
             child = node._get_node(name)
             if isinstance(child, DictConfig) and not child._is_none() and any(k.startswith(f"{key}.") for k in known):
                 walk(child, f"{key}.")
@@ -89,18 +91,25 @@ def check_keys(config: DictConfig) -> None:
 
 def missing_values(config: DictConfig) -> None:
     """ConfigError naming every mandatory value that was not given."""
-    order = list(config_keys())
+    kind = _kind(config)
+    order = list(config_keys(kind))
     missing = sorted(OmegaConf.missing_keys(config), key=lambda key: order.index(key) if key in order else len(order))
     if missing:
         first = missing[0]
+        recipe = "choose a recipe (experiment=quickstart) or " if kind is Config else ""
         raise ConfigError(
             f"{', '.join(missing)}: got no value, expected {'one' if len(missing) == 1 else 'one each'}; "
-            f"choose a recipe (experiment=quickstart) or give {first}=..."
+            f"{recipe}give {first}=..."
         )
 
 
-def explain(error: Exception) -> ConfigError:
-    """The one-line ConfigError for an exception of Hydra or omegaconf."""
+def _kind(config: DictConfig) -> type:
+    """The dataclass of the schema that was composed."""
+    return OmegaConf.get_type(config) or Config
+
+
+def explain(error: Exception, kind: type = Config) -> ConfigError:
+    """The one-line ConfigError for an exception of Hydra or omegaconf; `kind` is the schema's dataclass."""
     from hydra.errors import MissingConfigException, OverrideParseException
     from omegaconf.errors import OmegaConfBaseException
 
@@ -117,7 +126,7 @@ def explain(error: Exception) -> ConfigError:
     quoted = line.split("'")
     if line.startswith(("Could not override '", "Could not delete from config. '")):
         full_key = str(getattr(cause, "full_key", "") or "")
-        return unknown_key(full_key if full_key.startswith(quoted[1]) else quoted[1], _siblings(cause))
+        return unknown_key(full_key if full_key.startswith(quoted[1]) else quoted[1], _siblings(cause), kind)
     if line.startswith(("Ambiguous value for argument", "Sweep parameters")):
         key, _, value = quoted[1].partition("=")
         return ConfigError(
@@ -128,7 +137,7 @@ def explain(error: Exception) -> ConfigError:
     if line.startswith("Multiple values for "):
         group = line.removeprefix("Multiple values for ").split(".")[0].split()[0]
         return ConfigError(f"{group}: got it twice or with '+', expected {group}=NAME once, without '+'")
-    explained = _from_omegaconf(cause, line)
+    explained = _from_omegaconf(cause, line, kind)
     return ConfigError(f"{quoted[1]}.yaml: {explained}") if line.startswith("In '") else explained
 
 
@@ -152,7 +161,7 @@ def _missing_choice(error: Any) -> ConfigError:
     return ConfigError(f"{group}: got {name!r}, expected one of {', '.join(options)}{nearest(name, options)}")
 
 
-def _from_omegaconf(cause: BaseException, line: str) -> ConfigError:
+def _from_omegaconf(cause: BaseException, line: str, kind: type) -> ConfigError:
     """A wrong type, an unknown key inside a recipe, a reference that leads nowhere."""
     from omegaconf.errors import (
         ConfigKeyError,
@@ -166,12 +175,14 @@ def _from_omegaconf(cause: BaseException, line: str) -> ConfigError:
     if isinstance(cause, (InterpolationResolutionError, UnsupportedInterpolationType)):
         return ConfigError(f"{key}: got a reference that leads nowhere ({text}), expected one that does")
     if isinstance(cause, (ConfigKeyError, AttributeError)) and key:
-        return unknown_key(key, _siblings(cause))
+        return unknown_key(key, _siblings(cause), kind)
+    if "Cannot merge DictConfig with ListConfig" in text:
+        return ConfigError(f"{key}: got a mapping where the recipe has a list, expected {key}=[{{...}}]")
     if "does not support deletion" in text:
         return ConfigError(f"{key}: got a deletion, expected {key}=VALUE")
     if isinstance(cause, ValidationError) and key:
         key, _, element = key.partition("[")  # evaluation.k[0] is an element of evaluation.k
-        expected = config_keys().get(key)
+        expected = config_keys(kind).get(key)
         if expected is not None:
             value = getattr(cause, "value", None)
             got = "null" if value is None else repr(value)

@@ -28,7 +28,15 @@ def load_tokenizer(path: str, chat_template: str | None = None, trust_remote_cod
 
     from apportion.data.builtin import resolve_model
 
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model(path), trust_remote_code=trust_remote_code)
+    folder = resolve_model(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise DataError(
+            f"{path}: its tokenizer cannot be loaded ({reason.strip()}); expected a model's folder with a tokenizer, "
+            "builtin:NAME, or a hub name and a way to the hub"
+        ) from error
     if tokenizer.eos_token_id is None:
         raise DataError(f"{path}: the tokenizer has no eos token, expected one that ends an answer")
     if tokenizer.pad_token_id is None:
