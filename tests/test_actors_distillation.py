@@ -10,17 +10,20 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from apportion.actors import distillation as module
 from apportion.actors.distillation import Distillation, DistillationSpec
-from apportion.actors.microbatch import cut, make
+from apportion.actors.engines import Sampling
+from apportion.actors.engines.given_responses import GivenResponses
+from apportion.actors.microbatch import cut, make, nothing
 from apportion.actors.modules import CausalLMLogprobs
 from apportion.actors.policy import LossSpec, PolicySpec, PolicyWorker
 from apportion.algorithms.distillation import AlignDistil
 from apportion.algorithms.registry import build
-from apportion.batch import Batch, Totals, Trajectory
+from apportion.batch import Batch, Prompt, Totals, Trajectory
 from apportion.cli import compose_config, to_config
 from apportion.conf.schema import AlgorithmConfig
 from apportion.conf.teachers import check_same_tokenizer
+from apportion.data.builtin import resolve_model
 from apportion.plan import make_plan
-from apportion.platform.errors import ConfigError
+from apportion.platform.errors import ConfigError, DataError
 
 VOCABULARY = 61
 
@@ -137,9 +140,8 @@ def test_a_student_that_is_its_teachers_has_nothing_to_learn(teachers, shard):
 
 
 def test_a_pass_that_only_keeps_pace_counts_for_nothing(student, teachers, shard):
-    worker = policy_worker(teachers)
     totals = Totals()
-    loss = distillation().loss(Engine(student), worker._empty(shard.select([])), shard, totals)
+    loss = distillation().loss(Engine(student), nothing(), shard, totals)
     assert loss.item() == 0.0
     assert loss.requires_grad
     assert totals.sums == {}
@@ -232,3 +234,43 @@ def test_a_teacher_with_another_tokenizer_is_refused():
         check_same_tokenizer(tokenizer(a=0, b=1), tokenizer(a=1, b=0), "teachers.other")
     with pytest.raises(ConfigError, match=r"in 1 of 2 tokens \(first 'c': id 2, expected None\)"):
         check_same_tokenizer(tokenizer(a=0, b=1), tokenizer(a=0, b=1, c=2), "teachers.dpo")
+
+
+# off-policy: the data's responses
+
+
+def given(column, columns, max_tokens=100):
+    worker = GivenResponses(resolve_model("builtin:tiny"), False)
+    prompt = Prompt("p", np.array([1], np.int32), "question", columns)
+    return worker.samples([prompt], Sampling(max_tokens=max_tokens, response_column=column))[0], worker.tokenizer
+
+
+@pytest.mark.parametrize("value", ["good answer", [{"role": "user"}, {"role": "assistant", "content": "good answer"}]])
+def test_a_response_of_the_data_is_tokens_of_the_policys_tokenizer_and_its_eos(value):
+    sample, tokenizer = given("chosen", {"chosen": value})
+    assert sample.text == "good answer"
+    assert tokenizer.decode(sample.token_ids[:-1]) == "good answer"
+    assert (sample.token_ids[-1], sample.finish_reason) == (tokenizer.eos_token_id, "stop")
+    assert np.isnan(sample.logprobs).all()
+
+
+def test_a_response_of_the_data_is_cut_at_the_limit():
+    sample, _ = given("chosen", {"chosen": "good answer"}, max_tokens=4)
+    assert (sample.text, sample.finish_reason, len(sample.token_ids)) == ("good", "length", 4)
+
+
+def test_a_row_without_a_response_is_refused_with_the_columns_it_has():
+    with pytest.raises(DataError, match=r"prompt p has NoneType in 'chosen', expected text or messages; .* are answer"):
+        given("chosen", {"answer": "4"})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["algorithm=aligndistil", *TINY, "rollout.response_column=chosen"], "responses_per_prompt: got 4 with"),
+        (["rollout.response_column=chosen"], "rollout.response_column: got 'chosen' without algorithm.distillation"),
+    ],
+)
+def test_the_datas_responses_are_for_distillation_alone(cache, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        make_plan(to_config(compose_config(["experiment=tiny_grpo", *overrides]))[0])

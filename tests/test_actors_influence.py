@@ -29,6 +29,9 @@ class Engine:
     def module(self):
         return self._module
 
+    def extra_passes(self, own):
+        return 0
+
     def forward(self, *args, **kwargs):
         self.passes += 1
         return self._module(*args, **kwargs)

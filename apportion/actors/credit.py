@@ -19,6 +19,7 @@ from apportion.algorithms.interface import Credit, CreditInput, judged_method
 from apportion.algorithms.kl import kl_estimates, kl_rewards
 from apportion.algorithms.reductions import TokenMean
 from apportion.algorithms.statistics import at_last_token
+from apportion.algorithms.steps import token_starts
 from apportion.batch import Batch, Marks, Signals, Totals
 from apportion.data.metrics import accuracy, average_at_k, mean_pass_at_k
 from apportion.platform.process import ActorBase
@@ -135,10 +136,25 @@ class CreditWorker(ActorBase):
             metrics["policy/kl_reference"] = float(kl.mean()) if kl.numel() else 0.0
         if self.spec.kl_in_reward:
             inputs = replace(inputs, token_rewards_BT=inputs.token_rewards_BT + self._kl_reward(inputs, kl_coefficient))
+        if "token_ends" in self.credit_method.needs:
+            inputs = self._with_token_ends(inputs, batch)
         result: Credit = self.credit_method(inputs)
         metrics |= {n if "/" in n else f"credit/{n}": v for n, v in result.metrics.items()}
         metrics |= self._value_metrics(result, inputs)
         return self._with_credit(batch, result, inputs.mask_BT), metrics
+
+    def _with_token_ends(self, inputs: CreditInput, batch: Batch) -> CreditInput:
+        """Texts as the sampled ids spell them, and where in them each token ends."""
+        ends, texts = torch.zeros(inputs.mask_BT.shape, dtype=torch.int64), []
+        for row in range(len(batch)):
+            response = batch.sequence(row)[batch.prompt_lengths[row] :].tolist()
+            text, starts = token_starts(response, self._decode)
+            ends[row, : len(starts)] = torch.tensor([*starts[1:], len(text)][: len(starts)], dtype=torch.int64)
+            texts.append(text)
+        return replace(inputs, texts=texts, token_ends_BT=ends)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _kl_reward(self, inputs: CreditInput, coefficient: float) -> Tensor:
         if inputs.old_logprobs_BT is None or inputs.reference_logprobs_BT is None:

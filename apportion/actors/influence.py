@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from apportion.actors.microbatch import MicroBatch, cut
+from apportion.actors.microbatch import MicroBatch, cut, nothing
 from apportion.actors.modules import CausalLMLogprobs, base_causal_lm
 from apportion.algorithms.influence import GroupStates, group_vocabulary
 from apportion.batch import Batch, Signals
@@ -39,6 +39,7 @@ class ForwardEngine(Protocol):
 
     def module(self) -> Any: ...
     def forward(self, *args: Any, **kwargs: Any) -> Any: ...
+    def extra_passes(self, own: int) -> int: ...
 
 
 @dataclass
@@ -99,8 +100,11 @@ class InfluencePass:
         size = int(shard.response_lengths.sum())
         logprobs, entropies, influences = (np.zeros(size, np.float32) for _ in range(3))
         head = OutputHead(engine.module(), _action_ids(shard).unique().to(engine.device))
+        passes = 0
         for groups in whole_groups(shard, self.micro_batch_tokens):
-            states, packed = self._states(engine, shard, np.concatenate(groups))
+            micros = cut(shard, np.concatenate(groups), self.micro_batch_tokens)
+            passes += len(micros)
+            states, packed = self._states(engine, micros)
             logprobs[packed] = states.logprobs.cpu().numpy()
             entropies[packed] = states.entropies.cpu().numpy()
             place = np.full(size, -1, np.int64)
@@ -110,12 +114,14 @@ class InfluencePass:
                 if len(tokens):
                     chosen = torch.from_numpy(place[tokens]).to(engine.device)
                     influences[tokens] = self._influence(shard, rows, states, chosen, head)
+        for _ in range(engine.extra_passes(passes)):
+            self._states(engine, [nothing()])
         return Signals(old_logprobs=logprobs, entropies=entropies, influences=influences)
 
-    def _states(self, engine: ForwardEngine, shard: Batch, rows: np.ndarray) -> tuple[TokenStates, np.ndarray]:
-        """States of the action tokens of `rows`, and the place of each on the shard's R axis."""
+    def _states(self, engine: ForwardEngine, micros: list[MicroBatch]) -> tuple[TokenStates, np.ndarray]:
+        """States of the action tokens of some micro-batches, and the place of each on the shard's R axis."""
         parts, packed = [], []
-        for micro in cut(shard, rows, self.micro_batch_tokens):
+        for micro in micros:
             m = micro.to(engine.device)
             parts.append(engine.forward(m.input_ids, m.rows, m.columns, m.targets, work=self._work(m)))
             packed.append(micro.packed_index)

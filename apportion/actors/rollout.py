@@ -9,7 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from apportion.actors.engines import EngineSpec, Request, Sample, Sampling, make_engine
+from apportion.actors.engines.given_responses import GivenResponses
+from apportion.actors.environment_client import RemoteEnvironments
+from apportion.actors.episodes import EpisodeRunner, EpisodeSpec, Seeds
 from apportion.batch import Batch, Prompt, Trajectory
+from apportion.platform.cluster import Actor
 from apportion.platform.process import ActorBase
 from apportion.platform.weights import SyncReceipt, WeightBundle
 
@@ -20,6 +24,7 @@ class RolloutSpec:
     engine_spec: EngineSpec
     seed: int
     seed_each_sample: bool  # samples follow from seed, prompt, place and weights version alone; costs a little speed
+    episodes: EpisodeSpec | None = None  # with an environment
 
 
 @dataclass
@@ -27,6 +32,9 @@ class RolloutReport:
     seconds: float  # inside the engine
     response_tokens: int
     trajectories: int
+    environment_seconds: float = 0.0
+    environment_failures: int = 0  # episodes without a reward
+    first_failure: str | None = None
 
 
 class RolloutWorker(ActorBase):
@@ -37,18 +45,32 @@ class RolloutWorker(ActorBase):
         self._name = name
         self._engine = make_engine(spec.engine, spec.engine_spec)
         self._version = 0
+        self._given = GivenResponses(spec.engine_spec.model, spec.engine_spec.trust_remote_code)
+        self._runner: EpisodeRunner | None = None
+
+    def connect(self, environments: list[Actor]) -> None:
+        """From now on a prompt is played as an episode of several turns with one of `environments`."""
+        spec = self._spec.episodes
+        assert spec is not None
+        remote = RemoteEnvironments(environments, self._name, spec.step_timeout_seconds, spec.threads)
+        self._runner = EpisodeRunner(self._engine, remote, spec.encoder(), spec.limits)
 
     def generate(
         self, prompts: list[Prompt], first_group: int, responses: int, sampling: Sampling
     ) -> tuple[RolloutReport, Batch]:
         """A group of `responses` trajectories for each prompt; group ids count up from `first_group`."""
+        if self._runner is not None:
+            return self._play(self._runner, prompts, first_group, responses, sampling)
         requests = [
             Request(prompt.token_ids, self._seed(prompt, index) if self._spec.seed_each_sample else None)
             for prompt in prompts
             for index in range(responses)
         ]
         start = time.perf_counter()
-        samples = self._engine.generate(requests, sampling)
+        if sampling.response_column is not None:
+            samples = self._given.samples([p for p in prompts for _ in range(responses)], sampling)
+        else:
+            samples = self._engine.generate(requests, sampling)
         seconds = time.perf_counter() - start
         trajectories = [
             self._trajectory(prompts[place // responses], first_group + place // responses, place % responses, sample)
@@ -56,6 +78,24 @@ class RolloutWorker(ActorBase):
         ]
         batch = Batch.from_trajectories(trajectories)
         return RolloutReport(seconds, int(batch.response_lengths.sum()), len(batch)), batch
+
+    def _play(
+        self, runner: EpisodeRunner, prompts: list[Prompt], first_group: int, responses: int, sampling: Sampling
+    ) -> tuple[RolloutReport, Batch]:
+        def sample_seed(prompt: Prompt, index: int, turn: int) -> int | None:
+            return self._seed(prompt, f"{index}.{turn}") if self._spec.seed_each_sample else None
+
+        seeds = Seeds(self._version, lambda prompt: self._seed(prompt, "task"), sample_seed)
+        trajectories, played = runner.run(prompts, first_group, responses, sampling, seeds)
+        report = RolloutReport(
+            played.sampling_seconds,
+            played.sampled_tokens,
+            len(trajectories),
+            played.environment_seconds,
+            played.failures,
+            played.first_failure,
+        )
+        return report, Batch.from_trajectories(trajectories)
 
     def _trajectory(self, prompt: Prompt, group: int, index: int, sample: Sample) -> Trajectory:
         length = len(sample.token_ids)
@@ -74,7 +114,7 @@ class RolloutWorker(ActorBase):
             terminated=sample.finish_reason == "stop",
         )
 
-    def _seed(self, prompt: Prompt, index: int) -> int:
+    def _seed(self, prompt: Prompt, index: int | str) -> int:
         key = f"{self._spec.seed}/{prompt.prompt_id}/{index}/{self._version}".encode()
         return int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "big") >> 1
 

@@ -14,7 +14,9 @@ from typing import ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
-SIGNALS = frozenset({"old_logprobs", "reference_logprobs", "values", "entropies", "influences", "critiques"})
+SIGNALS = frozenset(
+    {"old_logprobs", "reference_logprobs", "values", "entropies", "influences", "critiques", "token_ends"}
+)
 
 
 @dataclass

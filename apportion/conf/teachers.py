@@ -44,8 +44,19 @@ def _model_of(path: str, runs_folder: str) -> str:
 def check_distillation(config: Config, model: ModelFacts | None) -> dict[str, ModelFacts | None]:
     """Facts of each teacher by its key; ConfigError for a combination that cannot run or would silently do nothing."""
     paths = teacher_paths(config)
+    rollout = config.rollout
     if not paths:
+        if rollout.response_column is not None:
+            raise ConfigError(
+                f"rollout.response_column: got {rollout.response_column!r} without algorithm.distillation, expected null: "
+                "an advantage needs responses of the policy's own"
+            )
         return {}
+    if rollout.response_column is not None and rollout.responses_per_prompt > 1:
+        raise ConfigError(
+            f"rollout.responses_per_prompt: got {rollout.responses_per_prompt} with rollout.response_column, expected 1: "
+            "the data has one response to a prompt"
+        )
     algorithm, policy = config.algorithm, config.policy
     wrong = {
         "algorithm.kl.place": (algorithm.kl.place, "none"),

@@ -25,6 +25,7 @@ class Sampling:
     top_k: int = 0
     max_tokens: int = 256
     stop: list[str] = field(default_factory=list)
+    response_column: str | None = None  # nothing is sampled: the responses are the prompts' own, of this column
 
 
 @dataclass
@@ -33,6 +34,7 @@ class Request:
 
     token_ids: np.ndarray  # [L] int32
     seed: int | None = None
+    max_tokens: int | None = None  # null: sampling's
 
 
 @dataclass

@@ -205,7 +205,7 @@ class Parsing:
     parser_parameters: dict[str, Any] = field(default_factory=dict)
     max_tokens: int = 5
     n_gram: int = 5
-    needs: ClassVar[frozenset[str]] = frozenset()
+    needs: ClassVar[frozenset[str]] = frozenset({"token_ends"})
 
     def __post_init__(self) -> None:
         FixedNGram(self.n_gram)
