@@ -15,7 +15,14 @@ CURVES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "response_length": ("Response length", "tokens", ("rollout/response_tokens_mean", "rollout/response_tokens_max")),
     "kl": ("KL", "nats a token", ("policy/kl_reference", "policy/approx_kl", "mismatch/k3")),
     "tokens_per_second": ("Speed", "tokens/s", ("perf/rollout_tokens_per_second", "perf/update_tokens_per_second")),
-    "loss": ("Loss", "loss", ("policy/loss", "critic/loss")),
+    "loss": ("Loss", "loss", ("policy/loss", "critic/loss", "sft/loss", "reward_model/loss", "dpo/loss")),
+    "pair_accuracy": (
+        "Pairs",
+        "share with a positive margin",
+        ("dpo/accuracy", "reward_model/accuracy", "eval/pair_accuracy"),
+    ),
+    "pair_margin": ("Pairs", "margin", ("dpo/margin", "reward_model/margin", "eval/pair_margin")),
+    "nll": ("Likelihood", "nats a token", ("sft/nll", "eval/nll")),
 }
 
 

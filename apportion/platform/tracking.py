@@ -308,8 +308,9 @@ class TrackedRun:
     resume_state: State = field(default_factory=dict)
 
 
-def open_trackers(settings: TrackingSettings, run: TrackedRun) -> MultiTracker:
-    """The trackers that `settings` asks for. One that cannot start is a ConfigError: better now than after hours."""
+def open_trackers(settings: TrackingSettings, run: TrackedRun, console: Tracker | None = None) -> MultiTracker:
+    """The trackers that `settings` asks for, `console` in place of the live table. One that cannot start is a
+    ConfigError: better now than after hours."""
     from apportion.platform.console import ConsoleTracker
 
     trackers: list[Tracker] = []
@@ -324,7 +325,7 @@ def open_trackers(settings: TrackingSettings, run: TrackedRun) -> MultiTracker:
     if settings.jsonl:
         trackers.append(JsonlTracker(run.folder, run.resume_step))
     if settings.console:
-        trackers.append(ConsoleTracker(run.total_steps, start_step=run.resume_step or 0))
+        trackers.append(console or ConsoleTracker(run.total_steps, start_step=run.resume_step or 0))
     return MultiTracker(trackers)
 
 

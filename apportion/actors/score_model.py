@@ -1,0 +1,113 @@
+"""A decoder with one score for a whole sequence, as transformers' sequence classification has it: the reward model.
+
+The score is read at a row's last token, which ends the answer. What is saved is loaded by
+`AutoModelForSequenceClassification`, and by `reward.functions=model:PATH`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apportion.actors.modules import base_causal_lm
+
+HEAD = "score"
+
+
+class ScoreModel(nn.Module):
+    """Wraps a Hugging Face sequence classification model with one label (or a peft model around one)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, last: Tensor) -> Tensor:
+        """[b, S] right-padded ids and the columns [b] of their last tokens to float32 scores [b]."""
+        classifier = base_causal_lm(self.model)
+        hidden = classifier.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        picked = hidden[torch.arange(len(last), device=last.device), last]
+        return getattr(classifier, HEAD)(picked).squeeze(-1).float()
+
+
+def load_score_model(
+    path: str,
+    dtype: str,
+    attention: str,
+    trust_remote_code: bool,
+    gradient_checkpointing: bool,
+    lora: Any | None,
+    seed: int,
+) -> ScoreModel:
+    """A reward model from a causal LM's weights with a fresh head, or from one that was trained before.
+
+    A fresh head is drawn from N(0, 1 / (D + 1)) (Stiennon et al. 2020, arXiv 2009.01325, appendix B.1), by `seed`, so
+    that every rank has the same. With `lora` the adapters and the head are trained.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        path,
+        num_labels=1,
+        dtype=getattr(torch, dtype),
+        attn_implementation=attention,
+        trust_remote_code=trust_remote_code,
+        output_loading_info=True,
+    )
+    head = getattr(model, HEAD, None)
+    if head is None:
+        raise ValueError(
+            f"model.path: got {type(model).__name__} without a layer {HEAD!r}, expected a decoder with one"
+        )
+    if any(name.startswith(f"{HEAD}.") for name in info["missing_keys"]):
+        generator = torch.Generator().manual_seed(seed)
+        fresh = torch.randn(head.weight.shape, generator=generator) / (head.weight.shape[1] + 1) ** 0.5
+        head.weight.data.copy_(fresh)
+    model.config.use_cache = False
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if lora is not None:
+        model = _with_adapters(model, lora, gradient_checkpointing)
+    return ScoreModel(model)
+
+
+def _with_adapters(model: Any, lora: Any, gradient_checkpointing: bool) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    settings = LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.targets)
+    )
+    if gradient_checkpointing:
+        model.enable_input_require_grads()
+    adapted = get_peft_model(model, settings, autocast_adapter_dtype=False)
+    getattr(base_causal_lm(adapted), HEAD).weight.requires_grad_(True)
+    return adapted
+
+
+def save_score_model(base: str, named: dict[str, Tensor], folder: Path, trust_remote_code: bool = False) -> None:
+    """Write weights with the config and tokenizer of `base` as a classification model with one label."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code, num_labels=1)
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code)
+    config.pad_token_id = _padding(tokenizer)
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(
+            config, dtype=next(iter(named.values())).dtype, trust_remote_code=trust_remote_code
+        )
+    model.save_pretrained(folder, state_dict={name: tensor.to("cpu") for name, tensor in named.items()})
+    tokenizer.save_pretrained(folder)
+
+
+def _padding(tokenizer: Any) -> int:
+    """An id that no answer ends with. transformers reads the score at the last token that is not padding, so eos, with
+    which answers do end, must not be it."""
+    for known in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id):
+        if known is not None and known != tokenizer.eos_token_id:
+            return int(known)
+    others = [i for i in tokenizer.all_special_ids if i != tokenizer.eos_token_id]
+    if not others:
+        raise ValueError("tokenizer: got eos as its only special token, expected another one to pad with")
+    return int(others[0])

@@ -1,0 +1,236 @@
+"""The typed configuration of the preference stages: what training's has in common with them, and a section of each.
+
+One class a stage, so that a value which another stage would read is refused rather than ignored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from apportion.conf.models import read_model
+from apportion.conf.schema import (
+    MISSING,
+    CheckpointConfig,
+    EngineConfig,
+    LoraConfig,
+    ModelConfig,
+    TrackingConfig,
+    _at_least,
+    _between,
+    _one_of,
+)
+from apportion.platform.errors import ConfigError
+
+# Those of algorithms.preference and data.pair_tokens, said again here because those import torch.
+DPO_LOSSES = ("sigmoid", "ipo")
+TOO_LONG = ("skip", "error", "truncate_prompt")
+
+
+@dataclass
+class PairDataConfig:
+    """Where examples come from: sources as in training (files, `hf:NAME`, `function:NAME`). Which of the formats a row
+    has is read from its columns."""
+
+    train: Any = MISSING
+    eval: Any = None
+    eval_share: float = 0.0  # without `eval`: share of the training prompts that is held out
+    prompt_column: str = "prompt"
+    chosen_column: str = "chosen"
+    rejected_column: str = "rejected"
+    completion_column: str | None = None  # null: completion, or else response
+    messages_column: str = "messages"
+    margin_column: str | None = None  # how far apart the two answers are; for the reward model
+    system_prompt: str | None = None
+    chat: bool = True  # render through the chat template
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    max_prompt_tokens: int = 512
+    max_tokens: int = 1024  # prompt and one answer
+    too_long: str = "skip"  # skip (counted), error, or truncate_prompt (from its beginning; answers are never cut)
+    on_bad_row: str = "error"
+    shuffle: bool = True
+    limit: int | None = None  # rows of each training source
+    eval_limit: int | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("data.on_bad_row", self.on_bad_row, ("error", "skip"))
+        _one_of("data.too_long", self.too_long, TOO_LONG)
+        _at_least("data.max_prompt_tokens", self.max_prompt_tokens, 1)
+        _at_least("data.max_tokens", self.max_tokens, 2)
+        _at_least("data.limit", self.limit, 1)
+        _at_least("data.eval_limit", self.eval_limit, 1)
+        _between("data.eval_share", self.eval_share, 0.0, 0.9)
+        if self.eval is not None and self.eval_share > 0:
+            raise ConfigError(f"data.eval_share: got {self.eval_share} beside data.eval, expected one of the two")
+
+
+@dataclass
+class SftConfig:
+    reduction: dict[str, Any] = field(default_factory=lambda: {"name": "token_mean"})  # as algorithm.reduction
+
+
+@dataclass
+class RewardModelConfig:
+    margin: float = 0.0  # that the scores of a pair should differ by; added to data.margin_column's
+    center: float = 0.0  # weight of (r_chosen + r_rejected)^2
+
+    def __post_init__(self) -> None:
+        _at_least("reward_model.margin", self.margin, 0)
+        _at_least("reward_model.center", self.center, 0)
+
+
+@dataclass
+class DpoConfig:
+    beta: float = 0.1
+    loss: str = "sigmoid"
+    label_smoothing: float = 0.0
+    length_normalized: bool = False
+    reverse: bool = False  # the rejected answer is the chosen one
+    reference: str | None = None  # null: model.path
+
+    def __post_init__(self) -> None:
+        _one_of("dpo.loss", self.loss, DPO_LOSSES)
+        if self.beta <= 0:
+            raise ConfigError(f"dpo.beta: got {self.beta}, expected above 0")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ConfigError(f"dpo.label_smoothing: got {self.label_smoothing}, expected 0 to below 0.5")
+        if self.label_smoothing and self.loss != "sigmoid":
+            raise ConfigError(
+                f"dpo.label_smoothing: got {self.label_smoothing} with dpo.loss={self.loss}, expected dpo.loss=sigmoid"
+            )
+
+
+@dataclass
+class StageConfig:
+    """How long, and in what portions."""
+
+    epochs: float = 1.0
+    steps: int | None = None  # optimiser steps, instead of epochs
+    batch_size: int = 32  # pairs or demonstrations of one optimiser step, over all ranks
+    deterministic: bool = False
+    max_minutes: float | None = None  # stop cleanly, with a checkpoint, once this long has passed
+
+    def __post_init__(self) -> None:
+        _at_least("train.steps", self.steps, 0)
+        _at_least("train.batch_size", self.batch_size, 1)
+        if self.epochs <= 0:
+            raise ConfigError(f"train.epochs: got {self.epochs}, expected above 0")
+        if self.max_minutes is not None and self.max_minutes <= 0:
+            raise ConfigError(f"train.max_minutes: got {self.max_minutes}, expected above 0 or null")
+
+
+@dataclass
+class HeldOutConfig:
+    every_steps: int = 0  # 0: only before and after
+    before: bool = True
+    after: bool = True
+
+    def __post_init__(self) -> None:
+        _at_least("evaluation.every_steps", self.every_steps, 0)
+
+
+@dataclass
+class RanksConfig:
+    address: str | None = None  # null: RAY_ADDRESS if set (a submitted job), else an embedded local Ray
+    policy_ranks: int = 1
+    gpus_per_policy_rank: float = 0.0
+    threads: int | None = None  # of each rank; null: every core of its node
+    start_timeout_seconds: float = 600.0
+    call_timeout_seconds: float = 1800.0  # no wait on a rank is longer
+    object_store_gib: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("policy_ranks", "threads", "start_timeout_seconds", "call_timeout_seconds"):
+            _at_least(f"cluster.{name}", getattr(self, name), 1)
+        _at_least("cluster.gpus_per_policy_rank", self.gpus_per_policy_rank, 0)
+
+
+@dataclass
+class PreferencePolicyConfig(EngineConfig):
+    section: ClassVar[str] = "policy"
+    learning_rate: float = 1e-5
+    lora: LoraConfig | None = None
+
+
+@dataclass
+class PreferenceConfig:
+    """What every stage has."""
+
+    stage: ClassVar[str] = ""
+    pairs: ClassVar[bool] = True
+
+    seed: int = 0
+    recipe: str = "run"  # what a run without a name is called after
+    run_name: str | None = None  # null: made from the recipe, the time and a random tail
+    runs_folder: str = "runs"
+    resume: str | None = None  # a run's folder or name, or one of its checkpoints
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: PairDataConfig = field(default_factory=PairDataConfig)
+    policy: PreferencePolicyConfig = field(default_factory=PreferencePolicyConfig)
+    cluster: RanksConfig = field(default_factory=RanksConfig)
+    train: StageConfig = field(default_factory=StageConfig)
+    evaluation: HeldOutConfig = field(default_factory=HeldOutConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+@dataclass
+class SftRunConfig(PreferenceConfig):
+    stage: ClassVar[str] = "sft"
+    pairs: ClassVar[bool] = False
+    sft: SftConfig = field(default_factory=SftConfig)
+
+
+@dataclass
+class RewardModelRunConfig(PreferenceConfig):
+    stage: ClassVar[str] = "reward_model"
+    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
+
+
+@dataclass
+class DpoRunConfig(PreferenceConfig):
+    stage: ClassVar[str] = "dpo"
+    dpo: DpoConfig = field(default_factory=DpoConfig)
+
+
+STAGES: dict[str, type[PreferenceConfig]] = {c.stage: c for c in (SftRunConfig, RewardModelRunConfig, DpoRunConfig)}
+
+
+def check(config: PreferenceConfig) -> None:
+    """ConfigError for values that are each sound and together cannot run."""
+    data, policy, answers = config.data, config.policy, 2 if config.pairs else 1
+    if data.max_prompt_tokens >= data.max_tokens:
+        raise ConfigError(
+            f"data.max_tokens: got {data.max_tokens} with data.max_prompt_tokens={data.max_prompt_tokens}, expected "
+            "more, so that there is room for an answer"
+        )
+    needed = answers * data.max_tokens
+    if policy.micro_batch_tokens < needed:
+        both = ", both answers of a pair" if config.pairs else ""
+        raise ConfigError(
+            f"policy.micro_batch_tokens: got {policy.micro_batch_tokens}, expected at least {needed} = {answers} x "
+            f"data.max_tokens{both}; raise it or lower data.max_tokens"
+        )
+    if config.train.batch_size < config.cluster.policy_ranks:
+        raise ConfigError(
+            f"train.batch_size: got {config.train.batch_size} with cluster.policy_ranks={config.cluster.policy_ranks}, "
+            "expected at least one example a rank"
+        )
+    if policy.offload_optimizer and policy.zero_stage == 0:
+        raise ConfigError("policy.offload_optimizer: got true with policy.zero_stage=0, expected zero_stage 1, 2 or 3")
+    if config.evaluation.every_steps and data.eval is None and not data.eval_share:
+        raise ConfigError(
+            f"evaluation.every_steps: got {config.evaluation.every_steps} without held-out examples, expected data.eval "
+            "or data.eval_share"
+        )
+    if data.margin_column is not None and config.stage != "reward_model":
+        raise ConfigError(
+            f"data.margin_column: got {data.margin_column!r}, expected none: only reward-model reads margins"
+        )
+    facts = read_model(config.model.path)
+    if facts is not None and facts.context is not None and data.max_tokens > facts.context:
+        raise ConfigError(
+            f"data.max_tokens: got {data.max_tokens}, expected at most {facts.context}, the model's context"
+        )
+    if isinstance(config, DpoRunConfig) and config.dpo.reference:
+        read_model(config.dpo.reference, "dpo.reference")

@@ -1,0 +1,46 @@
+"""What surrounds every run: errors of the layers below become what the command line shows, a kill becomes an
+interruption, trackers are closed."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from apportion.data.errors import DataError as SourceError
+from apportion.platform.errors import ConfigError, DataError
+from apportion.platform.tracking import MultiTracker
+
+
+@contextmanager
+def closing(tracker: MultiTracker) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        tracker.close()
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Layers below raise what they know of; here it becomes what the command line shows."""
+    try:
+        yield
+    except SourceError as error:
+        raise DataError(str(error)) from error
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+@contextmanager
+def terminated_as_interrupt() -> Iterator[None]:
+    """A polite kill ends a run as Ctrl-C does: actors stopped, trackers closed."""
+
+    def interrupt(signum: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,232 @@
+"""The composition root of the preference stages: from a configuration to running ranks and back to nothing running."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from typing import Any
+
+from apportion.actors.engine import World
+from apportion.actors.preference import PreferenceSpec, PreferenceWorker
+from apportion.algorithms import registry
+from apportion.algorithms.preference import Dpo, Objective, RewardModel, Sft
+from apportion.conf.preference_schema import DpoRunConfig, PreferenceConfig, RewardModelRunConfig, SftRunConfig
+from apportion.data.builtin import resolve_model
+from apportion.data.pair_tokens import EncodedExample, ExampleEncoder, PreferenceData, encode_sources, hold_out, pack
+from apportion.data.pairs import PairColumns, read_demonstration, read_pair, row_check
+from apportion.data.prompts import PromptEncoder, load_tokenizer
+from apportion.data.sources import load_sources
+from apportion.edges import closing, refusals, terminated_as_interrupt
+from apportion.platform.checkpoint import CheckpointStore
+from apportion.platform.cluster import Actor, ActorRequest, Cluster, gather
+from apportion.platform.console_lines import ConsoleLines
+from apportion.platform.plots import plot_run
+from apportion.platform.runs import find_checkpoint, make_run_folder, redacted, run_of
+from apportion.platform.tracking import TrackedRun, open_trackers
+from apportion.preference_trainer import PreferenceTrainer, StageProgress, StageSettings, total_steps
+
+
+def train(config: PreferenceConfig, resolved: dict[str, Any]) -> int:
+    """Run a whole stage; whatever happens, nothing is left running."""
+    with refusals():
+        checkpoint = find_checkpoint(config.resume, config.runs_folder) if config.resume else None
+        objective, settings = objective_of(config), _settings(config)
+        model = resolve_model(config.model.path)
+        examples, held_out, left_out = _examples(config, model)
+        folder = (
+            run_of(checkpoint) if checkpoint else make_run_folder(config.runs_folder, config.run_name, config.recipe)
+        )
+        folder.save_config(resolved)
+        steps = total_steps(settings, len(examples))
+        state, step = (checkpoint.state.trackers, checkpoint.step) if checkpoint else ({}, None)
+        run = TrackedRun(folder.path, folder.name, steps, redacted(resolved), step, state)
+        tracker = open_trackers(config.tracking, run, ConsoleLines(steps) if config.tracking.console else None)
+    _say(f"run folder: {folder.path}")
+    _say(_sizes(len(examples), held_out, left_out, steps))
+    c = config.cluster
+    with terminated_as_interrupt(), closing(tracker):
+        cluster = Cluster(c.address, folder.name, c.policy_ranks, folder.path / "logs", c.object_store_gib)
+        try:
+            ranks = _ranks(config, cluster, _spec(config, objective, model, steps))
+            store = CheckpointStore(folder.checkpoints, config.checkpoint.keep)
+            trainer = PreferenceTrainer(ranks, examples, held_out, settings, tracker, store)
+            trainer.prepare()
+            if checkpoint:
+                with refusals():
+                    trainer.restore(checkpoint.path, checkpoint.state)
+                _say(f"resumed from {checkpoint.path} at step {checkpoint.step}")
+            start = time.perf_counter()
+            progress = trainer.run()
+            summary = _summary(config, progress, left_out, time.perf_counter() - start) | {
+                "examples": len(examples),
+                "held_out_examples": len(held_out) if held_out else 0,
+                "peak_memory_mib": cluster.peak_memory_mib(),
+            }
+        finally:
+            cluster.shutdown()
+        folder.write_summary(summary)
+        tracker.log_summary(summary)
+    if config.tracking.plots and config.tracking.jsonl:
+        plot_run(folder.path)
+    _report(progress)
+    _say(f"model: {folder.checkpoints / f'step-{progress.step:06d}' / 'model'}")
+    return 0
+
+
+def objective_of(config: PreferenceConfig) -> Objective:
+    """The loss that the stage's own section describes. ValueError for one that cannot be."""
+    if isinstance(config, DpoRunConfig):
+        d = config.dpo
+        return Dpo(d.beta, d.loss, d.label_smoothing, d.length_normalized, d.reverse)
+    if isinstance(config, RewardModelRunConfig):
+        return RewardModel(config.reward_model.margin, config.reward_model.center)
+    return Sft()
+
+
+# data
+
+
+def _examples(config: PreferenceConfig, model: str) -> tuple[PreferenceData, PreferenceData | None, Counter[str]]:
+    """Training and held-out examples as tokens, and what was left out, by reason."""
+    data = config.data
+    tokenizer = load_tokenizer(model, config.model.chat_template, config.model.trust_remote_code)
+    prompts = PromptEncoder(
+        tokenizer, data.system_prompt, data.chat, dict(data.chat_template_kwargs), data.max_prompt_tokens
+    )
+    encoder = ExampleEncoder(prompts, data.max_tokens, data.too_long)
+    train, left_out = _encoded(config, encoder, "train")
+    held_out: list[EncodedExample] = []
+    if data.eval is not None:
+        held_out, skipped = _encoded(config, encoder, "eval")
+        left_out += skipped
+    elif data.eval_share > 0:
+        train, held_out = hold_out(train, data.eval_share, config.seed)
+        held_out = held_out[: data.eval_limit]
+    return pack(train), pack(held_out) if held_out else None, left_out
+
+
+def _encoded(
+    config: PreferenceConfig, encoder: ExampleEncoder, split: str
+) -> tuple[list[EncodedExample], Counter[str]]:
+    data = config.data
+    columns = PairColumns(
+        data.prompt_column, data.chosen_column, data.rejected_column, data.completion_column, data.messages_column,
+        data.margin_column,
+    )  # fmt: skip
+    read = read_pair if config.pairs else read_demonstration
+    given, limit = (data.train, data.limit) if split == "train" else (data.eval, data.eval_limit)
+    sources = load_sources(
+        given,
+        split=split,
+        prompt_column=data.prompt_column,
+        on_bad_row=data.on_bad_row,
+        limit=limit,
+        check=row_check(read, columns),
+    )
+    return encode_sources(sources, read, columns, encoder, data.on_bad_row)
+
+
+# ranks
+
+
+def _spec(config: PreferenceConfig, objective: Objective, model: str, steps: int) -> PreferenceSpec:
+    m = config.model
+    reference = config.dpo.reference if isinstance(config, DpoRunConfig) else None
+    return PreferenceSpec(
+        model=model,
+        dtype=m.dtype,
+        attention=m.attention,
+        trust_remote_code=m.trust_remote_code,
+        lora=config.policy.lora,
+        settings=config.policy,
+        objective=objective,
+        reference_model=resolve_model(reference) if reference else None,
+        total_optimizer_steps=steps,
+        seed=config.seed,
+    )
+
+
+def _ranks(config: PreferenceConfig, cluster: Cluster, spec: PreferenceSpec) -> list[Actor]:
+    """Ranks that train together. The first says where it can be met, then all of them load and join."""
+    c = config.cluster
+    threads = c.threads or os.cpu_count() or 1
+    environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    if c.gpus_per_policy_rank == 0:
+        environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    if not cluster.joined:
+        environment["GLOO_SOCKET_IFNAME"] = "lo"
+    requests = [
+        ActorRequest(f"{config.stage}-{i}", PreferenceWorker, (spec,), 1, c.gpus_per_policy_rank, environment)
+        for i in range(c.policy_ranks)
+    ]
+    actors = cluster.start(requests, c.start_timeout_seconds)
+    [(address, port)] = gather([actors[0].call("free_port", not cluster.joined)], 60, "meeting of ranks")
+    worlds = [
+        World(rank, len(actors), address, port, threads, config.seed, config.train.deterministic)
+        for rank in range(len(actors))
+    ]
+    calls = [actor.call("setup", world) for actor, world in zip(actors, worlds, strict=True)]
+    gather(calls, c.start_timeout_seconds, "start of ranks")
+    return actors
+
+
+def _settings(config: PreferenceConfig) -> StageSettings:
+    t, e = config.train, config.evaluation
+    reduction = registry.build("reduction", config.sft.reduction) if isinstance(config, SftRunConfig) else None
+    return StageSettings(
+        name=config.stage,
+        epochs=t.epochs,
+        steps=t.steps,
+        batch_size=t.batch_size,
+        seed=config.seed,
+        shuffle=config.data.shuffle,
+        needs_reference=objective_of(config).needs_reference,
+        reduction=reduction,
+        evaluate_every=e.every_steps,
+        evaluate_before=e.before,
+        evaluate_after=e.after,
+        call_timeout_seconds=config.cluster.call_timeout_seconds,
+        max_minutes=t.max_minutes,
+        checkpoint_every=config.checkpoint.every_steps,
+        checkpoint_final=config.checkpoint.final,
+    )
+
+
+# the end
+
+
+def _summary(
+    config: PreferenceConfig, progress: StageProgress, left_out: Counter[str], seconds: float
+) -> dict[str, Any]:
+    return {
+        "stage": config.stage,
+        "steps": progress.step,
+        "held_out_before": progress.before,
+        "held_out_after": progress.after,
+        "rows_left_out": dict(left_out),
+        "examples_seen": progress.examples,
+        "tokens_per_second": progress.tokens / progress.step_seconds if progress.step_seconds else None,
+        "wall_seconds": progress.wall_seconds or seconds,
+        "last_metrics": progress.metrics,
+        "seed": config.seed,
+    }
+
+
+def _sizes(examples: int, held_out: PreferenceData | None, left_out: Counter[str], steps: int) -> str:
+    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items()))
+    words = f"{examples} examples, {len(held_out) if held_out else 0} held out, {steps} steps"
+    return f"{words}; rows left out: {reasons}" if reasons else words
+
+
+def _report(progress: StageProgress) -> None:
+    for name, after in progress.after.items():
+        if name in progress.before and name.startswith("eval/"):
+            before = progress.before[name]
+            _say(
+                f"held-out {name.removeprefix('eval/')}: {before:.4f} before, {after:.4f} after ({after - before:+.4f})"
+            )
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
