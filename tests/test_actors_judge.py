@@ -2,6 +2,8 @@
 
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -499,11 +501,11 @@ def model_judge(engine, context=2048, sequences=2):
     return ModelJudge(ModelJudgeSpec("vllm", settings, 0.7, 64), engine)
 
 
-def test_a_model_is_asked_through_its_chat_template_with_a_seed_for_each_critique():
+def test_a_model_is_asked_k_times_through_its_chat_template():
     engine = FakeEngine("[2]")
     assert [c.wrong_steps for c in asked(model_judge(engine), count=3)] == [[1]] * 3
     [(requests, sampling)] = engine.calls
-    assert len({request.seed for request in requests}) == 3
+    assert len(requests) == 3
     assert (sampling.temperature, sampling.max_tokens) == (0.7, 64)
     assert requests[0].token_ids[0] == 3 and requests[0].token_ids[-1] == 4  # <|user|> ... <|assistant|>
 
@@ -636,3 +638,32 @@ def test_sums_of_the_recipe_are_on_one_side_only_and_the_same_every_time():
 def test_the_exact_judge_finds_each_wrong_sum_whatever_the_final_number():
     steps = ["2 + 2 = 5\n", "so far so good\n", "5 + 3 = 7 and 1+1 = 2\n", "1 + 2 + 3 = 6"]
     assert step_sums.judge("2 + 2 + 3:", steps, "7") == [0, 2]
+
+
+# the whole run
+
+
+@pytest.mark.system
+def test_a_run_with_a_judge_model_of_its_own_keeps_its_critiques_beside_the_trajectories(tmp_path):
+    words = ["experiment=tiny_grpo", "algorithm=capo", "judge.model=builtin:tiny", "judge.context_tokens=2048"]
+    words += [
+        "judge.max_tokens=8",
+        "judge.critiques=2",
+        "judge.concurrency=8",
+        "train.steps=1",
+        "train.prompts_per_step=2",
+    ]
+    words += ["data.eval=null", "tracking.plots=false", "checkpoint.final=false"]
+    words += [f"runs_folder={tmp_path}", "run_name=judged"]
+    done = subprocess.run(
+        [sys.executable, "-m", "apportion", "train", *words], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    [step] = [json.loads(line) for line in (tmp_path / "judged" / "metrics.jsonl").read_text().splitlines()]
+    # A random model gives no verdict: every critique is counted, has no vote, and nothing is penalised.
+    assert step["judge/critiques"] == 16 and step["judge/failed_share"] == 1.0 and step["judge/unjudged_share"] == 1.0
+    assert step["credit/wrong_token_share"] == 0.0 and step["timing/judge"] > 0
+    samples = [json.loads(line) for line in (tmp_path / "judged" / "samples.jsonl").read_text().splitlines()]
+    assert all(len(sample["critiques"]) == 2 and sample["wrong_steps"] == [] for sample in samples)
+    assert {c["failure"] for sample in samples for c in sample["critiques"]} <= {"cut", "unparseable"}
+    assert len(list((tmp_path / "judged" / "critiques").rglob("*.json"))) <= 8

@@ -14,7 +14,6 @@ Never shown: a header, an address's user part or query, the body of an answer th
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import itertools
 import json
@@ -190,17 +189,13 @@ class ModelJudge:
             if time.monotonic() >= deadline:
                 break
             chosen = places[start : start + size]
-            requests = [Request(prompts[i], self._seed(cases[i], k)) for i, k in chosen]
+            requests = [Request(prompts[i]) for i, _ in chosen]
             for (i, k), sample in zip(chosen, self._engine.generate(requests, self._sampling), strict=True):
                 whole = sample.finish_reason == "stop"
                 out[i][k] = (
                     read_answer(sample.text, len(cases[i].steps)) if whole else Critique(None, "cut", sample.text)
                 )
         return out
-
-    def _seed(self, case: Case, number: int) -> int:
-        key = f"{self._spec.engine_spec.seed}/{number}/{case.prompt()}".encode()
-        return int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "big") >> 1
 
 
 # an OpenAI-compatible address

@@ -14,11 +14,12 @@ from typing import Any
 from apportion.data.errors import DataError
 
 EQUATION = re.compile(r"(\d+(?:\s*\+\s*\d+)+)\s*=\s*(\d+)")
-QUESTION = "3 + 4 + 6:\n3 + 4 = 7\n7 + 6 = 13\n\n9 + 2 + 5:\n9 + 2 = 11\n11 + 5 = 16\n\n{sum}:"
+# Two worked sums, then one to go on with: a model that was only trained to continue text sees what is wanted.
+QUESTION = "3 + 4 + 6\n3 + 4 = 7\n7 + 6 = 13\n\n9 + 2 + 5\n9 + 2 = 11\n11 + 5 = 16\n\n{sum}\n"
 
 
 def rows(side: str = "train", high: int = 9, terms: int = 3, count: int = 4000, seed: int = 0) -> Iterator[dict]:
-    """`count` rows with columns prompt, answer, terms: sums of `terms` numbers from 1 to `high`.
+    """`count` rows with columns prompt, answer, terms: sums of `terms` numbers from 1 to `high`, to be continued as text.
 
     `side` is train or eval. Which side a sum is on follows from its numbers alone, whatever their order, so that no sum
     is on both: a tenth of them are held out.
