@@ -26,6 +26,7 @@ class WeightReceiver:
     def apportion_load(self, bundle: WeightBundle, check: bool) -> Answer:
         """Load, and with `check` prove it."""
         self.reload_weights(weights_iterator=bundle.tensors())  # type: ignore[attr-defined]
+        repack_shared(self.model_runner.get_model())  # type: ignore[attr-defined]
         if not check:
             return {e.name: e.checksum for e in bundle.entries}, 0, []
         sums = {e.name: checksum(bundle.data[e.offset : e.offset + e.size]) for e in bundle.entries}
@@ -41,6 +42,21 @@ class WeightReceiver:
     def apportion_compare(self, bundle: WeightBundle) -> tuple[int, list[str]]:
         """The live model against a bundle, without loading it."""
         return compare_live(self.model_runner.get_model(), dict(bundle.tensors()))  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def repack_shared(model: torch.nn.Module) -> None:
+    """Pack anew what a module borrows from another (a tied lm_head). vLLM on CPU packs a matrix when it is loaded for the
+    module itself, so a borrower would keep the packed copy of the earlier weights."""
+    users: dict[int, list[Any]] = {}
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            users.setdefault(id(weight), []).append(module)
+    for modules in users.values():
+        for module in modules if len(modules) > 1 else []:
+            if hasattr(module, "cpu_linear") and hasattr(module, "quant_method"):
+                module.quant_method.process_weights_after_loading(module)
 
 
 @torch.no_grad()
