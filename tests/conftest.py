@@ -1,0 +1,61 @@
+"""What many tests share: the tiny model's folder, a batch that is credited and ready for an update."""
+
+import numpy as np
+import pytest
+
+from apportion.batch import Batch, Trajectory
+from apportion.data.builtin import resolve_model
+
+TINY_VOCABULARY = 264
+
+
+@pytest.fixture(scope="session")
+def tiny() -> str:
+    """The folder of a model of 0.2M parameters."""
+    return resolve_model("builtin:tiny")
+
+
+@pytest.fixture(scope="session")
+def credited() -> Batch:
+    """Eight trajectories of 3 to 12 response tokens in four groups, with log-probs, advantages and token-mean weights.
+
+    Two optimiser steps; trajectory 5 has an environment's tokens in its middle.
+    """
+    rng = np.random.default_rng(7)
+    trajectories = []
+    for index, (prompt, response) in enumerate([(4, 9), (4, 3), (7, 12), (7, 5), (3, 8), (3, 10), (6, 4), (6, 7)]):
+        mask = np.ones(response, bool)
+        if index == 5:
+            mask[4:6] = False
+        shared = np.random.default_rng(index // 2).integers(8, TINY_VOCABULARY, prompt)
+        sampled = rng.integers(8, TINY_VOCABULARY, response)
+        trajectories.append(
+            Trajectory(
+                prompt_id=f"p{index // 2}",
+                group_id=index // 2,
+                sample_index=index % 2,
+                token_ids=np.concatenate([shared, sampled]).astype(np.int32),
+                prompt_length=prompt,
+                action_mask=mask,
+                turn_ids=np.where(mask, 0, -1).astype(np.int32),
+                behavior_logprobs=np.where(mask, rng.normal(-3, 0.5, response), np.nan).astype(np.float32),
+                policy_version=0,
+                finish_reason="stop",
+                text="x",
+            )
+        )
+    batch = Batch.from_trajectories(trajectories)
+    tokens, mask = len(batch.action_mask), batch.action_mask
+    batch.rewards = rng.integers(0, 2, len(batch)).astype(np.float64)
+    batch.sample_mask = np.ones(len(batch), bool)
+    batch.minibatch_ids = np.array([0, 0, 1, 1, 0, 0, 0, 0], np.int32)
+    batch.advantages = np.where(mask, rng.normal(0, 1, tokens), 0).astype(np.float32)
+    batch.old_logprobs = np.where(mask, rng.normal(-5.5, 0.3, tokens), 0).astype(np.float32)
+    batch.reference_logprobs = np.where(mask, rng.normal(-5.5, 0.3, tokens), 0).astype(np.float32)
+    batch.returns = np.where(mask, rng.normal(0, 1, tokens), 0).astype(np.float32)
+    batch.values = np.where(mask, rng.normal(0, 1, tokens), 0).astype(np.float32)
+    step_of_token = np.repeat(batch.minibatch_ids, batch.response_lengths)
+    totals = np.array([(mask & (step_of_token == step)).sum() for step in (0, 1)])
+    batch.loss_weights = np.where(mask, 1.0 / totals[step_of_token], 0).astype(np.float32)
+    batch.value_weights = batch.loss_weights.copy()
+    return batch

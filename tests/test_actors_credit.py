@@ -1,0 +1,194 @@
+"""What the credit worker does with a batch: leaves out, cuts, deals, credits; every denominator is of the whole step."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from apportion.actors.credit import CreditSpec, CreditWorker, deal
+from apportion.batch import Batch, Signals
+
+
+def worker(**changes) -> CreditWorker:
+    spec = {
+        "credit": {"name": "grpo", "normalize": "none", "eps": 1e-6},
+        "reduction": {"name": "token_mean"},
+        "shaping": [],
+        "selection": [],
+        "kl_in_reward": False,
+        "kl_estimator": "k1",
+        "tokenizer": "",
+    }
+    return CreditWorker(CreditSpec(**(spec | changes)))
+
+
+@pytest.fixture
+def scored(credited) -> Batch:
+    bare = {"advantages": None, "returns": None, "loss_weights": None, "value_weights": None, "minibatch_ids": None}
+    bare |= {"old_logprobs": None, "reference_logprobs": None, "values": None}
+    return replace(credited, **bare, rewards=np.array([1.0, 0.0, 1.0, 1.0, 0.0, 4.0, 2.0, 1.0]))
+
+
+def test_a_trajectory_whose_reward_failed_is_left_out_and_not_averaged(scored):
+    failed = replace(
+        scored,
+        rewards=np.array([1.0, np.nan, 1.0, 1.0, np.nan, np.nan, 2.0, 1.0]),
+        sample_mask=np.array([True, False, True, True, False, False, True, True]),
+    )
+    report, kept = worker().admit(failed)
+    assert kept.sample_indices.tolist() == [0, 0, 1, 0, 1]
+    assert kept.group_ids.tolist() == [0, 1, 1, 3, 3]
+    assert (report.groups_kept, report.groups_dropped) == (3, 1)
+    means = report.totals.means()
+    assert means["reward/mean"] == pytest.approx(6 / 5)
+    assert means["rollout/response_tokens_mean"] == pytest.approx(58 / 8)
+
+
+def test_selection_drops_groups_and_says_how_many(scored):
+    equal = replace(scored, rewards=np.array([1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 2.0, 1.0]))
+    report, kept = worker(selection=[{"name": "dynamic_sampling"}]).admit(equal)
+    assert sorted(set(kept.group_ids.tolist())) == [2, 3]
+    assert (report.groups_kept, report.groups_dropped) == (2, 2)
+
+
+def test_a_cut_keeps_the_first_groups_whole_and_assigns_optimiser_steps_by_group(scored):
+    report, one, two = worker().cut(3, 2, 2, scored)
+    assert (report.trajectories, report.minibatches) == (6, 2)
+    whole = Batch.concat([one, two])
+    assert sorted(zip(whole.group_ids.tolist(), whole.sample_indices.tolist(), strict=True)) == [
+        (g, s) for g in range(3) for s in range(2)
+    ]
+    steps = {g: set(whole.minibatch_ids[whole.group_ids == g].tolist()) for g in range(3)}
+    assert steps == {0: {0}, 1: {0}, 2: {1}}
+    assert report.tokens == one.tokens + two.tokens
+
+
+def test_there_are_never_more_optimiser_steps_than_groups(scored):
+    report, shard = worker().cut(2, 1, 5, scored)
+    assert report.minibatches == 2
+    assert sorted(set(shard.minibatch_ids.tolist())) == [0, 1]
+
+
+def test_ranks_get_about_equal_tokens_of_each_optimiser_step(scored):
+    # Tokens a trajectory: 13 7 19 12 11 13 10 13; the longest first, each to the rank with the least.
+    parts = deal(replace(scored, minibatch_ids=np.zeros(8, np.int32)), 2, together=False)
+    assert [p.tolist() for p in parts] == [[1, 2, 4, 7], [0, 3, 5, 6]]
+    steps = deal(replace(scored, minibatch_ids=np.array([0, 0, 0, 0, 1, 1, 1, 1], np.int32)), 2, together=False)
+    assert [p.tolist() for p in steps] == [[1, 2, 4, 5], [0, 3, 6, 7]]
+
+
+def test_groups_stay_on_one_rank_where_a_method_needs_them_whole(scored):
+    parts = deal(replace(scored, minibatch_ids=np.zeros(8, np.int32)), 3, together=True)
+    groups = [set(scored.group_ids[p].tolist()) for p in parts]
+    assert groups == [{1}, {2}, {0, 3}] or groups == [{1}, {3}, {0, 2}] or groups == [{1}, {2, 0}, {3}]
+    assert sorted(np.concatenate(parts).tolist()) == list(range(8))
+
+
+def test_more_ranks_than_trajectories_leaves_a_rank_with_none(scored):
+    report, *shards = worker().cut(1, 3, 1, scored)
+    assert [len(s) for s in shards] == [1, 1, 0]
+    credit, *out = worker().credit(3, 0.0, 0, *shards)
+    assert [len(s) for s in out] == [1, 1, 0]
+    assert report.trajectories == 2
+    assert credit.samples == []
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3])
+@pytest.mark.parametrize(("name", "total"), [("token_mean", 1.0), ("sequence_mean", 1.0)])
+def test_loss_weights_of_an_optimiser_step_sum_to_one_however_many_ranks_there_are(scored, shards, name, total):
+    credit = worker(reduction={"name": name})
+    report, *parts = credit.cut(4, shards, 2, scored)
+    _, *out = credit.credit(shards, 0.0, 0, *parts)
+    whole = Batch.concat([s for s in out if len(s)])
+    step_of_token = np.repeat(whole.minibatch_ids, whole.response_lengths)
+    for step in range(report.minibatches):
+        assert whole.loss_weights[step_of_token == step].sum() == pytest.approx(total, rel=1e-5)
+        assert whole.value_weights[step_of_token == step].sum() == pytest.approx(1.0, rel=1e-5)
+    assert not whole.loss_weights[~whole.action_mask].any()
+
+
+@pytest.mark.parametrize("shards", [2, 3])
+def test_credit_does_not_depend_on_the_ranks(scored, shards):
+    def by_token(count: int) -> dict:
+        credit = worker()
+        _, *parts = credit.cut(4, count, 2, scored)
+        _, *out = credit.credit(count, 0.0, 0, *parts)
+        whole = Batch.concat(out)
+        return {
+            (g, s): (
+                whole.advantages[whole.response_slice(i)].tolist(),
+                whole.loss_weights[whole.response_slice(i)].tolist(),
+            )
+            for i, (g, s) in enumerate(zip(whole.group_ids.tolist(), whole.sample_indices.tolist(), strict=True))
+        }
+
+    assert by_token(shards) == by_token(1)
+
+
+def test_advantages_are_the_reward_less_the_groups_mean_on_every_action_token(scored):
+    credited, _ = worker().assign(replace(scored, minibatch_ids=np.zeros(8, np.int32)), 0.0)
+    expected = np.repeat(np.array([0.5, -0.5, 0, 0, -2, 2, 0.5, -0.5], np.float32), scored.response_lengths)
+    np.testing.assert_allclose(credited.advantages, np.where(scored.action_mask, expected, 0), atol=1e-6)
+
+
+def test_signals_of_each_pass_reach_their_own_shard(scored):
+    credit = worker(kl_in_reward=True, credit={"name": "reinforce_pp"})
+    _, *parts = credit.cut(4, 2, 1, scored)
+    old = [
+        Signals(old_logprobs=np.full(int(p.response_lengths.sum()), -float(i + 1), np.float32))
+        for i, p in enumerate(parts)
+    ]
+    reference = [Signals(reference_logprobs=np.zeros(int(p.response_lengths.sum()), np.float32)) for p in parts]
+    report, *out = credit.credit(2, 0.1, 0, *parts, *old, *reference)
+    assert [set(s.old_logprobs.tolist()) for s in out] == [{-1.0}, {-2.0}]
+    tokens = [int(s.action_mask.sum()) for s in out]
+    k3 = [np.exp(1.0) - 1 - 1.0, np.exp(2.0) - 1 - 2.0]
+    assert report.metrics["policy/kl_reference"] == pytest.approx(np.dot(tokens, k3) / sum(tokens), rel=1e-5)
+
+
+def test_kl_in_the_reward_without_its_signals_is_refused(scored):
+    with pytest.raises(ValueError, match=r"kl\.place=reward: got no old or reference log-probs, expected both signals"):
+        worker(kl_in_reward=True).assign(replace(scored, minibatch_ids=np.zeros(8, np.int32)), 0.1)
+
+
+def test_selected_concatenated_and_padded_batches_keep_every_value(scored):
+    parts = [scored.select([5, 0]), scored.select([]), scored.select([3])]
+    joined = Batch.concat([p for p in parts if len(p)])
+    assert joined.rewards.tolist() == [4.0, 1.0, 1.0]
+    assert joined.prompt_ids == ["p2", "p0", "p1"]
+    for place, index in enumerate([5, 0, 3]):
+        np.testing.assert_array_equal(joined.sequence(place), scored.sequence(index))
+        np.testing.assert_array_equal(
+            joined.behavior_logprobs[joined.response_slice(place)],
+            scored.behavior_logprobs[scored.response_slice(index)],
+        )
+    padded = joined.pad("turn_ids", -7)
+    assert padded.shape == (3, 10)
+    assert padded[0].tolist() == [0, 0, 0, 0, -1, -1, 0, 0, 0, 0]
+    assert padded[2].tolist() == [0, 0, 0, 0, 0, -7, -7, -7, -7, -7]
+    np.testing.assert_array_equal(joined.unpad(padded), joined.turn_ids)
+
+
+def test_joining_batches_of_which_some_lack_a_field_is_refused(scored):
+    with pytest.raises(ValueError, match="rewards: known in 1 of 2 batches, expected all or none"):
+        Batch.concat([scored, replace(scored, rewards=None)])
+
+
+def test_padding_a_field_that_is_missing_says_how_to_get_it(scored):
+    with pytest.raises(ValueError, match="values: this batch does not have it; declare it in the method's `needs`"):
+        scored.pad("values")
+
+
+def test_joining_batches_changes_none_of_them(scored):
+    first, second = scored.select([0]), scored.select([1])
+    Batch.concat([first, second])
+    assert (first.prompt_ids, len(first.texts), second.prompt_ids) == (["p0"], 1, ["p0"])
+
+
+def test_an_outcome_stands_at_the_last_action_token(scored):
+    from apportion.actors.credit import credit_input
+
+    inputs = credit_input(scored)
+    assert inputs.token_rewards_BT[5].tolist() == [0.0] * 9 + [4.0] + [0.0] * 2
+    assert torch.equal(inputs.token_rewards_BT.sum(1), inputs.rewards_B)

@@ -1,0 +1,171 @@
+"""One DeepSpeed rank in this process, against a plain torch loop over the same losses. More ranks: test_system_ranks."""
+
+import os
+from dataclasses import dataclass
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from apportion.actors.engine import DeepSpeedEngine, World
+
+pytestmark = pytest.mark.system
+
+
+@dataclass
+class Settings:
+    learning_rate: float = 0.5
+    weight_decay: float = 0.01
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1.0  # so large that an update grows with its gradient, and a wrong scale shows
+    max_grad_norm: float = 0.0
+    schedule: str = "linear"
+    warmup_steps: int = 1
+    min_lr_ratio: float = 0.0
+    zero_stage: int = 0
+    offload_optimizer: bool = False
+    gradient_checkpointing: bool = False
+    micro_batch_tokens: int = 64
+    logits_chunk_tokens: int = 8
+
+
+@pytest.fixture(scope="module", autouse=True)
+def world():
+    """A process group of one, gone again after these tests."""
+    import socket
+
+    kept = dict(os.environ)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    os.environ.update(DS_ACCELERATOR="cpu", GLOO_SOCKET_IFNAME="lo")
+    threads = torch.get_num_threads()
+    yield World(master_port=port)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    torch.set_num_threads(threads)
+    os.environ.clear()
+    os.environ.update(kept)
+
+
+def model_of(tiny, dtype=torch.float32):
+    return AutoModelForCausalLM.from_pretrained(tiny, dtype=dtype)
+
+
+def micro_batches(count: int) -> list[torch.Tensor]:
+    """`count` micro-batches of 12 rows of tokens in all."""
+    ids = torch.randint(8, 264, (12, 7), generator=torch.Generator().manual_seed(1))
+    return list(ids.chunk(count))
+
+
+def loss_of(module, ids: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """A sum of which 12 rows make a mean."""
+    logits = module(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    return scale * torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum") / 72
+
+
+def plain(tiny, steps: int, settings: Settings, rates: list[float]) -> tuple[dict[str, torch.Tensor], list[float]]:
+    model = model_of(tiny)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), settings.learning_rate, (settings.adam_beta1, settings.adam_beta2), settings.adam_eps,
+        settings.weight_decay,
+    )  # fmt: skip
+    norms = []
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = rates[step]
+        optimizer.zero_grad()
+        for ids in micro_batches(1):
+            loss_of(model, ids).backward()
+        limit = settings.max_grad_norm or float("inf")
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit)))
+        optimizer.step()
+    return {n: p.detach().clone() for n, p in model.named_parameters()}, norms
+
+
+def trained(tiny, world, settings: Settings, steps: int, cut: int, dtype=torch.float32):
+    engine = DeepSpeedEngine(model_of(tiny, dtype), settings, world, steps)
+    outcomes = run(engine, steps, cut)
+    return engine, outcomes
+
+
+def run(engine, steps: int, cut: int) -> list:
+    out = []
+    for _ in range(steps):
+        out.append(
+            engine.train_step(micro_batches(cut), micro_batches(12)[0], lambda ids: loss_of(engine.module(), ids))
+        )
+    return out
+
+
+RATES = [0.5, 0.5, 0.0]  # one step of warm-up, then linear to 0 over the rest
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 0.05])
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("cut", [1, 5])
+def test_updates_norms_and_rates_are_those_of_a_plain_loop_however_the_batch_is_cut(
+    tiny, world, zero_stage, cut, max_grad_norm
+):
+    settings = Settings(zero_stage=zero_stage, max_grad_norm=max_grad_norm)
+    right, norms = plain(tiny, 3, settings, RATES)
+    engine, outcomes = trained(tiny, world, settings, 3, cut)
+    assert [o.learning_rate for o in outcomes] == pytest.approx(RATES)
+    assert [o.grad_norm for o in outcomes] == pytest.approx(norms, rel=1e-3)
+    for name, weight in engine.named_weights():
+        torch.testing.assert_close(weight, right[name], atol=2e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_in_bfloat16_the_masters_keep_what_is_too_small_for_the_weights(tiny, world, zero_stage):
+    # Steps of 1e-4 vanish in bf16 next to a weight of 0.1 (spacing 5e-4); ten of them must not.
+    settings = Settings(
+        zero_stage=zero_stage, learning_rate=1e-4, adam_eps=1e-8, weight_decay=0.0, schedule="constant", warmup_steps=0
+    )
+    start = {n: p.detach().clone() for n, p in model_of(tiny, torch.bfloat16).named_parameters()}
+    engine, _ = trained(tiny, world, settings, 10, 3, torch.bfloat16)
+    name = "model.layers.0.mlp.up_proj.weight"
+    weights = {n: w.clone() for n, w in engine.named_weights()}
+    moved = (weights[name].float() - start[name].float()).abs()
+    large = start[name].float().abs() > 0.1
+    assert weights[name].dtype == torch.bfloat16
+    assert moved[large].mean().item() == pytest.approx(1e-3, rel=0.35)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_a_saved_engine_goes_on_as_if_it_had_not_stopped(tiny, world, tmp_path, zero_stage):
+    settings = Settings(zero_stage=zero_stage, max_grad_norm=1.0, adam_eps=1e-3, learning_rate=1e-2)
+    straight, _ = trained(tiny, world, settings, 4, 3)
+    half = DeepSpeedEngine(model_of(tiny), settings, world, 4)
+    run(half, 2, 3)
+    half.save(tmp_path)
+    again = DeepSpeedEngine(model_of(tiny), settings, world, 4)
+    again.load(tmp_path)
+    assert again.optimizer_steps == 2
+    run(again, 2, 3)
+    resumed = {n: w.clone() for n, w in again.named_weights()}
+    for name, weight in straight.named_weights():
+        assert torch.equal(weight, resumed[name]), name
+
+
+def test_resuming_from_nothing_is_refused(tiny, world, tmp_path):
+    engine = DeepSpeedEngine(model_of(tiny), Settings(), world, 1)
+    with pytest.raises(FileNotFoundError, match="no training state under .*, expected a folder 'engine'"):
+        engine.load(tmp_path)
+
+
+def test_an_optimiser_in_main_memory_accumulates_like_the_others(tiny, world):
+    for stage in (1, 2, 3):
+        settings = Settings(zero_stage=stage, offload_optimizer=True)
+        right, norms = plain(tiny, 2, settings, [0.5, 0.5])
+        engine = DeepSpeedEngine(model_of(tiny), settings, world, 3)
+        outcomes = run(engine, 2, 5)
+        assert [o.grad_norm for o in outcomes] == pytest.approx(norms, rel=1e-3)
+        for name, weight in engine.named_weights():
+            torch.testing.assert_close(weight, right[name], atol=2e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_idle_passes_are_those_that_another_rank_makes_more(tiny, world):
+    engine = DeepSpeedEngine(model_of(tiny), Settings(zero_stage=3), world, 1)
+    assert [engine.extra_passes(own) for own in (0, 1, 5)] == [1, 0, 0]
+    assert DeepSpeedEngine(model_of(tiny), Settings(zero_stage=2), world, 1).extra_passes(0) == 0

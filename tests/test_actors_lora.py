@@ -1,0 +1,61 @@
+"""Adapters merged into what they adapt: the same tensors as peft's own merge, under the checkpoint's names."""
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from apportion.actors.loading import load_causal_lm
+from apportion.actors.lora import merged_weights
+from apportion.actors.modules import CausalLMLogprobs
+
+
+@dataclass
+class Lora:
+    rank: int = 4
+    alpha: float = 12.0
+    dropout: float = 0.0
+    targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj", "down_proj"])
+
+
+@pytest.fixture
+def adapted(tiny):
+    """A model whose adapters do something."""
+    model = load_causal_lm(tiny, "float32", lora=Lora())
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.2, generator=generator)
+    return model
+
+
+def test_merged_weights_are_those_of_pefts_own_merge(adapted, tiny):
+    module = CausalLMLogprobs(adapted, 8)
+    merged = dict(merged_weights(module.named_parameters(), Lora()))
+    right = dict(adapted.merge_and_unload().named_parameters())
+    assert merged.keys() == right.keys()
+    for name, weight in right.items():
+        torch.testing.assert_close(merged[name], weight.detach(), atol=1e-6, rtol=1e-6, msg=name)
+    start = dict(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).named_parameters())
+    changed = {n.split(".")[-2] for n in right if not torch.equal(merged[n], start[n])}
+    assert changed == {"q_proj", "v_proj", "down_proj"}
+
+
+def test_without_adapters_names_lose_the_wrapper_and_weights_are_untouched(tiny):
+    model = load_causal_lm(tiny, "float32")
+    named = dict(merged_weights(CausalLMLogprobs(model, 8).named_parameters(), None))
+    assert named.keys() == dict(model.named_parameters()).keys()
+    assert named["model.norm.weight"] is model.model.norm.weight
+
+
+def test_only_adapters_are_trained(adapted):
+    trained = {n.rsplit(".", 3)[-3] for n, p in adapted.named_parameters() if p.requires_grad}
+    assert trained == {"lora_A", "lora_B"}
+
+
+def test_an_adapter_without_its_weight_is_refused():
+    stray = [("model.base_model.model.x.lora_B.default.weight", torch.zeros(2, 2))]
+    with pytest.raises(ValueError, match="an adapter without the weight it adapts"):
+        list(merged_weights(iter(stray), Lora()))

@@ -1,0 +1,138 @@
+"""Waiting for actors: who is late, who died and why. On a real, embedded Ray, and without any."""
+
+import os
+import signal
+import sys
+import time
+
+import pytest
+
+from apportion.platform.cluster import Actor, ActorRequest, Call, Cluster, gather
+from apportion.platform.errors import ActorError, CheckpointError, ConfigError, RewardError
+from apportion.platform.process import ActorBase, find_environment_programs, tail
+
+
+class Patient(ActorBase):
+    """Does what is asked of it, in the worst way."""
+
+    def __init__(self, broken: str = "") -> None:
+        if broken:
+            print("about to fail", flush=True)
+            raise ValueError(broken)
+
+    def wait(self, seconds: float) -> float:
+        time.sleep(seconds)
+        return seconds
+
+    def fail(self, kind: str) -> None:
+        errors = {
+            "reward": RewardError("reward: got none"),
+            "disk": OSError(28, "No space left on device"),
+            "other": KeyError("missing_thing"),
+        }
+        raise errors[kind]
+
+    def die(self) -> None:
+        print("the last words", flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def programs(self) -> str:
+        return os.environ["PATH"].split(os.pathsep)[0]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    joined = Cluster(None, "waiting", 1, tmp_path_factory.mktemp("logs"), 0.1)
+    yield joined
+    joined.shutdown()
+
+
+@pytest.fixture(scope="module")
+def actors(cluster):
+    return cluster.start([ActorRequest(f"patient-{i}", Patient) for i in range(2)], 60)
+
+
+@pytest.mark.system
+def test_results_come_in_the_order_of_the_calls(actors):
+    assert gather([actors[0].call("wait", 0.2), actors[1].call("wait", 0.0)], 30, "a test") == [0.2, 0.0]
+
+
+@pytest.mark.system
+def test_a_deadline_names_the_actor_that_is_late_and_not_the_others(actors):
+    calls = [actors[0].call("wait", 0.0), actors[1].call("wait", 4.0)]
+    with pytest.raises(
+        ActorError, match=r"^update of step 3: no answer within 1 s from patient-1 \(pid \d+ on .*\) \(wait\); "
+    ):
+        gather(calls, 1.0, "update of step 3")
+
+
+@pytest.mark.system
+def test_a_projects_own_error_arrives_as_itself(actors):
+    with pytest.raises(RewardError, match=r"^reward: got none$"):
+        gather([actors[0].call("fail", "reward")], 30, "a test")
+
+
+@pytest.mark.system
+def test_a_full_disk_is_said_in_one_line(actors):
+    with pytest.raises(CheckpointError, match=r"^patient-0: no space left on the device while in checkpoint of step 2"):
+        gather([actors[0].call("fail", "disk")], 30, "checkpoint of step 2")
+
+
+@pytest.mark.system
+def test_another_error_names_actor_method_and_place(actors):
+    with pytest.raises(ActorError) as caught:
+        gather([actors[0].call("fail", "other")], 30, "a test")
+    first, *rest = str(caught.value).splitlines()
+    assert first == "patient-0: fail failed in a test: KeyError: 'missing_thing'"
+    assert any("raise errors[kind]" in line or "in fail" in line for line in rest)
+
+
+@pytest.mark.system
+def test_an_actor_finds_the_programs_of_its_own_environment(actors):
+    assert gather([actors[0].call("programs")], 30, "a test") == [os.path.dirname(sys.executable)]
+
+
+@pytest.mark.system
+def test_a_killed_actor_is_named_with_its_cause_and_last_words(cluster):
+    [victim] = cluster.start([ActorRequest("victim-0", Patient)], 60)
+    with pytest.raises(ActorError) as caught:
+        gather([victim.call("die")], 30, "rollout of step 1")
+    message = str(caught.value)
+    assert message.startswith(f"victim-0 (pid {victim.info.pid} on ")
+    assert "died in rollout of step 1 (die): " in message
+    assert "SIGKILL" in message or "exit" in message.lower()
+    assert message.splitlines()[-1].strip() == "the last words"
+
+
+@pytest.mark.system
+def test_an_actor_that_cannot_be_made_says_why_in_its_first_line(cluster):
+    with pytest.raises(ActorError) as caught:
+        cluster.start([ActorRequest("broken-0", Patient, ("got 3, expected 4",))], 60)
+    first = str(caught.value).splitlines()[0]
+    assert first == "broken-0: could not be made in start of actors: ValueError: got 3, expected 4"
+    assert "about to fail" in str(caught.value)
+
+
+@pytest.mark.system
+def test_a_cluster_that_cannot_be_reached_is_refused_in_one_line(cluster, tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match=r"^cluster\.address: cannot reach 127\.0\.0\.1:1: "):
+        Cluster("127.0.0.1:1", "nowhere", 1, tmp_path, None)
+
+
+def test_the_environments_folder_comes_first_on_the_path_once(monkeypatch):
+    monkeypatch.setenv("PATH", "/bin")
+    find_environment_programs()
+    find_environment_programs()
+    assert os.environ["PATH"] == f"{os.path.dirname(sys.executable)}{os.pathsep}/bin"
+
+
+def test_the_last_lines_of_a_log_are_read_from_its_end(tmp_path):
+    log = tmp_path / "x.log"
+    log.write_text("".join(f"line {i}\n" for i in range(5000)))
+    assert tail(str(log), 2) == "line 4998\nline 4999"
+    assert tail(str(tmp_path / "none.log")) == ""
+
+
+def test_a_call_is_awaited_by_its_first_reference():
+    call = Call(Actor("a", None, ""), "m", ["first", "second"])
+    assert call.ref == "first"
