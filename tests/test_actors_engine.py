@@ -150,7 +150,7 @@ def test_a_saved_engine_goes_on_as_if_it_had_not_stopped(tiny, world, tmp_path, 
 
 def test_resuming_from_nothing_is_refused(tiny, world, tmp_path):
     engine = DeepSpeedEngine(model_of(tiny), Settings(), world, 1)
-    with pytest.raises(FileNotFoundError, match="no training state under .*, expected a folder 'engine'"):
+    with pytest.raises(FileNotFoundError, match=r"no training state under .*, expected a folder 'engine'"):
         engine.load(tmp_path)
 
 

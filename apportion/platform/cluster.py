@@ -16,10 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from apportion.platform import errors
 from apportion.platform.errors import ActorError, ApportionError, CheckpointError, ConfigError
 from apportion.platform.process import ProcessInfo, tail
 
 POLL_SECONDS = 5.0
+_OWN_ERROR = re.compile(r"^apportion\.platform\.errors\.(\w+Error): ", re.MULTILINE)
 
 
 @dataclass
@@ -173,11 +175,22 @@ def explain(error: Exception, call: Call, what: str) -> ApportionError:
         detail = str(error).rstrip().splitlines()
         lines = "\n".join(f"    {line}" for line in detail[-12:])
         return ActorError(f"{actor.name}: {call.method} failed in {what}: {detail[-1] if detail else error!r}\n{lines}")
-    refused = re.findall(r"apportion\.platform\.errors\.ConfigError: (.*)", str(error))
-    if refused:  # the actor could not be made as it was configured; Ray carries that as text only
-        return ConfigError(refused[-1])
+    if getattr(error, "actor_init_failed", False):
+        return _not_made(str(error).rstrip(), actor, what)
     return ActorError(
         f"{actor.name}{_where(actor)} died in {what} ({call.method}): {_death(error)}{_last_lines(actor)}"
+    )
+
+
+def _not_made(text: str, actor: Actor, what: str) -> ApportionError:
+    """Of what a constructor raised Ray keeps the text alone; one of the project's own errors becomes itself again."""
+    own = list(_OWN_ERROR.finditer(text))
+    if own:
+        return getattr(errors, own[-1][1])(text[own[-1].end() :])
+    lines = text.splitlines()
+    shown = [*lines[-12:], f"the end of {actor.log}:", *tail(actor.log).splitlines()]
+    return ActorError(
+        f"{actor.name}: could not be made in {what}: {lines[-1]}\n" + "\n".join(f"    {line}" for line in shown)
     )
 
 
