@@ -282,6 +282,7 @@ def text(question, steps, answer): return "0"
 def fails(question, steps, answer): raise RuntimeError("no idea")
 async def awaited(question, steps, answer): return [len(steps) - 1]
 def noisy(question, steps, answer, critique): return [critique % 2]
+def picky(question, steps, answer, bad): return [steps.index(bad)]
 """
 
 
@@ -299,6 +300,7 @@ def asked(source, steps=("a", "b"), count=1, columns=None, seconds=20.0):
 
 def test_a_function_names_wrong_steps_from_0_and_sees_the_columns(oracle):
     assert asked(oracle("exact"), columns={"bad": "b"})[0].wrong_steps == [1]
+    assert asked(oracle("picky"), columns={"bad": "b", "level": 3})[0].wrong_steps == [1]
     assert asked(oracle("awaited"))[0].wrong_steps == [1]
     assert [c.wrong_steps for c in asked(oracle("noisy"), count=3)] == [[0], [1], [0]]
 
@@ -597,6 +599,8 @@ def test_a_method_that_needs_critiques_gets_a_judge_and_others_get_none():
     ("overrides", "message"),
     [
         ([], "judge: got none with algorithm capo, which needs critiques, expected judge.function="),
+        (["judge.function=apportion.data.step_sums:juge"], "judge.function: apportion.data.step_sums:juge"),
+        (["judge.function=math:sqrt"], "expected f(question, steps, answer, **columns)"),
         ([FUNCTION, "judge.model=x"], "judge: got judge.function and judge.model, expected one of"),
         (["judge.url=http://127.0.0.1:1/v1"], "judge.model: got null with judge.url"),
         (["judge.url=localhost:1", "judge.model=m"], "judge.url: got an address that is not one"),

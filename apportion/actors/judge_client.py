@@ -94,7 +94,7 @@ def read_answer(answer: str, steps: int) -> Critique:
 class FunctionJudge:
     """`f(question, steps, answer, **columns) -> list[int] | None`: the wrong steps, from 0, or None for no opinion.
 
-    Sync or async, called once for each critique. A function with a parameter `critique` is told which one it is (from
+    Sync or async, called once for each critique. Without `**columns` it gets those that it names. A function with a parameter `critique` is told which one it is (from
     0), so that a judge that errs at random can do so repeatably.
     """
 
@@ -104,7 +104,10 @@ class FunctionJudge:
         self.name = f"function:{spec}"
         self._function = load_function(spec)
         self._limit = timeout_seconds
-        self._numbered = "critique" in inspect.signature(self._function).parameters
+        parameters = inspect.signature(self._function).parameters
+        self._numbered = "critique" in parameters
+        takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        self._wanted = None if takes_all else frozenset(parameters)  # a function may name the columns that it reads
         self._caller = LimitedCaller(spec, inspect.iscoroutinefunction(self._function))
 
     def close(self) -> None:
@@ -123,6 +126,8 @@ class FunctionJudge:
         arguments = {**case.columns, "question": case.question, "steps": list(case.steps), "answer": case.answer}
         if self._numbered:
             arguments["critique"] = number
+        if self._wanted is not None:
+            arguments = {name: value for name, value in arguments.items() if name in self._wanted}
         try:
             said = self._caller.call(lambda: self._function(**arguments), left)
         except Exception as error:  # noqa: BLE001 - a user's function may raise anything; it is carried on as a failure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,8 +66,30 @@ def check_judge(config: Config, joined: bool) -> None:
             f"judge.batch_timeout_seconds: got {judge.batch_timeout_seconds:g}, expected less than "
             f"cluster.call_timeout_seconds={config.cluster.call_timeout_seconds:g}, which stops the run"
         )
+    if judge.function is not None:
+        _check_function(judge.function)
     if own_model(judge) is not None:
         _check_own_model(config, judge, read_model(str(judge.model), "judge.model"))
+
+
+def _check_function(spec: str) -> None:
+    """The function is imported here once more than in its actor."""
+    from apportion.data.errors import DataError
+    from apportion.data.functions import load_function
+
+    try:
+        function = load_function(spec)
+        inspect.signature(function).bind_partial(question="", steps=[], answer=None)
+    except DataError as error:
+        raise ConfigError(f"judge.function: {error}") from error
+    except TypeError as error:
+        raise ConfigError(
+            f"judge.function: got {spec} ({error}), expected f(question, steps, answer, **columns)"
+        ) from error
+    except Exception as error:  # a user's module may raise anything while it is imported
+        raise ConfigError(
+            f"judge.function: got {spec}, whose import fails ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _check_own_model(config: Config, judge: JudgeConfig, model: ModelFacts | None) -> None:
