@@ -201,6 +201,10 @@ def test_teachers_are_in_the_plans_memory_and_nothing_else_is_started(cache):
             ["teachers.dpo=builtin:smollm2-135m-instruct", "teachers.other=builtin:tiny"],
             "teachers.dpo: got a model with 49152 tokens, expected 264 as builtin:tiny has",
         ),
+        (
+            ["teachers.dpo=no-such-run", "teachers.other=builtin:tiny"],
+            "teachers.dpo: got 'no-such-run', expected a run",
+        ),
         ([*TINY, "policy.zero_stage=3"], "policy.zero_stage: got 3 with algorithm.distillation, expected 0, 1 or 2"),
         ([*TINY, "algorithm.kl.place=loss"], "algorithm.kl.place: got loss with algorithm.distillation"),
         ([*TINY, "algorithm.entropy_coefficient=0.1"], "algorithm.entropy_coefficient: got 0.1 with"),

@@ -7,6 +7,7 @@ from typing import Any
 
 from apportion.conf.models import ModelFacts, read_model
 from apportion.conf.schema import Config
+from apportion.data.builtin import PREFIX
 from apportion.platform.errors import ConfigError
 from apportion.platform.runs import find_checkpoint
 
@@ -74,6 +75,11 @@ def check_distillation(config: Config, model: ModelFacts | None) -> dict[str, Mo
         )
     facts = {key: read_model(path, key) for key, path in paths.items()}
     for key, teacher in facts.items():
+        if teacher is None and "/" not in paths[key] and not paths[key].startswith(PREFIX):
+            raise ConfigError(
+                f"{key}: got {paths[key]!r}, expected a run in {config.runs_folder} with a checkpoint, a model's folder, "
+                "owner/name of a hub's model or builtin:NAME"
+            )
         if model is not None and teacher is not None and teacher.vocabulary != model.vocabulary:
             raise ConfigError(
                 f"{key}: got a model with {teacher.vocabulary} tokens, expected {model.vocabulary} as {config.model.path} "
