@@ -74,9 +74,9 @@ def shard():
     return replace(Batch.from_trajectories(rows), rewards=rewards, sample_mask=np.ones(len(rows), bool))
 
 
-def influences(model, shard, spec=None, temperature=1.0, tokens=64, chunk=4):
+def influences(model, shard, spec=None, temperature=1.0, tokens=64, chunk=4, share_prompts=False):
     engine = Engine(CausalLMLogprobs(model, chunk))
-    signals = InfluencePass(build("credit", spec or THR), temperature, tokens).signals(engine, shard)
+    signals = InfluencePass(build("credit", spec or THR), temperature, tokens, share_prompts).signals(engine, shard)
     return signals, engine
 
 
@@ -129,6 +129,19 @@ def test_how_a_shard_is_cut_into_passes_does_not_matter(model, shard, tokens, ch
     np.testing.assert_allclose(got.influences, whole.influences, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(got.old_logprobs, whole.old_logprobs, rtol=1e-5, atol=1e-6)
     assert engine.passes == passes
+
+
+def test_responses_behind_one_copy_of_their_prompt_have_the_same_influences(model):
+    rng = np.random.default_rng(2)
+    rows = [trajectory(rng, 0, index, 4 + index) for index in range(3)]
+    for row in rows[1:]:
+        row.token_ids[:3] = rows[0].token_ids[:3]
+    shard = replace(Batch.from_trajectories(rows), rewards=np.array([1.0, 0.0, 1.0]))
+    plain, _ = influences(model, shard)
+    shared, engine = influences(model, shard, share_prompts=True)
+    assert engine.passes == 1
+    np.testing.assert_allclose(shared.influences, plain.influences, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(shared.old_logprobs, plain.old_logprobs, rtol=1e-5, atol=1e-6)
 
 
 def test_order_within_a_shard_does_not_matter(model, shard):

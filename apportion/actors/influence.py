@@ -93,6 +93,7 @@ class InfluencePass:
     method: InfluenceMethod
     temperature: float
     micro_batch_tokens: int  # padded tokens of one forward pass
+    share_prompts: bool = False
 
     @torch.no_grad()
     def signals(self, engine: ForwardEngine, shard: Batch) -> Signals:
@@ -102,7 +103,7 @@ class InfluencePass:
         head = OutputHead(engine.module(), _action_ids(shard).unique().to(engine.device))
         passes = 0
         for groups in whole_groups(shard, self.micro_batch_tokens):
-            micros = cut(shard, np.concatenate(groups), self.micro_batch_tokens)
+            micros = cut(shard, np.concatenate(groups), self.micro_batch_tokens, self.share_prompts)
             passes += len(micros)
             states, packed = self._states(engine, micros)
             logprobs[packed] = states.logprobs.cpu().numpy()
@@ -123,7 +124,8 @@ class InfluencePass:
         parts, packed = [], []
         for micro in micros:
             m = micro.to(engine.device)
-            parts.append(engine.forward(m.input_ids, m.rows, m.columns, m.targets, work=self._work(m)))
+            tree = (m.tree.positions, m.tree.visible) if m.tree else None
+            parts.append(engine.forward(m.input_ids, m.rows, m.columns, m.targets, work=self._work(m), tree=tree))
             packed.append(micro.packed_index)
         return TokenStates(*(torch.cat(column) for column in zip(*parts, strict=True))), np.concatenate(packed)
 

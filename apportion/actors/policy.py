@@ -15,7 +15,7 @@ from apportion.actors.distillation import Distillation, DistillationSpec
 from apportion.actors.engine import DeepSpeedEngine, EngineSettings, OptimizerStep, World
 from apportion.actors.influence import InfluencePass
 from apportion.actors.loading import load_causal_lm, save_huggingface
-from apportion.actors.microbatch import MicroBatch, cut, make
+from apportion.actors.microbatch import MicroBatch, cut, nothing
 from apportion.actors.modules import CausalLMLogprobs, base_causal_lm
 from apportion.algorithms import registry
 from apportion.algorithms.correction import ImportanceCorrection, mismatch_metrics
@@ -93,7 +93,8 @@ class PolicyWorker(ActorBase):
         self._influences: InfluencePass | None = None
         if spec.credit is not None:
             method = registry.build("credit", spec.credit)
-            self._influences = InfluencePass(method, loss.temperature, 2 * spec.settings.micro_batch_tokens)
+            tokens = 2 * spec.settings.micro_batch_tokens
+            self._influences = InfluencePass(method, loss.temperature, tokens, spec.share_prompts)
         self._distillation: Distillation | None = None
         if spec.distillation is not None:
             chunk = spec.settings.logits_chunk_tokens
@@ -110,14 +111,16 @@ class PolicyWorker(ActorBase):
         if self._influences is not None:
             signals = self._influences.signals(self.engine, shard)
             return time.perf_counter() - start, signals
+        rows, tokens = np.arange(len(shard)), 2 * self.spec.settings.micro_batch_tokens
+        micros = cut(shard, rows, tokens, self.spec.share_prompts)
+        extra = self.engine.extra_passes(len(micros))
         with torch.no_grad():
-            for micro in cut(
-                shard, np.arange(len(shard)), 2 * self.spec.settings.micro_batch_tokens, self.spec.share_prompts
-            ):
-                moved = micro.to(self.engine.device)
-                lp, entropy = self._forward(moved)
+            for micro in micros:
+                lp, entropy = self._forward(micro.to(self.engine.device))
                 logprobs[micro.packed_index] = lp.cpu().numpy()
                 entropies[micro.packed_index] = entropy.cpu().numpy()
+            for _ in range(extra):
+                self._forward(nothing().to(self.engine.device))
         return time.perf_counter() - start, Signals(old_logprobs=logprobs, entropies=entropies)
 
     def _forward(self, micro: MicroBatch, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
@@ -139,7 +142,7 @@ class PolicyWorker(ActorBase):
                 micros = cut(shard, chosen, self.spec.settings.micro_batch_tokens, self.spec.share_prompts)
                 report.tokens += sum(m.real_tokens for m in micros)
                 outcome = self.engine.train_step(
-                    micros, self._empty(shard), lambda m: self._loss(m, shard, kl_coefficient, report.totals)
+                    micros, nothing(), lambda m: self._loss(m, shard, kl_coefficient, report.totals)
                 )
                 report.steps.append(outcome)
         report.seconds = time.perf_counter() - start
@@ -153,13 +156,6 @@ class PolicyWorker(ActorBase):
             return np.ones(len(shard), bool)
         advantages = _packed(shard, "advantages")
         return np.array([bool(advantages[shard.response_slice(i)].any()) for i in range(len(shard))], bool)
-
-    def _empty(self, shard: Batch) -> MicroBatch:
-        """A pass that a rank makes only to keep pace with the others; its loss counts for nothing."""
-        if len(shard):
-            return make(shard, np.array([int(np.argmin(shard.prompt_lengths + shard.response_lengths))]))
-        zero = torch.zeros(1, dtype=torch.int64)
-        return MicroBatch(torch.zeros(1, 2, dtype=torch.int64), zero, zero, zero, zero, 1, np.zeros(0, np.int64), 2)
 
     def _loss(self, micro: MicroBatch, shard: Batch, kl_coefficient: float, totals: Totals) -> Tensor:
         if self._distillation is not None:
