@@ -166,7 +166,7 @@ def test_an_unknown_algorithm_lists_those_there_are(build, capsys):
 
 def test_an_unknown_command_names_the_nearest(capsys):
     assert main(["trian"]) == 2
-    expected = "error: command: got 'trian', expected one of train, evaluate, plan, doctor (did you mean 'train'?)\n"
+    expected = "error: command: got 'trian', expected one of train, evaluate, plan, sft, reward-model, dpo, doctor (did you mean 'train'?)\n"
     assert capsys.readouterr().err == expected
 
 
@@ -199,6 +199,7 @@ def test_train_hands_over_the_typed_configuration_and_the_same_as_plain_values(b
 
 
 def test_values_that_a_path_a_module_or_a_list_needs_are_taken_as_they_are(build):
+    Path("my_reward.py").write_text("def score(prompts, completions, **columns):\n    return [0.0] * len(prompts)\n")
     assert (
         main(
             [
@@ -301,7 +302,7 @@ def test_cfg_prints_what_was_composed_wherever_it_stands(capsys):
 
 def test_help_names_commands_recipes_and_values(capsys):
     assert main(["--help"]) == 0
-    assert "  train     train a model\n" in capsys.readouterr().out
+    assert "  train        train a model\n" in capsys.readouterr().out
     assert main(["train", "--help"]) == 0
     text = capsys.readouterr().out
     assert f"experiment: {EXPERIMENTS}\n" in text

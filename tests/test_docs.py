@@ -70,6 +70,8 @@ def ready(tmp_path, monkeypatch):
     sizes |= {"intermediate_size": 256, "max_position_embeddings": 1024}
     (tmp_path / "my-model").mkdir()
     (tmp_path / "my-model" / "config.json").write_text(json.dumps(sizes))
+    for teacher in ("sharpened", "reversed"):
+        (tmp_path / teacher).symlink_to(tmp_path / "my-model")
     run = tmp_path / "runs" / "first"
     run.mkdir(parents=True)
     run.joinpath("config.yaml").write_text(yaml.safe_dump(to_config(compose_config(["experiment=tiny_grpo"]))[1]))
