@@ -14,6 +14,8 @@ from apportion.actors.influence import InfluencePass, whole_groups
 from apportion.actors.modules import CausalLMLogprobs
 from apportion.algorithms.registry import build
 from apportion.batch import Batch, Trajectory
+from apportion.cli import compose_config, to_config
+from apportion.plan import make_plan
 from apportion.platform.errors import ConfigError
 
 VOCABULARY = 997
@@ -196,6 +198,13 @@ def test_no_tensor_has_the_vocabulary_and_more_than_a_chunk_of_tokens(model, sha
     with WidestWithVocabulary() as seen:
         influences(model, shard, tokens=10_000, chunk=4)
     assert seen.rows == 16 or seen.rows <= 4, "16 is the head's own transpose"
+
+
+def test_a_group_of_one_is_refused_before_anything_starts(monkeypatch, tmp_path):
+    monkeypatch.setenv("APPORTION_CACHE", str(tmp_path))
+    config, _ = to_config(compose_config(["experiment=tiny_grpo", "algorithm=thr", "rollout.responses_per_prompt=1"]))
+    with pytest.raises(ConfigError, match="responses_per_prompt: got 1 with credit hidden_reward, which compares"):
+        make_plan(config)
 
 
 def test_groups_come_whole_and_fill_a_pass(shard):

@@ -45,11 +45,15 @@ def parts_of(algorithm: AlgorithmConfig) -> list[tuple[str, Any]]:
 
 
 def group_relative(algorithm: AlgorithmConfig) -> bool:
-    """Whether the credit learns only from how the responses to one prompt differ."""
-    conditions = _GROUP_RELATIVE.get(str(algorithm.credit["name"]))
+    """Whether the credit, or what it wraps, learns only from how the responses to one prompt differ."""
+    return _group_relative(algorithm.credit)
+
+
+def _group_relative(credit: Mapping[str, Any]) -> bool:
+    conditions = _GROUP_RELATIVE.get(str(credit["name"]))
     if conditions is None:
-        return False
-    return all(key in algorithm.credit and algorithm.credit[key] == value for key, value in conditions.items())
+        return any(_group_relative(part) for part in credit.values() if isinstance(part, Mapping) and "name" in part)
+    return all(key in credit and credit[key] == value for key, value in conditions.items())
 
 
 def _built(kind: str, spec: Mapping[str, Any]) -> Any:
