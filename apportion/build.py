@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -33,13 +32,13 @@ from apportion.conf.judges import check_judge, judge_spec, own_model
 from apportion.conf.schema import Config
 from apportion.conf.teachers import check_same_tokenizer, teacher_paths
 from apportion.data.builtin import resolve_model
-from apportion.data.errors import DataError as SourceError
 from apportion.data.prompts import PromptEncoder, PromptStream, every_prompt, load_tokenizer
 from apportion.data.sources import Source, load_sources
+from apportion.edges import closing, refusals, terminated_as_interrupt
 from apportion.data.turns import TurnEncoder
 from apportion.platform.checkpoint import Checkpoint, CheckpointStore
 from apportion.platform.cluster import Actor, ActorRequest, Call, Cluster, gather
-from apportion.platform.errors import ConfigError, DataError
+from apportion.platform.errors import ConfigError
 from apportion.platform.plots import plot_run
 from apportion.platform.runs import RunFolder, find_checkpoint, make_run_folder, redacted, run_of
 from apportion.platform.tracking import MultiTracker, TrackedRun, open_trackers
@@ -74,7 +73,7 @@ def needs_of(config: Config) -> Needs:
 
 def train(config: Config, resolved: dict[str, Any]) -> int:
     """Run a whole training job; whatever happens, nothing is left running."""
-    with _refusals():
+    with refusals():
         checkpoint = find_checkpoint(config.resume, config.runs_folder) if config.resume else None
         needs = needs_of(config)
         if needs.judge:
@@ -88,7 +87,7 @@ def train(config: Config, resolved: dict[str, Any]) -> int:
         folder.save_config(resolved)
         tracker = _tracker(config, resolved, folder, checkpoint)
     _say(f"run folder: {folder.path}")
-    with _terminated_as_interrupt(), _closing(tracker), _cluster(config, needs, folder) as cluster:
+    with terminated_as_interrupt(), closing(tracker), _cluster(config, needs, folder) as cluster:
         _say("starting actors (vLLM and DeepSpeed take some tens of seconds)")
         trainer = _trainer(config, needs, model, cluster, prompts, tracker, folder)
         trainer.evaluation, trainer.evaluation_prompts = _evaluation(config, held_out), held_out
@@ -109,7 +108,7 @@ def train(config: Config, resolved: dict[str, Any]) -> int:
 
 def evaluate(config: Config, checkpoint: str) -> int:
     """Score a checkpoint's model on the held-out prompts."""
-    with _refusals():
+    with refusals():
         found = find_checkpoint(checkpoint, config.runs_folder)
         model = str(found.path / "model")
         tokenizer = load_tokenizer(model, config.model.chat_template, config.model.trust_remote_code)
@@ -117,7 +116,7 @@ def evaluate(config: Config, checkpoint: str) -> int:
         if not held_out:
             raise ConfigError("data.eval: got none, expected a source to evaluate on")
     folder = run_of(found)
-    with _terminated_as_interrupt(), _cluster(config, Needs(False, False, False, False), folder) as cluster:
+    with terminated_as_interrupt(), _cluster(config, Needs(False, False, False, False), folder) as cluster:
         actors = _start(config, cluster, _serving_requests(config, model))
         trainer = Trainer(
             cluster, actors, _NoPrompts(), _loop_settings(config, Needs(False, False, False, False)),
@@ -528,39 +527,6 @@ def _cluster(config: Config, needs: Needs, folder: RunFolder) -> Iterator[Cluste
         yield cluster
     finally:
         cluster.shutdown()
-
-
-@contextmanager
-def _closing(tracker: MultiTracker) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        tracker.close()
-
-
-@contextmanager
-def _refusals() -> Iterator[None]:
-    """Layers below raise what they know of; here it becomes what the command line shows."""
-    try:
-        yield
-    except SourceError as error:
-        raise DataError(str(error)) from error
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-
-
-@contextmanager
-def _terminated_as_interrupt() -> Iterator[None]:
-    """A polite kill ends a run as Ctrl-C does: actors stopped, trackers closed."""
-
-    def interrupt(signum: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _say(text: str) -> None:
