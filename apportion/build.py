@@ -34,8 +34,8 @@ from apportion.conf.teachers import check_same_tokenizer, teacher_paths
 from apportion.data.builtin import resolve_model
 from apportion.data.prompts import PromptEncoder, PromptStream, every_prompt, load_tokenizer
 from apportion.data.sources import Source, load_sources
-from apportion.edges import closing, refusals, terminated_as_interrupt
 from apportion.data.turns import TurnEncoder
+from apportion.edges import closing, refusals, terminated_as_interrupt
 from apportion.platform.checkpoint import Checkpoint, CheckpointStore
 from apportion.platform.cluster import Actor, ActorRequest, Call, Cluster, gather
 from apportion.platform.errors import ConfigError
