@@ -225,6 +225,7 @@ def _start(config: Config, cluster: Cluster, requests: dict[str, list[ActorReque
     if environments := started.get("environment", []):
         engines = started["rollout"]
         joining += [a.call("connect", share(environments, i, len(engines))) for i, a in enumerate(engines)]
+    joining += [actor.call("prepare") for actor in started["credit"]]
     everyone = [actor for actors in started.values() for actor in actors]
     cluster.ready(everyone, config.cluster.start_timeout_seconds, joining)
     [credit] = started.pop("credit")

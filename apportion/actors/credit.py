@@ -222,6 +222,10 @@ class CreditWorker(ActorBase):
             "critiques": [vars(critique) for critique in batch.critiques[index]],
         }
 
+    def prepare(self) -> None:
+        """Read the tokenizer while other actors load, rather than in the first step."""
+        _ = self.tokenizer
+
     @property
     def tokenizer(self) -> Any:
         if self._tokenizer is None:
