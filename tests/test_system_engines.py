@@ -1,0 +1,268 @@
+"""vLLM and transformers as rollout engines on one tiny model in float32: the trainer's weights, proved; the same answers.
+
+Behaviour log-probs are held to a distribution made by hand from the trainer's logits: temperature, then top-k, then
+top-p.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from apportion.actors.engines import EngineSpec, Request, Sampling, make_engine
+from apportion.batch import Prompt
+from apportion.platform.cluster import ActorRequest, Cluster, gather
+from apportion.platform.errors import WeightSyncError
+from apportion.platform.process import ActorBase
+from apportion.platform.weights import WeightBundle, prove
+
+pytestmark = pytest.mark.system
+BOTH = ["vllm", "transformers"]
+ASKED = ["What is 2 + 3?", "Hi", "Name a city in a long sentence."]
+
+
+class Engine(ActorBase):
+    """An engine, and what a test does to it behind its back."""
+
+    def __init__(self, name: str, spec: EngineSpec) -> None:
+        self.name, self.engine = name, make_engine(name, spec)
+
+    def generate(self, requests: list[Request], sampling: Sampling) -> list:
+        return self.engine.generate(requests, sampling)
+
+    def load(self, bundle: WeightBundle, check: bool):
+        return self.engine.load(bundle, f"{self.name}-0", check)
+
+    def compare(self, bundle: WeightBundle) -> list[tuple[int, list[str]]]:
+        """The live model against a bundle that is not loaded."""
+        return self.engine._llm.collective_rpc("apportion_compare", args=(bundle,))
+
+
+class Engines:
+    def __init__(self, actors: dict) -> None:
+        self.actors = actors
+
+    def call(self, name: str, method: str, *arguments):
+        return gather([self.actors[name].call(method, *arguments)], 120, "a test")[0]
+
+    def answers(self, name: str, asked: list[Request], sampling: Sampling) -> list:
+        return self.call(name, "generate", asked, sampling)
+
+
+@pytest.fixture(scope="module")
+def engines(tiny, tmp_path_factory):
+    spec = EngineSpec(
+        model=tiny, dtype="float32", seed=0, max_model_len=128, max_sequences=16, tensor_parallel_size=1,
+        gpu_memory_utilization=0.5, kv_cache_gib=1.0, compile=False, prefix_caching=True, trust_remote_code=False,
+        threads=2, first_thread=0,
+    )  # fmt: skip
+    cluster = Cluster(None, "engines", 2, tmp_path_factory.mktemp("logs"), 0.2)
+    try:
+        actors = cluster.start([ActorRequest(name, Engine, (name, spec), 1) for name in BOTH], 240)
+        yield Engines(dict(zip(BOTH, actors, strict=True)))
+    finally:
+        cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def trained(tiny):
+    """The trainer's model after an update that moved everything."""
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.03 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@pytest.fixture(scope="module")
+def bundle(trained):
+    return WeightBundle.pack(((n, p.detach()) for n, p in trained.named_parameters()), 1)
+
+
+@pytest.fixture
+def synced(engines, bundle):
+    """Both engines with the trainer's weights, proved."""
+    for name in BOTH:
+        prove([engines.call(name, "load", bundle, True)], bundle.entries, 1)
+    return engines
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny):
+    return AutoTokenizer.from_pretrained(tiny)
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer):
+    return [np.array(tokenizer(text)["input_ids"], np.int32) for text in ASKED]
+
+
+@torch.no_grad()
+def distribution(model, ids: np.ndarray, prompt: int, sampling: Sampling) -> torch.Tensor:
+    """Log-probs [R, V] that each response token was sampled from: -inf where it could not be."""
+    logits = model(torch.from_numpy(ids.astype(np.int64))[None]).logits[0, prompt - 1 : -1] / sampling.temperature
+    if sampling.top_k:
+        weakest = logits.topk(sampling.top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < weakest, -torch.inf)
+    if sampling.top_p < 1:
+        ranked, order = logits.softmax(-1).sort(descending=True)
+        outside = ranked.cumsum(-1) - ranked >= sampling.top_p
+        logits = logits.masked_fill(torch.zeros_like(outside).scatter(1, order, outside), -torch.inf)
+    return logits.log_softmax(-1)
+
+
+@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(1.0),
+        Sampling(0.7),
+        Sampling(1.3, top_k=5),
+        Sampling(0.9, top_p=0.6),
+        Sampling(0.8, top_p=0.8, top_k=20),
+    ],
+    ids=["plain", "temperature", "top_k", "top_p", "both"],
+)
+def test_behavior_logprobs_are_those_of_the_distribution_that_was_sampled_from(
+    synced, trained, prompts, name, sampling
+):
+    asked = [Request(p, seed=i) for i, p in enumerate(prompts * 3)]
+    samples = synced.answers(name, asked, replace(sampling, max_tokens=12))
+    for request, sample in zip(asked, samples, strict=True):
+        ids = np.concatenate([request.token_ids, sample.token_ids])
+        right = distribution(trained, ids, len(request.token_ids), sampling)
+        expected = right.gather(1, torch.from_numpy(sample.token_ids.astype(np.int64))[:, None])[:, 0]
+        np.testing.assert_allclose(sample.logprobs, expected.numpy(), atol=2e-3)
+
+
+def test_before_a_sync_the_log_probs_are_visibly_other_ones(engines, tiny, trained, prompts):
+    start = WeightBundle.pack(
+        (
+            (n, p.detach())
+            for n, p in AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).named_parameters()
+        ),
+        0,
+    )
+    for name in BOTH:
+        prove([engines.call(name, "load", start, True)], start.entries, 0)
+        [sample] = engines.answers(name, [Request(prompts[0], 1)], Sampling(1.0, max_tokens=12))
+        ids = np.concatenate([prompts[0], sample.token_ids])
+        right = distribution(trained, ids, len(prompts[0]), Sampling(1.0))
+        expected = right.gather(1, torch.from_numpy(sample.token_ids.astype(np.int64))[:, None])[:, 0].numpy()
+        assert np.abs(sample.logprobs - expected).max() > 0.1
+
+
+def test_both_engines_decode_greedily_what_the_trainers_model_does(synced, trained, prompts):
+    asked, greedy = [Request(p) for p in prompts], Sampling(0.0, max_tokens=16)
+    vllm, transformers = (synced.answers(name, asked, greedy) for name in BOTH)
+    for request, one, other in zip(asked, vllm, transformers, strict=True):
+        assert one.token_ids.tolist() == other.token_ids.tolist()
+        assert (one.finish_reason, one.text) == (other.finish_reason, other.text)
+        ids = torch.from_numpy(np.concatenate([request.token_ids, one.token_ids]).astype(np.int64))
+        with torch.no_grad():
+            best = trained(ids[None]).logits[0, len(request.token_ids) - 1 : -1].argmax(-1)
+        assert best.tolist() == one.token_ids.tolist()
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_a_stop_string_ends_a_response_and_is_part_of_it(synced, prompts, name):
+    asked = [Request(p) for p in prompts]
+    [whole, *_] = synced.answers(name, asked, Sampling(0.0, max_tokens=16))
+    letters = [c for c in whole.text if c.isascii() and c.isprintable()]
+    assert letters, "the tiny model's greedy answer has no letter to stop at"
+    stop = letters[len(letters) // 2]
+    [stopped, *_] = synced.answers(name, asked, Sampling(0.0, max_tokens=16, stop=[stop]))
+    assert stopped.finish_reason == "stop"
+    assert stopped.text == whole.text[: whole.text.index(stop) + 1]
+    assert stopped.token_ids.tolist() == whole.token_ids[: len(stopped.token_ids)].tolist()
+    assert len(stopped.logprobs) == len(stopped.token_ids) < 16
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_the_end_token_stops_and_the_limit_cuts(synced, prompts, trained, name):
+    end = trained.generation_config.eos_token_id
+    samples = synced.answers(
+        name, [Request(p, seed=i) for i, p in enumerate(prompts * 16)], Sampling(2.0, max_tokens=40)
+    )
+    reasons = {sample.finish_reason for sample in samples}
+    assert reasons == {"stop", "length"}
+    for sample in samples:
+        ends = sample.token_ids == end
+        assert len(sample.token_ids) == len(sample.logprobs) <= 40
+        if sample.finish_reason == "stop":
+            assert ends.tolist() == [False] * (len(ends) - 1) + [True]
+        else:
+            assert len(ends) == 40 and not ends.any()
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_the_same_seeds_give_the_same_tokens_and_others_do_not(synced, prompts, name):
+    def drawn(first: int) -> list[list[int]]:
+        asked = [Request(p, seed=first + i) for i, p in enumerate(prompts * 2)]
+        return [s.token_ids.tolist() for s in synced.answers(name, asked, Sampling(1.0, max_tokens=10))]
+
+    assert drawn(0) == drawn(0)
+    assert drawn(0) != drawn(100)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_a_tensor_corrupted_on_its_way_stops_the_run_and_is_named(synced, bundle, name):
+    broken = WeightBundle(2, bundle.entries, bundle.data.copy())
+    entry = next(e for e in bundle.entries if e.name == "model.layers.1.mlp.up_proj.weight")
+    broken.data[entry.offset + 101] ^= 1
+    receipt = synced.call(name, "load", broken, True)
+    with pytest.raises(
+        WeightSyncError, match=r"1 of 20 tensors are not .* sync 2: model\.layers\.1\.mlp\.up_proj\.weight;"
+    ):
+        prove([receipt], bundle.entries, 2)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_a_tensor_lost_on_its_way_stops_the_run_and_is_named(synced, bundle, trained, name):
+    lost = "model.layers.0.self_attn.k_proj.weight"
+    kept = WeightBundle.pack(((n, p.detach() + 0.5) for n, p in trained.named_parameters() if n != lost), 3)
+    right = WeightBundle.pack(((n, p.detach() + 0.5) for n, p in trained.named_parameters()), 3)
+    receipt = synced.call(name, "load", kept, True)
+    with pytest.raises(WeightSyncError, match=r"model\.layers\.0\.self_attn\.k_proj\.weight"):
+        prove([receipt], right.entries, 3)
+
+
+def test_vllms_live_model_differs_in_exactly_the_tensors_whose_smallest_bit_was_changed(synced, bundle):
+    assert synced.call("vllm", "compare", bundle) == [(15, [])]
+    names = [
+        "model.embed_tokens.weight",
+        "model.layers.0.mlp.down_proj.weight",
+        "model.layers.0.self_attn.v_proj.weight",
+    ]
+    names.append("model.norm.weight")
+    other = WeightBundle(1, bundle.entries, bundle.data.copy())
+    for entry in other.entries:
+        if entry.name in names:
+            other.data[entry.offset + 4 * 63] ^= 1  # the last bit of element 63
+    [(checked, wrong)] = synced.call("vllm", "compare", other)
+    assert checked == 15
+    assert sorted(wrong) == sorted(names)
+
+
+def test_a_prompt_keeps_its_ids_and_its_responses_their_version(synced, prompts, monkeypatch):
+    from types import SimpleNamespace
+
+    from apportion.actors import rollout
+
+    remote = SimpleNamespace(generate=lambda requests, sampling: synced.answers("vllm", requests, sampling))
+    monkeypatch.setattr(rollout, "make_engine", lambda name, spec: remote)
+    engine_spec = SimpleNamespace(model="", trust_remote_code=False)
+    worker = rollout.RolloutWorker(rollout.RolloutSpec("vllm", engine_spec, 0, True), "rollout-0")
+    worker.set_version(7)
+    asked = [Prompt(f"p{i}", ids, text) for i, (ids, text) in enumerate(zip(prompts, ASKED, strict=True))]
+    report, batch = worker.generate(asked, 4, 2, Sampling(1.0, max_tokens=5))
+    assert batch.group_ids.tolist() == [4, 4, 5, 5, 6, 6]
+    assert batch.sample_indices.tolist() == [0, 1] * 3
+    assert set(batch.policy_versions.tolist()) == {7}
+    assert (report.trajectories, report.response_tokens) == (6, int(batch.response_lengths.sum()))
+    for index in range(6):
+        assert batch.sequence(index)[: batch.prompt_lengths[index]].tolist() == prompts[index // 2].tolist()
+    assert batch.sequence(0).tolist() != batch.sequence(1).tolist()

@@ -1,0 +1,270 @@
+"""The same batch trained on one and two ranks, in large and small micro-batches, at every ZeRO stage: the same update.
+
+Real DeepSpeed on real Ray actors over gloo. The shards are as uneven as they can be: the second rank has one trajectory,
+and nothing at all in the second optimiser step, so it makes passes only to keep pace.
+"""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from apportion.actors.critic import CriticSpec, CriticWorker
+from apportion.actors.engine import World
+from apportion.actors.policy import LossSpec, PolicySpec, PolicyWorker
+from apportion.batch import Batch, Totals
+from apportion.platform.cluster import ActorRequest, Cluster, gather
+
+pytestmark = pytest.mark.system
+
+
+@dataclass
+class Settings:
+    learning_rate: float = 1.0
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1.0  # so large that an update grows with its gradient, and a wrong scale shows
+    max_grad_norm: float = 0.0
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    min_lr_ratio: float = 0.0
+    zero_stage: int = 0
+    offload_optimizer: bool = False
+    gradient_checkpointing: bool = False
+    micro_batch_tokens: int = 10_000
+    logits_chunk_tokens: int = 512
+
+
+@dataclass
+class Lora:
+    rank: int = 4
+    alpha: float = 8.0
+    dropout: float = 0.0
+    targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
+
+
+@dataclass
+class Outcome:
+    """What one rank says of signals, update and weights."""
+
+    first: np.ndarray  # [R], the pass before the update: old log-probs, or values
+    totals: Totals
+    grad_norms: list[float]
+    weights: dict[str, np.ndarray]  # of rank 0
+    reloaded: dict[str, np.ndarray] | None = None  # the same from a checkpoint
+
+
+class PolicyRank(PolicyWorker):
+    """A rank that is set up anew for every case, in one process group."""
+
+    def __init__(self) -> None:
+        pass
+
+    def trained(self, spec: PolicySpec, world: World, shard: Batch, folder: str | None) -> Outcome:
+        self.spec = spec
+        self.setup(world)
+        _, signals = self.signals(shard)
+        report = self.update(shard, 2, 0.2)
+        outcome = Outcome(signals.old_logprobs, report.totals, [s.grad_norm for s in report.steps], self._copied())
+        if folder is not None:
+            self.save(folder)
+            self.setup(world)
+            self.load(folder)
+            outcome.reloaded = self._copied()
+        return outcome
+
+    def _copied(self) -> dict[str, np.ndarray]:
+        return {n: w.detach().float().numpy().copy() for n, w in self._huggingface_weights()}
+
+
+class CriticRank(CriticWorker):
+    def __init__(self) -> None:
+        pass
+
+    def trained(self, spec: CriticSpec, world: World, shard: Batch, folder: str | None) -> Outcome:
+        self.spec = spec
+        self.setup(world)
+        _, signals = self.signals(shard)
+        report = self.update(shard, 2)
+        weights = {n: w.detach().float().numpy().copy() for n, w in self.engine.named_weights()}
+        first = np.concatenate([signals.values, signals.bootstrap_values])
+        return Outcome(first, report.totals, [s.grad_norm for s in report.steps], weights)
+
+
+LOSS = LossSpec(
+    surrogate={"name": "ppo_clip", "clip_low": 0.2, "clip_high": 0.2, "dual_clip": None, "ratio": "token"},
+    temperature=0.8,
+    kl_in_loss=True,
+    kl_estimator="k3",
+    entropy_coefficient=0.02,
+    correction_method="truncate",
+    correction_level="token",
+    correction_cap=2.0,
+    mismatch_bound=0.5,
+    epochs=1,
+)
+
+
+def policy_spec(tiny: str, lora: Lora | None = None, share_prompts: bool = False, loss=LOSS, **settings) -> PolicySpec:
+    return PolicySpec(tiny, "float32", "sdpa", False, lora, Settings(**settings), loss, 2, share_prompts)
+
+
+@dataclass
+class Ranks:
+    """One process alone and two that belong together, for the policy and for the critic."""
+
+    alone: list
+    pair: list
+
+    def trained(self, spec, batch: Batch, count: int, folder: Path | None = None) -> Outcome:
+        """The outcome of a case, the ranks' parts put together: sums added, the first pass in the batch's order."""
+        actors = self.alone if count == 1 else self.pair
+        parts = [np.arange(len(batch))] if count == 1 else [np.array([0, 1, 2, 3, 4, 6, 7]), np.array([5])]
+        [(address, port)] = gather([actors[0].call("free_port", True)], 60, "meeting")
+        calls = [
+            actor.call(
+                "trained", spec, World(rank, count, address, port, 1), batch.select(part), folder and str(folder)
+            )
+            for rank, (actor, part) in enumerate(zip(actors, parts, strict=True))
+        ]
+        outcomes = gather(calls, 240, "a case")
+        whole = outcomes[0]
+        for other in outcomes[1:]:
+            whole.totals.merge(other.totals)
+            assert other.grad_norms == pytest.approx(whole.grad_norms, rel=1e-5)
+        if count == 2 and len(whole.first) + len(outcomes[1].first) == len(batch.action_mask):
+            ordered = np.zeros(len(batch.action_mask), np.float32)
+            for part, outcome in zip(parts, outcomes, strict=True):
+                places = np.concatenate([np.arange(len(ordered))[batch.response_slice(i)] for i in part])
+                ordered[places] = outcome.first
+            whole.first = ordered
+        return whole
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    started = Cluster(None, "ranks", 3, tmp_path_factory.mktemp("logs"), 0.2)
+    yield started
+    started.shutdown()
+
+
+def start(cluster: Cluster, cls: type) -> Ranks:
+    environment = {
+        "DS_ACCELERATOR": "cpu",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    requests = [ActorRequest(f"{cls.__name__}-{i}", cls, (), 0, 0, environment) for i in range(3)]
+    actors = cluster.start(requests, 120)
+    return Ranks(actors[:1], actors[1:])
+
+
+@pytest.fixture(scope="module")
+def policy(cluster):
+    return start(cluster, PolicyRank)
+
+
+@pytest.fixture(scope="module")
+def reference(policy, tiny, credited):
+    """One rank, ZeRO 0, each optimiser step in one micro-batch."""
+    return policy.trained(policy_spec(tiny), credited, 1)
+
+
+def same(got: Outcome, right: Outcome, start: dict[str, np.ndarray] | None = None) -> None:
+    np.testing.assert_allclose(got.first, right.first, atol=3e-5)
+    assert got.grad_norms == pytest.approx(right.grad_norms, rel=2e-4)
+    got_means, right_means = got.totals.means(), right.totals.means()
+    assert got_means.keys() == right_means.keys()
+    for name, value in right_means.items():
+        assert got_means[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+    assert got.totals.sums["policy/loss"] == pytest.approx(right.totals.sums["policy/loss"], rel=1e-4, abs=1e-6)
+    assert got.weights.keys() == right.weights.keys()
+    for name, weight in right.weights.items():
+        np.testing.assert_allclose(got.weights[name], weight, atol=3e-6, rtol=1e-4, err_msg=name)
+
+
+CASES = {
+    "small micro-batches": (1, {"micro_batch_tokens": 20, "logits_chunk_tokens": 3}),
+    "a prompt once for its group": (1, {"share_prompts": True, "micro_batch_tokens": 60}),
+    "gradient checkpointing": (1, {"gradient_checkpointing": True, "zero_stage": 2}),
+    "two ranks": (2, {"micro_batch_tokens": 20}),
+    "two ranks, ZeRO 1": (2, {"zero_stage": 1, "micro_batch_tokens": 20}),
+    "two ranks, ZeRO 2": (2, {"zero_stage": 2, "micro_batch_tokens": 20}),
+    "two ranks, ZeRO 3": (2, {"zero_stage": 3, "micro_batch_tokens": 20}),
+    "two ranks, ZeRO 3, checkpointing": (
+        2,
+        {"zero_stage": 3, "gradient_checkpointing": True, "micro_batch_tokens": 20},
+    ),
+    "two ranks, ZeRO 2, optimiser in main memory": (
+        2,
+        {"zero_stage": 2, "offload_optimizer": True, "micro_batch_tokens": 20},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_any_cut_over_ranks_and_micro_batches_gives_the_same_update(policy, reference, tiny, credited, case):
+    ranks, settings = CASES[case]
+    same(policy.trained(policy_spec(tiny, **settings), credited, ranks), reference)
+
+
+def test_the_update_is_large_enough_for_a_difference_to_show(reference, tiny):
+    from transformers import AutoModelForCausalLM
+
+    start = {
+        n: p.detach().numpy()
+        for n, p in AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).named_parameters()
+    }
+    moved = {n: float(np.abs(reference.weights[n] - start[n]).max()) for n in start}
+    assert min(moved.values()) > 1e-4
+    assert reference.totals.means()["policy/ratio_mean"] != pytest.approx(1.0, abs=1e-3)
+
+
+def test_rows_without_credit_are_left_out_and_change_nothing(policy, tiny, credited):
+    loss = replace(LOSS, kl_in_loss=False, entropy_coefficient=0.0)
+    idle = replace(credited, advantages=credited.advantages.copy())
+    for row in (1, 5):
+        idle.advantages[idle.response_slice(row)] = 0
+    spec = policy_spec(tiny, loss=loss, micro_batch_tokens=20)
+    without, with_ = policy.trained(spec, idle, 2), policy.trained(replace(spec, settings=Settings()), idle, 1)
+    for name, weight in with_.weights.items():
+        np.testing.assert_allclose(without.weights[name], weight, atol=3e-6, rtol=1e-4, err_msg=name)
+
+
+def test_adapters_learn_the_same_on_two_sharded_ranks_and_are_merged_saved_and_resumed(
+    policy, tiny, credited, tmp_path
+):
+    from transformers import AutoModelForCausalLM
+
+    right = policy.trained(policy_spec(tiny, Lora()), credited, 1)
+    # Different seeds would draw different adapters; B starts at 0, so the first step alone is blind to them.
+    sharded = policy.trained(policy_spec(tiny, Lora(), zero_stage=3, micro_batch_tokens=20), credited, 2, tmp_path)
+    same(sharded, right)
+    for name, weight in sharded.weights.items():
+        np.testing.assert_array_equal(sharded.reloaded[name], weight, err_msg=name)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    for name, parameter in saved.named_parameters():
+        np.testing.assert_array_equal(parameter.detach().numpy(), sharded.weights[name], err_msg=name)
+    start = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    changed = {
+        n.split(".")[-2]
+        for n, p in start.named_parameters()
+        if not np.array_equal(p.detach().numpy(), sharded.weights[n])
+    }
+    assert changed == {"q_proj", "v_proj"}
+
+
+def test_a_critic_on_two_sharded_ranks_learns_what_it_learns_on_one(cluster, tiny, credited):
+    critic = start(cluster, CriticRank)
+    spec = CriticSpec(tiny, "float32", "sdpa", False, Settings(), 0.2, 1, 2)
+    right = critic.trained(spec, credited, 1)
+    got = critic.trained(replace(spec, settings=Settings(zero_stage=3, micro_batch_tokens=20)), credited, 2)
+    assert got.grad_norms == pytest.approx(right.grad_norms, rel=2e-4)
+    assert got.totals.sums["critic/loss"] == pytest.approx(right.totals.sums["critic/loss"], rel=1e-4)
+    assert right.grad_norms[0] > 0
+    for name, weight in right.weights.items():
+        np.testing.assert_allclose(got.weights[name], weight, atol=3e-6, rtol=1e-4, err_msg=name)
