@@ -135,6 +135,9 @@ def _evaluate(words: list[str]) -> int:
     if base is None and not overrides:
         raise _no_such_run("checkpoint", checkpoint, runs)
 
+    if base is not None:
+        _refuse_other_stage("checkpoint", checkpoint, base, None)
+
     def run(config: Config, resolved: dict[str, Any]) -> int:
         from apportion.build import evaluate
 
@@ -165,7 +168,7 @@ def _stage(stage: str) -> Callable[[list[str]], int]:
 
             return train(config, resolved)
 
-        return _with_hydra(stage.replace("_", "-"), words, run, base=_resumed(words), stage=stage)
+        return _with_hydra(stage.replace("_", "-"), words, run, base=_resumed(words, stage), stage=stage)
 
     return command
 
@@ -194,7 +197,7 @@ def _chooses(words: list[str]) -> bool:
     return any(word.startswith(("experiment=", "algorithm=")) for word in words)
 
 
-def _resumed(words: list[str]) -> Path | None:
+def _resumed(words: list[str], stage: str | None = None) -> Path | None:
     """The saved configuration that `resume=` continues from, unless the command line names a recipe itself."""
     resume = _value_of("resume", words)
     if resume in (None, "", "null") or _chooses(words):
@@ -203,7 +206,21 @@ def _resumed(words: list[str]) -> Path | None:
     saved = saved_config(str(resume), runs)
     if saved is None:
         raise _no_such_run("resume", str(resume), runs)
+    _refuse_other_stage("resume", str(resume), saved, stage)
     return saved
+
+
+def _refuse_other_stage(what: str, got: str, saved: Path, stage: str | None) -> None:
+    """ConfigError where the run was started by another command than the one that takes it up (None: train)."""
+    import yaml
+
+    from apportion.conf.preference_schema import STAGES
+
+    keys = yaml.safe_load(saved.read_text(encoding="utf-8")) or {}
+    found = next((name for name in STAGES if name in keys), None)
+    if found != stage:
+        started, wanted = ((name or "train").replace("_", "-") for name in (found, stage))
+        raise ConfigError(f"{what}: got {got!r}, a run of `apportion {started}`, expected one of `apportion {wanted}`")
 
 
 def saved_config(path: str, runs_folder: str = "runs") -> Path | None:

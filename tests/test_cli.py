@@ -160,7 +160,7 @@ def test_a_wrong_configuration_is_printed_as_that_line_with_exit_code_2(words, l
 def test_an_unknown_algorithm_lists_those_there_are(build, capsys):
     assert main(["train", "algorithm=grop"]) == 2
     line = capsys.readouterr().err
-    assert line.startswith("error: algorithm: got 'grop', expected one of cispo, dapo, ")
+    assert line.startswith("error: algorithm: got 'grop', expected one of ") and " cispo, dapo, " in line
     assert line.endswith(" (did you mean 'grpo'?)\n")
 
 
