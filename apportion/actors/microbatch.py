@@ -10,7 +10,8 @@ tree mask with the right positions lets each response see the prompt and itself 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,9 +68,8 @@ class MicroBatch:
         return self.spread(torch.ones_like(self.targets, dtype=torch.bool))
 
     def to(self, device: torch.device | str) -> MicroBatch:
-        moved = {n: getattr(self, n).to(device) for n in ("input_ids", "rows", "columns", "steps", "targets")}
-        rest = {"width": self.width, "packed_index": self.packed_index, "real_tokens": self.real_tokens}
-        return MicroBatch(**moved, **rest, tree=self.tree.to(device) if self.tree else None)
+        moved: dict[str, Any] = {n: getattr(self, n).to(device) for n in ("input_ids", "rows", "columns", "steps", "targets")}
+        return replace(self, **moved, tree=self.tree.to(device) if self.tree else None)
 
 
 def plan_rows(lengths: Sequence[int] | np.ndarray, micro_batch_tokens: int) -> list[list[int]]:
@@ -136,13 +136,15 @@ def _family_length(batch: Batch, family: np.ndarray) -> int:
 
 def _families(batch: Batch, indices: np.ndarray, micro_batch_tokens: int) -> list[np.ndarray]:
     """Trajectories with the same prompt, as many together as fit into one micro-batch."""
-    offsets, groups = batch.token_offsets, {}
+    offsets = batch.token_offsets
+    groups: dict[tuple[int, bytes], list[int]] = {}
     for index in indices.tolist():
         prompt = batch.token_ids[offsets[index] : offsets[index] + batch.prompt_lengths[index]]
         groups.setdefault((int(batch.group_ids[index]), prompt.tobytes()), []).append(index)
     families: list[np.ndarray] = []
     for members in groups.values():
-        room, family = 0, []
+        room = 0
+        family: list[int] = []
         for index in members:
             length = int(batch.response_lengths[index])
             if family and room + length > micro_batch_tokens:
@@ -205,3 +207,18 @@ def _visible(segments: np.ndarray) -> Tensor:
     earlier = torch.ones(width, width, dtype=torch.bool).tril()
     seen = earlier & (key >= 0) & ((key == 0) | (key == query))
     return (seen | torch.eye(width, dtype=torch.bool))[:, None]
+
+
+def nothing() -> MicroBatch:
+    """A pass that a rank makes only to keep pace with the others: one short row, none of whose tokens is in a batch."""
+    zero = torch.zeros(1, dtype=torch.int64)
+    return MicroBatch(
+        input_ids=torch.zeros(1, 2, dtype=torch.int64),
+        rows=zero,
+        columns=zero,
+        steps=zero,
+        targets=zero,
+        width=1,
+        packed_index=np.zeros(0, np.int64),
+        real_tokens=0,
+    )

@@ -118,10 +118,6 @@ def _check_algorithm(config: Config) -> None:
         )
     if config.policy.offload_optimizer and config.policy.zero_stage == 0:
         raise ConfigError("policy.offload_optimizer: got true with policy.zero_stage=0, expected zero_stage 1, 2 or 3")
-    if config.policy.share_prompts and config.model.attention != "sdpa":
-        raise ConfigError(
-            f"policy.share_prompts: got true with model.attention={config.model.attention}, expected model.attention=sdpa"
-        )
     if config.policy.share_prompts and config.algorithm.distillation is not None:
         raise ConfigError("policy.share_prompts: got true with algorithm.distillation, expected share_prompts=false")
 
@@ -167,6 +163,10 @@ def _check_devices(config: Config, machine: Machine | None, gpus: float) -> None
         raise ConfigError(
             "model.attention: got flash_attention_2 with cluster.gpus_per_policy_rank=0, "
             "expected sdpa or eager, or a GPU"
+        )
+    if config.policy.share_prompts and config.model.attention != "sdpa":
+        raise ConfigError(
+            f"policy.share_prompts: got true with model.attention={config.model.attention}, expected model.attention=sdpa"
         )
     if machine is None:
         return
