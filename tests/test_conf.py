@@ -58,7 +58,7 @@ def test_a_recipe_lists_every_parameter_so_that_each_can_be_overridden(name):
 def test_an_experiment_is_called_by_its_own_name_and_is_whole(name):
     config = composed(f"experiment={name}")
     assert config.recipe == name
-    assert config.model.path and config.data.train and config.reward.functions
+    assert config.model.path and config.data.train and (config.reward.functions or config.environment.cls)
 
 
 @pytest.mark.parametrize(
@@ -195,8 +195,8 @@ def test_sizes_of_the_builtin_models_are_known_before_they_are_made(tmp_path, mo
     with pytest.raises(ConfigError) as error:
         read_model("builtin:tinny")
     assert str(error.value) == (
-        "model.path: got 'builtin:tinny', expected one of builtin:smollm2-135m-instruct, builtin:tiny "
-        "(did you mean 'builtin:tiny'?)"
+        "model.path: got 'builtin:tinny', expected one of builtin:smollm2-135m-instruct, builtin:tiny, "
+        "builtin:apprentice (did you mean 'builtin:tiny'?)"
     )
 
 
