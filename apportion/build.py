@@ -385,7 +385,7 @@ def _policy_requests(config: Config, model: str) -> list[ActorRequest]:
     spec = PolicySpec(
         model, m.dtype, m.attention, m.trust_remote_code, config.policy.lora, config.policy, loss,
         _optimizer_steps(config), credit=dict(a.credit) if needs_of(config).groups_together else None,
-        distillation=_distillation(config),
+        distillation=_distillation(config), share_prompts=config.policy.share_prompts,
     )  # fmt: skip
     return _rank_requests(config, "policy", PolicyWorker, spec, config.cluster.gpus_per_policy_rank)
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from bench_report import Part, Row, Table, median_ratio, spread, write_part
-from bench_work import GROUP, RESPONSES, composed, encoder
+from bench_work import GROUP, RESPONSES, composed, encoder, rounds_or
 
-ROUNDS = 5
+ROUNDS = rounds_or(4)
 TOKENS = 32
 SETTINGS = [f"rollout.max_response_tokens={TOKENS}", "data.max_prompt_tokens=96"]
 TOPICS = ("a lighthouse", "two rivers", "winter", "a blacksmith", "the moon", "an old map", "a market", "bees")

@@ -14,9 +14,9 @@ from dataclasses import replace
 from typing import Any
 
 from bench_report import Part, Row, Table, median_ratio, spread, write_part
-from bench_work import RESPONSES, composed, made_up_batch
+from bench_work import RESPONSES, composed, made_up_batch, rounds_or
 
-ROUNDS = 3
+ROUNDS = rounds_or(3)
 PROMPT, LEAST, MOST = 48, 8, 24  # tokens, as in the quickstart
 
 
@@ -76,8 +76,12 @@ def worker(config: Any, model: str, **changes: Any) -> Any:
     return made
 
 
-def updating(made: Any) -> Callable[[Any], None]:
-    return lambda batch: made.update(batch, 1, 0.0)
+def updating(made: Any, share_prompts: bool = False) -> Callable[[Any], None]:
+    def update(batch: Any) -> None:
+        made.spec = replace(made.spec, share_prompts=share_prompts)
+        made.update(batch, 1, 0.0)
+
+    return update
 
 
 def widest_logits(update: Callable[[Any], None], batch: Any, vocabulary: int, hidden: int) -> int:
@@ -123,8 +127,9 @@ def distillation_times(model: str) -> tuple[float, list[float], list[float]]:
     """Time of AlignDistil's update over that of a plain one on the same slice, and both tokens/s."""
     from apportion.actors.distillation import DistillationSpec
 
-    plain, batch = composed(), made_up_batch(PROMPT, LEAST, MOST, 16)
-    distilled = composed("algorithm=aligndistil", f"teachers.dpo={model}", f"teachers.other={model}")
+    rows_alone = "policy.share_prompts=false"
+    plain, batch = composed(rows_alone), made_up_batch(PROMPT, LEAST, MOST, 16)
+    distilled = composed(rows_alone, "algorithm=aligndistil", f"teachers.dpo={model}", f"teachers.other={model}")
     spec = DistillationSpec(dict(distilled.algorithm.distillation), model, model, "bfloat16", "sdpa", False)
     sides = {
         "plain": updating(worker(plain, model)),
@@ -148,18 +153,19 @@ def main(out: str) -> int:
     config = composed("policy.zero_stage=0", *plain)
     model = resolve_model(config.model.path)
     batch, small = made_up_batch(PROMPT, LEAST, MOST), made_up_batch(PROMPT, LEAST, MOST, 8)
+    first = worker(config, model)
     sides = {
         "bare torch": BareLoop(model, config).update,
-        "ours, ZeRO-0": updating(worker(config, model)),
+        "ours, ZeRO-0": updating(first),
         "ours, ZeRO-1": updating(worker(composed("policy.zero_stage=1", *plain), model)),
-        "ours, ZeRO-0, shared prompts": updating(worker(config, model, share_prompts=True)),
+        "ours, ZeRO-0, shared prompts": updating(first, share_prompts=True),
     }
     for update in sides.values():
         update(small)
     facts = composed_model(model)
     widest = widest_logits(sides["ours, ZeRO-0"], batch, *facts)
     speeds = in_turns(sides, batch, ROUNDS)
-    del sides
+    del sides, first
     gc.collect()
     slower, *_ = distillation_times(model)
     chunk = config.policy.logits_chunk_tokens

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
 
 RESPONSES = 64
 GROUP = 8
+
+
+def rounds_or(default: int) -> int:
+    """Measurements of each side; BENCH_ROUNDS=1 for a first look."""
+    return int(os.environ.get("BENCH_ROUNDS", default))
 
 
 def composed(*overrides: str) -> Any:
