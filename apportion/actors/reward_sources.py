@@ -81,7 +81,9 @@ class RewardEntry:
 
 
 def parse_entries(value: Any, default_timeout: float) -> list[RewardEntry]:
-    """One entry or a list of them, each a string, a mapping or (from Python) a function."""
+    """One entry or a list of them, each a string, a mapping or (from Python) a function; None has none."""
+    if value is None:
+        return []
     several = isinstance(value, Sequence) and not isinstance(value, str)
     return [_parse_entry(entry, default_timeout) for entry in (value if several else [value])]
 

@@ -221,9 +221,12 @@ def _call(batch: Batch, prompts: Sequence[Prompt]) -> RewardCall:
 
 
 def _environment_elements(batch: Batch) -> list[Any]:
+    assert batch.rewards is not None
+    elements: list[Any] = batch.rewards.tolist()
     if batch.token_rewards is not None:
-        return [batch.token_rewards[batch.response_slice(i)].astype(np.float64) for i in range(len(batch))]
-    return [] if batch.rewards is None else batch.rewards.tolist()
+        elements = [batch.token_rewards[batch.response_slice(i)].astype(np.float64) for i in range(len(batch))]
+    failure = Failure("environment", "environment: it failed, so its episode has no reward")
+    return [failure if math.isnan(r) else e for r, e in zip(batch.rewards.tolist(), elements, strict=True)]
 
 
 def _judged(name: str, elements: Sequence[Any], batch: Batch) -> list[float | np.ndarray | Failure | None]:

@@ -1,4 +1,5 @@
-"""Models that need no hub: SmolLM2-135M-Instruct from the package that carries it, and a tiny random one for tests.
+"""Models that need no hub: SmolLM2-135M-Instruct from the package that carries it, a tiny random one for tests, and a
+small one trained here for the microwave environment (`data/apprentice.py`).
 
 Each is made once, in a folder of the cache (APPORTION_CACHE, else ~/.cache/apportion): a plain Hugging Face folder
 from then on.
@@ -200,8 +201,15 @@ def _tiny_tokenizer() -> Any:
     return tokenizer
 
 
+def _build_apprentice(folder: Path) -> None:
+    from apportion.data.apprentice import build_apprentice
+
+    build_apprentice(folder)
+
+
 # Name -> folder in the cache and what fills it. A change in what is built needs a new folder name.
 BUILDERS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "smollm2-135m-instruct": ("smollm2-135m-instruct-1", _build_smollm2),
     "tiny": ("tiny-1", _build_tiny),
+    "apprentice": ("apprentice-1", _build_apprentice),
 }

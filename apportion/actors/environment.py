@@ -1,0 +1,187 @@
+"""Hosts environment instances: one actor runs thousands of them, each for one episode.
+
+Synchronous environments step on a pool of threads, asynchronous ones side by side on one event loop. A call has a time
+limit, counted from when it begins to run. What raises or is late ends its own episode with a failure that says why;
+the others go on. Python cannot stop a thread: a synchronous call past its limit is left behind in its daemon thread,
+and when too many are, further calls fail at once rather than pile up.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from apportion.actors.environment_calls import EventLoop, StepTimeout, ThreadPool
+from apportion.data.environments import load_environment
+from apportion.platform.process import ActorBase
+
+TRACEBACK_CHARACTERS = 4000
+
+
+@dataclass
+class EnvironmentSpec:
+    """What an actor needs to make environments."""
+
+    cls: str  # a built-in name or a dotted path
+    params: dict[str, Any] = field(default_factory=dict)
+    step_timeout_seconds: float = 10.0
+    threads: int = 16  # synchronous calls under way at once
+
+
+@dataclass
+class EpisodeStart:
+    """An episode to begin. `columns` are the row's; `seed` is for a row that has none of its own."""
+
+    episode: int  # of the caller's choosing, unique among its live ones
+    columns: dict[str, Any]
+    seed: int
+
+
+@dataclass
+class Action:
+    episode: int
+    text: str
+
+
+@dataclass
+class EpisodeState:
+    """What an environment answered. With `failure` set there is no observation and the episode is over."""
+
+    episode: int
+    observation: str = ""
+    reward: float = 0.0  # of this action; 0 after a reset
+    done: bool = False
+    truncated: bool = False  # done by a limit: the value of what would follow is unknown
+    failure: str | None = None  # a traceback, or one line
+
+
+class EnvironmentWorker(ActorBase):
+    """Owns instances by (owner, episode). An owner that begins anew closes whatever it left behind."""
+
+    def __init__(self, spec: EnvironmentSpec) -> None:
+        self._spec = spec
+        self._make = load_environment(spec.cls)
+        self._is_async = inspect.iscoroutinefunction(self._make.step)
+        self._pool = ThreadPool(spec.threads, spec.step_timeout_seconds)
+        self._loop = EventLoop(spec.step_timeout_seconds)
+        self._live: dict[tuple[str, int], Any] = {}
+
+    def start(self, owner: str, starts: list[EpisodeStart]) -> list[EpisodeState]:
+        """Make and reset an instance for each episode; those the owner still has are closed first."""
+        self.finish(owner, [episode for name, episode in self._live if name == owner])
+        outcomes = self._run([self._begin_async(s) if self._is_async else self._beginner(s) for s in starts])
+        states = []
+        for given, outcome in zip(starts, outcomes, strict=True):
+            if isinstance(outcome, BaseException):
+                states.append(EpisodeState(given.episode, done=True, failure=_told(outcome, "reset")))
+                continue
+            environment, observation = outcome
+            self._live[owner, given.episode] = environment
+            if isinstance(observation, str):
+                states.append(EpisodeState(given.episode, observation))
+            else:
+                text = f"reset: got a {type(observation).__name__}, expected the observation as text"
+                states.append(EpisodeState(given.episode, done=True, failure=text))
+        self._close_ended(owner, states)
+        return states
+
+    def step(self, owner: str, actions: list[Action]) -> list[EpisodeState]:
+        """Each action's outcome; instances whose episode is over are closed."""
+        environments = [self._live[owner, action.episode] for action in actions]
+        outcomes = self._run([
+            environment.step(action.text) if self._is_async else _bound(environment.step, action.text)
+            for environment, action in zip(environments, actions, strict=True)
+        ])  # fmt: skip
+        states = [_state(action.episode, outcome) for action, outcome in zip(actions, outcomes, strict=True)]
+        self._close_ended(owner, states)
+        return states
+
+    def finish(self, owner: str, episodes: list[int]) -> None:
+        """Close instances; closing has the time limit of a step, and what goes wrong is only logged."""
+        gone = [self._live.pop((owner, episode)) for episode in episodes if (owner, episode) in self._live]
+        closers = [environment.close for environment in gone if callable(getattr(environment, "close", None))]
+        waiting = [close() for close in closers if inspect.iscoroutinefunction(close)]
+        plain = [close for close in closers if not inspect.iscoroutinefunction(close)]
+        for outcome in [*(self._pool.run(plain) if plain else []), *(self._loop.run(waiting) if waiting else [])]:
+            if isinstance(outcome, BaseException):
+                print(_told(outcome, "close"), flush=True)
+
+    def live(self) -> int:
+        """Instances that are open."""
+        return len(self._live)
+
+    def _run(self, jobs: list[Any]) -> list[Any]:
+        return self._loop.run(jobs) if self._is_async else self._pool.run(jobs)
+
+    def _beginner(self, start: EpisodeStart) -> Callable[[], Any]:
+        def begin() -> tuple[Any, Any]:
+            environment = self._make(**self._spec.params)
+            try:
+                return environment, environment.reset(**reset_arguments(environment.reset, start))
+            except BaseException:
+                if callable(getattr(environment, "close", None)):
+                    environment.close()
+                raise
+
+        return begin
+
+    async def _begin_async(self, start: EpisodeStart) -> tuple[Any, Any]:
+        environment = self._make(**self._spec.params)
+        try:
+            observation = environment.reset(**reset_arguments(environment.reset, start))
+            return environment, await observation if inspect.isawaitable(observation) else observation
+        except BaseException:
+            closed = environment.close() if callable(getattr(environment, "close", None)) else None
+            if inspect.isawaitable(closed):
+                await closed
+            raise
+
+    def _close_ended(self, owner: str, states: list[EpisodeState]) -> None:
+        self.finish(owner, [state.episode for state in states if state.done])
+
+
+def reset_arguments(reset: Callable[..., Any], start: EpisodeStart) -> dict[str, Any]:
+    """The columns that `reset` names, all of them where it takes **kwargs; `seed` where no column has that name.
+
+    >>> reset_arguments(lambda food, seed: "", EpisodeStart(0, {"food": "pie", "id": 7}, seed=3))
+    {'seed': 3, 'food': 'pie'}
+    """
+    given = {"seed": start.seed} | start.columns
+    parameters = inspect.signature(reset).parameters.values()
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+        return given
+    names = {p.name for p in parameters}
+    return {name: value for name, value in given.items() if name in names}
+
+
+def _bound(step: Callable[[str], Any], text: str) -> Callable[[], Any]:
+    return lambda: step(text)
+
+
+def _state(episode: int, outcome: Any) -> EpisodeState:
+    """An environment's answer, checked."""
+    if isinstance(outcome, BaseException):
+        return EpisodeState(episode, done=True, failure=_told(outcome, "step"))
+    try:
+        observation, reward, done, info = outcome
+        number = float(reward)
+    except (TypeError, ValueError):
+        text = f"step: got {str(outcome)[:80]!r}, expected (observation, reward, done, info)"
+        return EpisodeState(episode, done=True, failure=text)
+    if not math.isfinite(number):
+        return EpisodeState(episode, done=True, failure=f"step: got reward {number}, expected a finite number")
+    if not isinstance(observation, str):
+        text = f"step: got an observation of type {type(observation).__name__}, expected text"
+        return EpisodeState(episode, done=True, failure=text)
+    truncated = bool(done) and bool((info or {}).get("truncated", False))
+    return EpisodeState(episode, observation, number, bool(done), truncated)
+
+
+def _told(error: BaseException, method: str) -> str:
+    if isinstance(error, StepTimeout):
+        return f"{method}: {error}"
+    return f"{method}:\n{''.join(traceback.format_exception(error))[-TRACEBACK_CHARACTERS:]}"

@@ -1,0 +1,247 @@
+"""The environment actor: many instances, sync and async, limits that hold, failures that end their own episode alone."""
+
+import asyncio
+import threading
+import time
+
+import pytest
+
+from apportion.actors.environment import Action, EnvironmentSpec, EnvironmentWorker, EpisodeStart
+from apportion.actors.environment_calls import ThreadPool
+from apportion.actors.environment_client import RemoteEnvironments, share
+from apportion.platform.cluster import Cluster
+
+OPEN = []  # instances of this process that were not closed
+
+
+class Counter:
+    """Counts to `to`; some words make it go wrong."""
+
+    def __init__(self, to=3):
+        self.to = to
+        OPEN.append(self)
+
+    def reset(self, start=0, seed=None):
+        if start == "broken":
+            raise ValueError("cannot start")
+        self.count, self.seed = start, seed
+        return f"at {start}"
+
+    def step(self, action):
+        if action == "raise":
+            raise RuntimeError("a wire came loose")
+        if action == "sleep":
+            time.sleep(30)
+        if action == "nothing":
+            return None
+        if action == "infinity":
+            return "x", float("inf"), False, {}
+        self.count += 1
+        return f"at {self.count}", 0.5, self.count == self.to, {"truncated": action == "give up"}
+
+    def close(self):
+        OPEN.remove(self)
+
+
+class AsyncCounter(Counter):
+    async def reset(self, start=0):
+        await asyncio.sleep(0)
+        return Counter.reset(self, start)
+
+    async def step(self, action):
+        await asyncio.sleep(30 if action == "sleep" else 0.05)
+        return Counter.step(self, action)
+
+    async def close(self):
+        OPEN.remove(self)
+
+
+class Blocking(AsyncCounter):
+    async def step(self, action):
+        time.sleep(3)
+
+
+class Everything:
+    def reset(self, **row):
+        return ",".join(f"{name}={row[name]}" for name in sorted(row))
+
+    def step(self, action):
+        return "", 0, True, None
+
+
+class CannotClose(Counter):
+    def close(self):
+        OPEN.remove(self)
+        raise OSError("already gone")
+
+
+@pytest.fixture(autouse=True)
+def nothing_open():
+    OPEN.clear()
+
+
+def worker(cls=Counter, seconds=5.0, threads=8, **params):
+    return EnvironmentWorker(EnvironmentSpec(f"{__name__}:{cls.__name__}", params, seconds, threads))
+
+
+def starts(count, **columns):
+    return [EpisodeStart(number, columns, seed=number) for number in range(count)]
+
+
+@pytest.mark.parametrize("cls", [Counter, AsyncCounter])
+def test_an_episode_is_reset_stepped_and_closed(cls):
+    host = worker(cls, to=2)
+    [state] = host.start("me", starts(1))
+    assert (state.episode, state.observation, state.reward, state.done) == (0, "at 0", 0.0, False)
+    [state] = host.step("me", [Action(0, "up")])
+    assert (state.observation, state.reward, state.done) == ("at 1", 0.5, False)
+    assert len(OPEN) == host.live() == 1
+    [state] = host.step("me", [Action(0, "up")])
+    assert (state.observation, state.done, state.truncated) == ("at 2", True, False)
+    assert len(OPEN) == host.live() == 0
+
+
+def test_an_end_by_a_limit_is_told_apart():
+    host = worker(to=1)
+    host.start("me", starts(1))
+    [state] = host.step("me", [Action(0, "give up")])
+    assert (state.done, state.truncated) == (True, True)
+
+
+def test_reset_is_given_the_columns_that_it_names_and_a_seed_unless_the_row_has_one():
+    host = worker()
+    assert host.start("me", [EpisodeStart(4, {"start": 7, "answer": "x"}, seed=5)])[0].observation == "at 7"
+    assert OPEN[0].seed == 5
+    every = worker(Everything)
+    assert every.start("me", [EpisodeStart(0, {"b": 1, "a": 2}, seed=5)])[0].observation == "a=2,b=1,seed=5"
+    assert every.start("me", [EpisodeStart(0, {"seed": 9}, seed=5)])[0].observation == "seed=9"
+
+
+@pytest.mark.parametrize("cls", [Counter, AsyncCounter])
+def test_what_raises_ends_its_own_episode_and_the_others_go_on(cls):
+    host = worker(cls)
+    broken = [EpisodeStart(0, {}, 0), EpisodeStart(1, {"start": "broken"}, 0), EpisodeStart(2, {}, 0)]
+    states = host.start("me", broken)
+    assert [state.done for state in states] == [False, True, False]
+    assert states[1].failure.startswith("reset:\n") and "ValueError: cannot start" in states[1].failure
+    assert len(OPEN) == 2
+    states = host.step("me", [Action(0, "raise"), Action(2, "up")])
+    assert "RuntimeError: a wire came loose" in states[0].failure
+    assert (states[1].observation, states[1].failure) == ("at 1", None)
+    assert len(OPEN) == 1
+
+
+@pytest.mark.parametrize(
+    ("action", "told"),
+    [
+        ("nothing", "step: got 'None', expected (observation, reward, done, info)"),
+        ("infinity", "step: got reward inf, expected a finite number"),
+    ],
+)
+def test_an_answer_that_is_none_is_a_failure(action, told):
+    host = worker()
+    host.start("me", starts(1))
+    assert host.step("me", [Action(0, action)])[0].failure == told
+
+
+@pytest.mark.parametrize("cls", [Counter, AsyncCounter])
+def test_a_step_past_its_limit_fails_while_the_others_answer(cls):
+    host = worker(cls, seconds=0.4)
+    host.start("me", starts(3))
+    begun = time.monotonic()
+    states = host.step("me", [Action(0, "up"), Action(1, "sleep"), Action(2, "up")])
+    assert time.monotonic() - begun < 3
+    assert [state.failure is None for state in states] == [True, False, True]
+    assert states[1].failure.startswith("step: no answer within 0.4 s")
+    assert [state.observation for state in host.step("me", [Action(0, "up"), Action(2, "up")])] == ["at 2", "at 2"]
+
+
+def test_a_coroutine_that_blocks_the_loop_costs_its_round_and_not_the_next():
+    host = worker(Blocking, seconds=0.3)
+    host.start("me", starts(1))
+    [state] = host.step("me", [Action(0, "up")])
+    assert "blocks the event loop" in state.failure
+    [state] = host.start("me", starts(1))
+    assert state.observation == "at 0"
+
+
+def test_thousands_step_at_once():
+    host = worker(AsyncCounter, to=9)
+    host.start("me", starts(2000))
+    begun = time.monotonic()
+    states = host.step("me", [Action(number, "up") for number in range(2000)])
+    assert {state.observation for state in states} == {"at 1"}
+    assert time.monotonic() - begun < 5  # one after the other they would sleep 100 s
+    plain = worker(to=9)
+    plain.start("me", starts(2000))
+    assert sum(state.reward for state in plain.step("me", [Action(n, "up") for n in range(2000)])) == 1000.0
+
+
+def test_what_an_owner_left_behind_is_closed_when_it_begins_anew_and_another_owner_s_is_not():
+    host = worker()
+    host.start("one", starts(3))
+    host.start("two", starts(2))
+    host.start("one", starts(1))
+    assert len(OPEN) == host.live() == 3
+    host.finish("two", [0, 1, 17])
+    assert len(OPEN) == host.live() == 1
+
+
+def test_closing_that_raises_is_logged_and_harms_nobody(capsys):
+    host = worker(CannotClose)
+    host.start("me", starts(1))
+    host.finish("me", [0])
+    assert host.live() == 0
+    assert "OSError: already gone" in capsys.readouterr().out
+
+
+def test_calls_wait_for_a_free_thread_without_being_late():
+    pool = ThreadPool(threads=2, limit=0.5)
+    results = pool.run([lambda: time.sleep(0.2) or threading.get_ident()] * 8)  # 0.8 s in all
+    assert len(set(results)) == 2
+
+
+def test_past_the_bound_of_busy_threads_nothing_more_is_called():
+    pool, release = ThreadPool(threads=1, limit=0.1, max_hung=2), threading.Event()
+    results = pool.run([release.wait] * 4)
+    assert [str(result).split(",")[0].split(":")[0] for result in results] == ["no answer within 0.1 s"] * 2 + [
+        "not called"
+    ] * 2
+    assert pool.hung == 2
+    release.set()
+    deadline = time.monotonic() + 5
+    while pool.hung and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert pool.run([lambda: 3]) == [3]
+
+
+def test_engines_share_environment_actors_evenly():
+    assert [share("abcd", engine, 2) for engine in range(2)] == [["a", "c"], ["b", "d"]]
+    assert [share("ab", engine, 3) for engine in range(3)] == [["a"], ["b"], ["a"]]
+
+
+@pytest.mark.system
+def test_instances_are_dealt_over_real_actors_and_answers_come_in_order(tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    from apportion.platform.cluster import ActorRequest
+
+    cluster = Cluster(None, "environments", 1, tmp_path, None)
+    try:
+        spec = EnvironmentSpec("microwave", {"steps": 2})
+        actors = cluster.start([ActorRequest(f"environment-{i}", EnvironmentWorker, (spec,)) for i in range(2)], 120)
+        remote = RemoteEnvironments(actors, "rollout-0", 5.0, 16)
+        states = remote.start([EpisodeStart(n, {"food": food}, 0) for n, food in enumerate(["pie", "tea", "rice"])])
+        assert [state.observation.split(". ")[1].split()[1] for state in states] == ["pie", "tea", "rice"]
+        actions = [Action(2, "open the microwave"), Action(0, "dance"), Action(1, "open the microwave")]
+        assert [state.observation for state in remote.step(actions)] == [
+            "The microwave is open. The rice is on the table.",
+            "Nothing happens. The microwave is closed. The pie is on the table.",
+            "The microwave is open. The tea is on the table.",
+        ]
+        remote.finish([1])
+        assert [state.reward for state in remote.step([Action(0, "dance"), Action(2, "put it in the microwave")])] == [
+            -1,
+            -1,
+        ]
+    finally:
+        cluster.shutdown()

@@ -1,0 +1,314 @@
+"""Environments: the microwave's rules, finding one by name, and the adapters on fakes with the libraries' own interfaces."""
+
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from apportion.data.builtin import TINY_CHAT_TEMPLATE, resolve_model
+from apportion.data.environment_adapters import GymnasiumText, TextArenaGame, plain_render
+from apportion.data.environments import FOODS, Microwave, load_environment, microwave_rows, numbered_rows
+from apportion.data.errors import DataError
+from apportion.data.prompts import PromptEncoder, load_tokenizer
+from apportion.data.turns import TurnEncoder
+
+CHATML = (
+    "{% for m in messages %}{{ '<|spare_0|>' + m['role'] + '\n' + m['content'] + '<|spare_1|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|spare_0|>assistant\n' }}{% endif %}"
+)
+
+
+# the microwave
+
+
+def played(*actions, **parameters):
+    kitchen = Microwave(**parameters)
+    kitchen.reset(food="pie", seed=1)
+    return [kitchen.step(action) for action in actions]
+
+
+def test_three_right_actions_earn_one_at_the_last():
+    steps = played("open the microwave", "put it in the microwave", "close the microwave")
+    assert [step[1:3] for step in steps] == [(0.0, False), (0.0, False), (1.0, True)]
+    assert [step[0] for step in steps] == [
+        "The microwave is open. The pie is on the table.",
+        "The microwave is open. The pie is in it.",
+        "The pie is heated.",
+    ]
+
+
+def test_five_steps_without_the_goal_cost_one():
+    steps = played(*["put it in the microwave"] * 5)
+    assert [step[1:3] for step in steps] == [(0.0, False)] * 4 + [(-1.0, True)]
+    assert steps[0][0] == "Nothing happens. The microwave is closed. The pie is on the table."
+
+
+def test_closing_the_empty_microwave_undoes_opening_it_and_five_steps_still_suffice():
+    steps = played(
+        "open the microwave",
+        "close the microwave",
+        "open the microwave",
+        "put it in the microwave",
+        "close the microwave",
+    )
+    assert [step[1] for step in steps] == [0, 0, 0, 0, 1]
+
+
+def test_an_action_may_be_written_with_capitals_and_a_full_stop_but_must_be_one_of_the_list():
+    assert played("  Open the Microwave.\n")[0][0] == "The microwave is open. The pie is on the table."
+    assert played("open it", wrong_action=-0.25)[0] == (
+        "Nothing happens. The microwave is closed. The pie is on the table.", -0.25, False, {}
+    )  # fmt: skip
+
+
+def test_the_last_step_pays_for_a_wrong_action_too():
+    assert played("dance", steps=1, wrong_action=-0.5)[0][1:3] == (-1.5, True)
+
+
+def test_shuffling_lists_the_actions_in_an_order_of_the_seed():
+    orders = {Microwave(shuffle=True).reset(food="pie", seed=seed).partition("Actions: ")[2] for seed in range(20)}
+    assert len(orders) == 6
+    assert Microwave(shuffle=True).reset("pie", 3) == Microwave(shuffle=True).reset("pie", 3)
+
+
+def test_foods_of_training_and_evaluation_differ():
+    train, held_out = [{row["food"] for row in microwave_rows(side)} for side in (False, True)]
+    assert (len(train), len(held_out), train & held_out) == (16, 8, set())
+    assert train | held_out == set(FOODS)
+    assert list(numbered_rows("go", 2, first_seed=5)) == [{"prompt": "go", "seed": 5}, {"prompt": "go", "seed": 6}]
+
+
+def test_a_microwave_without_steps_is_refused():
+    with pytest.raises(DataError, match="microwave: got steps=0, expected at least 1"):
+        Microwave(steps=0)
+
+
+# by name
+
+
+def test_a_name_a_path_and_a_file_are_found(tmp_path):
+    (tmp_path / "mine.py").write_text("class Mine:\n    def reset(self): ...\n    def step(self, action): ...\n")
+    assert load_environment("microwave") is Microwave
+    assert load_environment("apportion.data.environments:Microwave") is Microwave
+    assert load_environment(f"{tmp_path}/mine.py:Mine").__name__ == "Mine"
+
+
+def test_a_misspelt_name_and_a_class_that_cannot_step_are_refused():
+    with pytest.raises(DataError, match=r"got 'microwav', expected one of .*did you mean 'microwave'"):
+        load_environment("microwav")
+    with pytest.raises(DataError, match=r"collections:OrderedDict has no reset\(\), expected reset"):
+        load_environment("collections:OrderedDict")
+
+
+# Gymnasium
+
+
+class Corridor:
+    """Gymnasium's API: five places, +1 at the right end, cut after eight steps."""
+
+    closed = 0
+
+    def __init__(self, text=False):
+        self.text = text
+
+    def reset(self, *, seed=None, options=None):
+        self.place, self.taken = seed % 3, 0
+        return self._see(), {}
+
+    def step(self, action):
+        self.taken += 1
+        self.place = max(0, self.place + (1 if action in (1, "right") else -1))
+        return self._see(), np.float64(self.place == 4), self.place == 4, self.taken == 8, {"taken": self.taken}
+
+    def render(self):
+        return "." * self.place + "\x1b[41mX\x1b[0m"
+
+    def close(self):
+        Corridor.closed += 1
+
+    def _see(self):
+        return f"place {self.place}" if self.text else self.place
+
+
+def describe(observation):
+    return f"at {observation}"
+
+
+def test_named_actions_become_numbers_and_rendering_becomes_text():
+    corridor = GymnasiumText(f"{__name__}:Corridor", actions=["left", "right"], observe="render")
+    assert corridor.reset(seed=2) == "..[X]"
+    assert corridor.step("Right!") == ("...[X]", 0.0, False, {"taken": 1, "truncated": False})
+    assert corridor.step("right") == ("....[X]", 1.0, True, {"taken": 2, "truncated": False})
+    corridor.close()
+    assert Corridor.closed == 1
+
+
+def test_text_goes_through_as_it_is_and_a_time_limit_is_a_truncation():
+    corridor = GymnasiumText(f"{__name__}:Corridor", make={"text": True})
+    assert corridor.reset(seed=0) == "place 0"
+    last = [corridor.step("left") for _ in range(8)][-1]
+    assert last == ("place 0", 0.0, True, {"taken": 8, "truncated": True})
+    assert GymnasiumText(f"{__name__}:Corridor", observe=f"{__name__}:describe").reset(seed=1) == "at 1"
+
+
+def test_text_that_names_no_action_is_answered_and_ends_the_episode_only_when_repeated():
+    corridor = GymnasiumText(f"{__name__}:Corridor", actions=["left", "right"], observe="render", wrong_action=-0.1,
+                             max_wrong=2)  # fmt: skip
+    corridor.reset(seed=0)
+    assert corridor.step("jump") == ("Expected one of: left, right", -0.1, False, {"truncated": False})
+    corridor.step("right")
+    assert [corridor.step("jump")[2:] for _ in range(2)] == [(False, {"truncated": False}), (True, {"truncated": True})]
+
+
+def test_an_observation_that_is_no_text_needs_a_description():
+    with pytest.raises(DataError, match=r"observation of type int, expected text; set environment.params.observe"):
+        GymnasiumText(f"{__name__}:Corridor").reset(seed=0)
+
+
+def test_a_missing_library_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gymnasium", None)
+    with pytest.raises(DataError, match="gymnasium is not installed; pip install gymnasium"):
+        GymnasiumText("FrozenLake-v1")
+    monkeypatch.setitem(sys.modules, "textarena", None)
+    with pytest.raises(DataError, match="pip install textarena"):
+        TextArenaGame("Wordle-v0")
+
+
+def test_only_what_a_terminal_highlights_is_put_in_brackets():
+    assert plain_render("\x1b[41mS\x1b[0mFF\x1b[1m") == "[S]FF"
+
+
+# TextArena
+
+
+class Nim:
+    """TextArena's API: two players take one to three of seven; who takes the last wins."""
+
+    def __init__(self, whole_history=False):
+        self.whole_history = whole_history
+
+    def reset(self, num_players, seed=None):
+        self.left, self.turn, self.log, self.read = 7, 0, [(-1, "seven lie here", "PROMPT")], [0, 0]
+
+    def get_observation(self):
+        if self.whole_history:
+            return self.turn, "".join(f"\n[Player {s}] {text}" for s, text, _ in self.log)
+        seen, self.read[self.turn] = self.read[self.turn], len(self.log)
+        return self.turn, self.log[seen:]
+
+    def step(self, action):
+        self.left -= int(action.strip("[]"))
+        self.log += [(self.turn, action, "PLAYER_ACTION"), (-1, f"{self.left} left", "GAME_MESSAGE")]
+        self.winner = self.turn
+        self.turn = 1 - self.turn
+        return self.left <= 0, {}
+
+    def close(self):
+        return {self.winner: 1, 1 - self.winner: -1}, {}
+
+
+def takes_one(observation, seed):
+    return "[1]"
+
+
+@pytest.fixture
+def arena(monkeypatch):
+    monkeypatch.setitem(sys.modules, "textarena", types.SimpleNamespace(make=lambda id, **options: Nim(**options)))
+
+
+def test_the_opponent_moves_between_turns_and_the_reward_comes_last(arena):
+    game = TextArenaGame("Nim-v0", players=2, opponent=f"{__name__}:takes_one")
+    assert game.reset(seed=3) == "seven lie here"
+    assert game.step("[3]") == ("4 left\n[1]\n3 left", 0.0, False, {})
+    assert game.step("[3]") == ("", 1.0, True, {})
+
+
+def test_the_second_player_sees_the_first_ones_move_and_loses_when_it_ends_there(arena):
+    game = TextArenaGame("Nim-v0", players=2, player=1, opponent=f"{__name__}:takes_one")
+    assert game.reset() == "seven lie here\n[1]\n6 left"
+    assert game.step("[3]")[1:3] == (0.0, False)
+    assert game.step("[1]") == ("", -1.0, True, {})
+
+
+def test_a_wrapper_that_repeats_the_history_gives_only_what_is_new_without_the_own_move(arena):
+    game = TextArenaGame("Nim-v0", players=2, opponent=f"{__name__}:takes_one", make={"whole_history": True})
+    assert game.reset() == "[Player -1] seven lie here"
+    assert game.step("[2]")[0] == "[Player -1] 5 left\n[Player 1] [1]\n[Player -1] 4 left"
+
+
+def test_a_game_of_two_needs_an_opponent(arena):
+    with pytest.raises(DataError, match="got players=2 without opponent"):
+        TextArenaGame("Nim-v0", players=2)
+    with pytest.raises(DataError, match=r"got player=2 of players=2, expected 0 to 1"):
+        TextArenaGame("Nim-v0", players=2, player=2, opponent=f"{__name__}:takes_one")
+
+
+# tokens between turns
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(resolve_model("builtin:tiny"))
+
+
+def encoder(tokenizer, template=TINY_CHAT_TEMPLATE, role="user", **settings):
+    tokenizer.chat_template = template
+    return TurnEncoder(PromptEncoder(tokenizer, **settings), role)
+
+
+def whole(tokenizer, *messages, **settings):
+    """The ids of a conversation rendered in one piece, for canonical words the same as those put together."""
+    ids = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True, **settings)
+    return ids["input_ids"]
+
+
+def said(role, content):
+    return {"role": role, "content": content}
+
+
+@pytest.mark.parametrize(("template", "end"), [(TINY_CHAT_TEMPLATE, "<|end|>"), (CHATML, "<|spare_1|>")])
+@pytest.mark.parametrize("role", ["user", "tool"])
+def test_turns_put_together_are_the_template_s_own_conversation(tokenizer, template, end, role):
+    turns = encoder(tokenizer, template, role)
+    action = tokenizer("go left" + end, add_special_tokens=False)["input_ids"]
+    ids = [*turns.first("start", ""), *action, *turns.between(action[-1], "a wall"), *action]
+    ids += turns.between(action[-1], "a door").tolist()
+    rendered = whole(
+        tokenizer, said("user", "start"), said("assistant", "go left"), said(role, "a wall"),
+        said("assistant", "go left"), said(role, "a door"),
+    )  # fmt: skip
+    assert ids == rendered
+
+
+def test_a_turn_that_was_cut_gets_its_end_and_one_that_ended_keeps_its_own(tokenizer):
+    turns = encoder(tokenizer, CHATML)
+    end, line = tokenizer("<|spare_1|>\n", add_special_tokens=False)["input_ids"]
+    ended, cut, cut_at_line = (turns.between(last, "wall") for last in (end, 70, line))
+    assert cut.tolist() == cut_at_line.tolist() == [end, *ended]
+    assert tokenizer.decode(ended) == "\n<|spare_0|>user\nwall<|spare_1|>\n<|spare_0|>assistant\n"
+
+
+def test_the_first_observation_joins_the_prompt_or_is_a_message_of_its_own(tokenizer):
+    joined = encoder(tokenizer).first("find the door", "a wall")
+    assert tokenizer.decode(joined) == "<|user|>find the door\n\na wall<|end|><|assistant|>"
+    own = encoder(tokenizer, role="tool", system_prompt="be brief").first("find the door", "a wall")
+    assert (
+        tokenizer.decode(own)
+        == "<|system|>be brief<|end|><|user|>find the door<|end|><|tool|>a wall<|end|><|assistant|>"
+    )
+
+
+def test_without_a_chat_template_observations_are_lines(tokenizer):
+    turns = encoder(tokenizer, chat=False)
+    assert tokenizer.decode(turns.first("find it", "a wall")) == "find it\na wall\n"
+    assert tokenizer.decode(turns.between(5, "a door")) == "\na door\n"
+
+
+def test_a_template_that_shows_no_such_role_is_refused_at_once(tokenizer):
+    silent = "{% for m in messages if m['role'] != 'tool' %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(DataError, match=r"shows no message of role 'tool' .* set environment.observation_role"):
+        encoder(tokenizer, silent, "tool")
+    angry = "{% for m in messages %}{% if m['role'] == 'tool' %}{{ raise_exception('no tools') }}{% endif %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(DataError, match=r"roles user, assistant, tool \(no tools\)"):
+        encoder(tokenizer, angry, "tool")
