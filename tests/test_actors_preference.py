@@ -84,7 +84,7 @@ def worker_for(objective, tiny, data, micro_batch_tokens=1000, lora=None):
     worker = PreferenceWorker(spec)
     worker.world = World()
     if isinstance(objective, RewardModel):
-        module = load_score_model(tiny, "float32", "sdpa", False, False, lora, 0)
+        module = load_score_model(spec)
     else:
         module = CausalLMLogprobs(load_causal_lm(tiny, "float32", lora=lora), settings.logits_chunk_tokens)
     worker.engine = PlainEngine(module)
@@ -277,7 +277,11 @@ def test_where_padding_is_eos_a_reward_model_pads_with_something_else(tmp_path):
 
 
 def test_every_rank_draws_the_same_fresh_head(tiny):
-    first, second, other = (load_score_model(tiny, "float32", "sdpa", False, False, None, s) for s in (3, 3, 4))
+    settings = PreferencePolicyConfig()
+    specs = [
+        PreferenceSpec(tiny, "float32", "sdpa", False, None, settings, RewardModel(), None, 1, s) for s in (3, 3, 4)
+    ]
+    first, second, other = (load_score_model(spec) for spec in specs)
     assert torch.equal(first.model.score.weight, second.model.score.weight)
     assert not torch.equal(first.model.score.weight, other.model.score.weight)
     assert first.model.score.weight.std().item() == pytest.approx(65**-0.5, rel=0.3)

@@ -61,7 +61,15 @@ def test_every_stage_learns_an_easy_task_from_where_the_one_before_ended(tmp_pat
     assert after["eval/nll"] < before["eval/nll"] - 0.5
     tuned = f"model.path={model_of(tmp_path, 'sft')}"
 
-    run(tmp_path, "reward-model", tuned, "run_name=reward", "train.steps=3", "cluster.policy_ranks=2")
+    run(
+        tmp_path,
+        "reward-model",
+        tuned,
+        "run_name=reward",
+        "train.steps=3",
+        "cluster.policy_ranks=2",
+        "policy.zero_stage=3",
+    )
     before, after = held_out(tmp_path, "reward")
     assert after["eval/pair_accuracy"] == 1.0
     assert after["eval/pair_loss"] < before["eval/pair_loss"]

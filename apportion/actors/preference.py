@@ -109,10 +109,7 @@ class PreferenceWorker(ActorBase):
         spec, self.world = self.spec, world
         module: nn.Module
         if self.objective.reads == SEQUENCE_SCORES:
-            module = load_score_model(
-                spec.model, spec.dtype, spec.attention, spec.trust_remote_code,
-                spec.settings.gradient_checkpointing, spec.lora, spec.seed,
-            )  # fmt: skip
+            module = load_score_model(spec, spec.settings.gradient_checkpointing)
         else:
             module = self._causal_lm(spec.model, spec.settings.gradient_checkpointing, spec.lora)
         self.engine = DeepSpeedEngine(module, spec.settings, world, spec.total_optimizer_steps)

@@ -7,7 +7,7 @@ The score is read at a row's last token, which ends the answer. What is saved is
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,15 +32,18 @@ class ScoreModel(nn.Module):
         return getattr(classifier, HEAD)(picked).squeeze(-1).float()
 
 
-def load_score_model(
-    path: str,
-    dtype: str,
-    attention: str,
-    trust_remote_code: bool,
-    gradient_checkpointing: bool,
-    lora: Any | None,
-    seed: int,
-) -> ScoreModel:
+class ScoreSpec(Protocol):
+    """What is read of a stage's spec."""
+
+    model: str
+    dtype: str
+    attention: str
+    trust_remote_code: bool
+    lora: Any | None
+    seed: int
+
+
+def load_score_model(spec: ScoreSpec, gradient_checkpointing: bool = False) -> ScoreModel:
     """A reward model from a causal LM's weights with a fresh head, or from one that was trained before.
 
     A fresh head is drawn from N(0, 1 / (D + 1)) (Stiennon et al. 2020, arXiv 2009.01325, appendix B.1), by `seed`, so
@@ -49,11 +52,11 @@ def load_score_model(
     from transformers import AutoModelForSequenceClassification
 
     model, info = AutoModelForSequenceClassification.from_pretrained(
-        path,
+        spec.model,
         num_labels=1,
-        dtype=getattr(torch, dtype),
-        attn_implementation=attention,
-        trust_remote_code=trust_remote_code,
+        dtype=getattr(torch, spec.dtype),
+        attn_implementation=spec.attention,
+        trust_remote_code=spec.trust_remote_code,
         output_loading_info=True,
     )
     head = getattr(model, HEAD, None)
@@ -62,14 +65,14 @@ def load_score_model(
             f"model.path: got {type(model).__name__} without a layer {HEAD!r}, expected a decoder with one"
         )
     if any(name.startswith(f"{HEAD}.") for name in info["missing_keys"]):
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(spec.seed)
         fresh = torch.randn(head.weight.shape, generator=generator) / (head.weight.shape[1] + 1) ** 0.5
         head.weight.data.copy_(fresh)
     model.config.use_cache = False
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if lora is not None:
-        model = _with_adapters(model, lora, gradient_checkpointing)
+    if spec.lora is not None:
+        model = _with_adapters(model, spec.lora, gradient_checkpointing)
     return ScoreModel(model)
 
 
