@@ -531,7 +531,8 @@ def _update_metrics(reports: list[UpdateReport], role: str) -> dict[str, float]:
         totals.merge(report.totals)
     steps = reports[0].steps
     metrics = totals.means()
-    metrics[f"{role}/loss"] = totals.sums[f"{role}/loss"] / len(steps)
+    # Without a row that teaches, no pass counts, and the loss is 0.
+    metrics[f"{role}/loss"] = totals.sums.get(f"{role}/loss", 0.0) / len(steps)
     metrics[f"{role}/grad_norm"] = sum(s.grad_norm for s in steps) / len(steps)
     if role == "policy":
         metrics["policy/learning_rate"] = steps[-1].learning_rate

@@ -16,7 +16,7 @@ def pairs(high=30, eval_pairs=128, seed=0):
     """Rows with prompt, chosen and rejected; the sums that the quickstart holds out do not occur."""
     rng = random.Random(seed)
     for row in Arithmetic(high=high, eval_pairs=eval_pairs).rows("train"):
-        a, b = row.columns["a"], row.columns["b"]
+        a, b = row.values["a"], row.values["b"]
         wrong = a + b + rng.choice([-10, -3, -2, -1, 1, 2, 3, 10])
         rejected = rng.choice([f"{a} + {b} = {wrong}", rng.choice(TALK).format(a=a, b=b)])
-        yield {"prompt": row.columns["prompt"], "chosen": f"{a} + {b} = {a + b}", "rejected": rejected}
+        yield {"prompt": row.values["prompt"], "chosen": f"{a} + {b} = {a + b}", "rejected": rejected}
