@@ -86,10 +86,10 @@ class Plan:
         width = max(len(quantity.name) for quantity in self.quantities)
         lines = [self.title, "", "batches"]
         lines += [f"  {q.name:<{width}}  {q.value:>11,}  = {q.arithmetic}" for q in self.quantities]
-        lines += ["", "actors", f"  {'role':<10} {'count':>5} {'CPUs':>5} {'GPUs':>5} {'threads':>8}  memory of each"]
+        lines += ["", "actors", f"  {'role':<11} {'count':>5} {'CPUs':>5} {'GPUs':>5} {'threads':>8}  memory of each"]
         for a in self.actors:
             threads = "all" if a.threads is None else str(a.threads)
-            lines.append(f"  {a.role:<10} {a.count:>5} {a.cpus:>5g} {a.gpus:>5g} {threads:>8}  {_memory_text(a)}")
+            lines.append(f"  {a.role:<11} {a.count:>5} {a.cpus:>5g} {a.gpus:>5g} {threads:>8}  {_memory_text(a)}")
         if self.notes:
             lines += ["", "notes", *(f"  - {note}" for note in self.notes)]
         return "\n".join(lines)

@@ -312,3 +312,24 @@ def test_a_template_that_shows_no_such_role_is_refused_at_once(tokenizer):
     angry = "{% for m in messages %}{% if m['role'] == 'tool' %}{{ raise_exception('no tools') }}{% endif %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(DataError, match=r"roles user, assistant, tool \(no tools\)"):
         encoder(tokenizer, angry, "tool")
+
+
+# the apprentice
+
+
+def test_the_apprentice_learns_actions_drawn_at_random_and_nothing_of_what_is_said_to_it():
+    from collections import Counter
+    from itertools import islice
+
+    from apportion.data.apprentice import IGNORED, encoded, random_episodes
+    from apportion.data.apprentice import _tokenizer as tokenizer_of_its_own
+
+    episodes = list(islice(random_episodes(5), 300))
+    actions = Counter(m["content"] for episode in episodes for m in episode if m["role"] == "assistant")
+    assert set(actions) == set(Microwave.actions.values())
+    assert max(actions.values()) / min(actions.values()) < 1.2
+    own = tokenizer_of_its_own()
+    ids, labels = encoded(own, episodes[0])
+    assert ids == own.apply_chat_template(episodes[0], return_dict=True)["input_ids"]
+    learnt = own.decode([label for label in labels if label != IGNORED])
+    assert learnt == "".join(m["content"] + "<|end|>" for m in episodes[0] if m["role"] == "assistant")
