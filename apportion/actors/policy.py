@@ -75,6 +75,7 @@ class PolicyWorker(ActorBase):
     def setup(self, world: World) -> None:
         """Load the model and join the other ranks."""
         spec, self.world = self.spec, world
+        torch.manual_seed(world.seed)  # new adapters are drawn
         model = load_causal_lm(
             spec.model,
             dtype=spec.dtype,

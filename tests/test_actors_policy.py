@@ -1,0 +1,210 @@
+"""A policy rank's loss against the formula on whole sequences; which rows are passed; what it reports. No DeepSpeed."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from apportion.actors.critic import CriticSpec, CriticWorker, freeze_unused_head
+from apportion.actors.engine import OptimizerStep
+from apportion.actors.microbatch import cut, nothing
+from apportion.actors.modules import CausalLMLogprobs, ValueModel
+from apportion.actors.policy import LossSpec, PolicySpec, PolicyWorker
+from apportion.algorithms import registry
+from apportion.algorithms.correction import ImportanceCorrection
+from apportion.batch import Totals
+
+
+@dataclass
+class Settings:
+    micro_batch_tokens: int = 40
+    logits_chunk_tokens: int = 16
+    zero_stage: int = 0
+
+
+class Engine:
+    """Runs passes and keeps every loss; takes no step."""
+
+    def __init__(self, wrapped):
+        self.wrapped, self.device, self.losses, self.passes = wrapped, torch.device("cpu"), [], []
+
+    def module(self):
+        return self.wrapped
+
+    def forward(self, *args, **kwargs):
+        return self.wrapped(*args, **kwargs)
+
+    def extra_passes(self, own: int) -> int:
+        return 2
+
+    def train_step(self, micros, empty, loss) -> OptimizerStep:
+        self.passes.append([m.packed_index.tolist() for m in micros])
+        self.losses.append(sum(loss(m) for m in micros) + 0 * loss(empty))
+        return OptimizerStep(1.0, 0.5)
+
+
+LOSS = LossSpec(
+    {"name": "ppo_clip", "clip_low": 0.2, "clip_high": 0.2, "dual_clip": None, "ratio": "token"},
+    0.8, True, "k3", 0.05, "truncate", "token", 2.0, 0.5, 1,
+)  # fmt: skip
+
+
+@pytest.fixture
+def model(tiny):
+    return AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
+
+
+def worker_of(model, loss=LOSS) -> PolicyWorker:
+    worker = PolicyWorker(PolicySpec("", "float32", "sdpa", False, None, Settings(), loss, 2))
+    worker.engine = Engine(CausalLMLogprobs(model, 16))
+    worker._surrogate = registry.build("surrogate", loss.surrogate)
+    worker._correction = ImportanceCorrection(loss.correction_method, loss.correction_level, loss.correction_cap)
+    worker._influences = worker._distillation = None
+    return worker
+
+
+def by_hand(model, batch, kl: float) -> list[torch.Tensor]:
+    """The loss of each optimiser step, a token at a time from whole logits."""
+    steps = [torch.zeros(()), torch.zeros(())]
+    for index in range(len(batch)):
+        span, prompt = batch.response_slice(index), int(batch.prompt_lengths[index])
+        ids = torch.from_numpy(batch.sequence(index).astype(np.int64))
+        log_softmax = (model(ids[None]).logits[0].float() / 0.8).log_softmax(-1)
+        for step in np.flatnonzero(batch.action_mask[span]):
+            place, packed = prompt + int(step), span.start + int(step)
+            now = log_softmax[place - 1, ids[place]]
+            old, behavior = float(batch.old_logprobs[packed]), float(batch.behavior_logprobs[packed])
+            advantage, ratio = float(batch.advantages[packed]), torch.exp(now - old)
+            loss = -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+            loss = loss * min(np.exp(old - behavior), 2.0)
+            gap = float(batch.reference_logprobs[packed]) - now
+            loss = loss + kl * (torch.exp(gap) - 1 - gap)
+            entropy = -(log_softmax[place - 1].exp() * log_softmax[place - 1]).sum()
+            loss = loss - 0.05 * entropy
+            steps[batch.minibatch_ids[index]] = steps[batch.minibatch_ids[index]] + batch.loss_weights[packed] * loss
+    return steps
+
+
+def test_the_loss_is_the_weighted_sum_over_tokens_and_its_gradient_reaches_every_weight(model, credited):
+    worker = worker_of(model)
+    report = worker.update(credited, 2, 0.3)
+    right = by_hand(model, credited, 0.3)
+    assert [float(x) for x in worker.engine.losses] == pytest.approx([float(x) for x in right], rel=1e-4, abs=1e-5)
+    gradients = []
+    for losses in (worker.engine.losses, right):
+        model.zero_grad()
+        sum(losses).backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})
+    for name, gradient in gradients[1].items():
+        torch.testing.assert_close(gradients[0][name], gradient, atol=2e-5, rtol=1e-3, msg=name)
+    assert [s.learning_rate for s in report.steps] == [0.5, 0.5]
+    assert report.tokens == credited.tokens
+
+
+def test_what_is_reported_are_means_over_the_batchs_action_tokens(model, credited):
+    report = worker_of(model).update(credited, 2, 0.3)
+    mask = credited.action_mask
+    means = report.totals.means()
+    assert report.totals.weights["policy/entropy"] == mask.sum()
+    difference = (credited.old_logprobs - credited.behavior_logprobs)[mask]
+    assert means["mismatch/abs_logprob_diff"] == pytest.approx(np.abs(difference).mean(), rel=1e-5)
+    assert means["mismatch/kl"] == pytest.approx(-difference.mean(), rel=1e-5)
+    assert means["mismatch/max"] == pytest.approx(np.abs(difference).max(), rel=1e-5)
+    assert means["mismatch/share_beyond_bound"] == pytest.approx((np.abs(difference) > 0.5).mean())
+    assert means["mismatch/correction_mean"] == pytest.approx(np.minimum(np.exp(difference), 2.0).mean(), rel=1e-5)
+    losses = [float(loss) for loss in by_hand(model, credited, 0.3)]
+    assert report.totals.sums["policy/loss"] == pytest.approx(sum(losses), rel=1e-4)
+
+
+def test_without_a_pass_of_their_own_old_log_probs_are_those_of_the_update(model, credited):
+    loss = replace(LOSS, kl_in_loss=False, entropy_coefficient=0.0, correction_method="none")
+    worker = worker_of(model, loss)
+    report = worker.update(replace(credited, old_logprobs=None), 2, 0.0)
+    assert report.totals.means()["policy/ratio_mean"] == 1.0
+    expected = -float((credited.loss_weights * credited.advantages).sum())
+    assert float(sum(worker.engine.losses)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_rows_whose_credit_is_zero_are_not_passed_unless_something_else_is_in_the_loss(model, credited):
+    idle = replace(credited, advantages=credited.advantages.copy())
+    for row in (0, 3):
+        idle.advantages[idle.response_slice(row)] = 0
+    bare = replace(LOSS, kl_in_loss=False, entropy_coefficient=0.0)
+    assert worker_of(model, bare)._teaching(idle).tolist() == [False, True, True, False, True, True, True, True]
+    for loss in (replace(bare, kl_in_loss=True), replace(bare, entropy_coefficient=0.1)):
+        assert worker_of(model, loss)._teaching(idle).all()
+    worker = worker_of(model, bare)
+    report = worker.update(idle, 2, 0.0)
+    assert report.tokens == idle.tokens - 13 - 12
+    passed = {i for step in worker.engine.passes for micro in step for i in micro}
+    assert passed.isdisjoint(range(*credited.response_slice(0).indices(1000)))
+
+
+def test_a_batch_without_any_credit_makes_no_pass_and_a_loss_of_zero(model, credited):
+    bare = replace(LOSS, kl_in_loss=False, entropy_coefficient=0.0)
+    worker = worker_of(model, bare)
+    report = worker.update(replace(credited, advantages=np.zeros_like(credited.advantages)), 2, 0.0)
+    assert worker.engine.passes == [[], []]
+    assert [float(loss) for loss in worker.engine.losses] == [0.0, 0.0]
+    assert report.totals.sums == {}
+
+
+def test_idle_passes_count_for_nothing(model, credited):
+    worker, totals = worker_of(model), Totals()
+    loss = worker._loss(nothing(), credited, 0.1, totals)
+    assert float(loss) == 0.0
+    assert loss.requires_grad
+    assert totals == Totals()
+
+
+def test_signals_are_the_log_probs_at_the_sampling_temperature_and_zero_for_the_environments_tokens(model, credited):
+    _, signals = worker_of(model).signals(credited)
+    index = 5
+    ids = torch.from_numpy(credited.sequence(index).astype(np.int64))
+    with torch.no_grad():
+        right = (model(ids[None]).logits[0].float() / 0.8).log_softmax(-1)[2:-1].gather(1, ids[3:, None])[:, 0]
+    span = credited.response_slice(index)
+    mask = credited.action_mask[span]
+    np.testing.assert_allclose(signals.old_logprobs[span][mask], right[torch.from_numpy(mask)], atol=2e-5)
+    assert not signals.old_logprobs[span][~mask].any()
+    assert (signals.entropies[credited.action_mask] > 0).all()
+
+
+def test_an_update_without_credit_says_what_is_missing(model, credited):
+    with pytest.raises(ValueError, match="advantages: missing in the shard, expected it to be made before the update"):
+        worker_of(model, replace(LOSS, kl_in_loss=False)).update(replace(credited, advantages=None), 2, 0.0)
+
+
+@pytest.mark.parametrize("value_clip", [0.2, None])
+def test_a_critics_loss_is_the_larger_of_two_squared_errors(model, credited, value_clip):
+    worker = CriticWorker(CriticSpec("", "float32", "sdpa", False, Settings(), value_clip, 1, 1))
+    values = ValueModel(model)
+    with torch.no_grad():
+        values.value_head.weight.normal_(std=0.05, generator=torch.Generator().manual_seed(2))
+    worker.engine = Engine(values)
+    expected, totals = 0.0, Totals()
+    for micro in cut(credited, np.arange(len(credited)), 40):
+        loss = worker._loss(micro, credited, totals)
+        with torch.no_grad():
+            now = values(micro.input_ids, micro.rows, micro.columns).numpy()
+        at = micro.packed_index
+        errors = (now - credited.returns[at]) ** 2
+        if value_clip is not None:
+            old = credited.values[at]
+            errors = np.maximum(errors, (np.clip(now, old - value_clip, old + value_clip) - credited.returns[at]) ** 2)
+        right = 0.5 * (errors * credited.value_weights[at]).sum()
+        assert float(loss) == pytest.approx(right, rel=1e-5)
+        expected += right
+    assert totals.sums["critic/loss"] == pytest.approx(expected, rel=1e-5)
+    assert float(worker._loss(nothing(), credited, totals)) == 0.0
+
+
+def test_an_output_head_that_nothing_trains_is_frozen_but_a_tied_one_is_not(model):
+    values = ValueModel(model)
+    freeze_unused_head(values)
+    assert all(p.requires_grad for p in values.parameters())
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    freeze_unused_head(values)
+    assert [n for n, p in values.named_parameters() if not p.requires_grad] == ["model.lm_head.weight"]
