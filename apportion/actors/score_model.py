@@ -46,7 +46,7 @@ class ScoreSpec(Protocol):
 def load_score_model(spec: ScoreSpec, gradient_checkpointing: bool = False) -> ScoreModel:
     """A reward model from a causal LM's weights with a fresh head, or from one that was trained before.
 
-    A fresh head is drawn from N(0, 1 / (D + 1)) (Stiennon et al. 2020, arXiv 2009.01325, appendix B.1), by `seed`, so
+    A fresh head is drawn from N(0, 1 / (D + 1)) (Stiennon et al. 2020, arXiv 2009.01325, appendix B), by `seed`, so
     that every rank has the same. With `lora` the adapters and the head are trained.
     """
     from transformers import AutoModelForSequenceClassification

@@ -107,7 +107,7 @@ class Dpo:
     - `sigmoid`: -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h), e = `label_smoothing` (conservative DPO);
     - `ipo`: (h - 1 / (2 beta))^2 (Azar et al. 2023, arXiv 2310.12036, eq. 17).
 
-    `length_normalized` divides each log-ratio by its answer's tokens (Lambert et al. 2024, arXiv 2411.15124, eq. 6).
+    `length_normalized` divides each log-ratio by its answer's tokens (Lambert et al. 2024, arXiv 2411.15124).
     `reverse` swaps the roles: the data's rejected answer is the chosen one, in the loss and in every metric.
     The margin is beta h.
 
