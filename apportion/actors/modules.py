@@ -1,7 +1,7 @@
 """The torch modules that training engines wrap: a causal LM that gives log-probs of chosen tokens, and a value model.
 
-Logits exist for action tokens only, `logits_chunk_tokens` of them at a time; where there is more than one chunk, the
-backward pass makes them anew. So no tensor has both a whole batch's tokens and the vocabulary as axes.
+Logits exist for action tokens only, `logits_chunk_tokens` of them at a time, and the backward pass makes them anew (heads
+that are more than a matrix keep them where there is but one chunk). So no tensor has both a whole batch's tokens and the vocabulary as axes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from apportion.actors.plain_head import PlainHeadLogprobs, plain_weight
 
 
 class CausalLMLogprobs(nn.Module):
@@ -62,6 +64,9 @@ class CausalLMLogprobs(nn.Module):
         self, picked: Tensor, targets: Tensor, temperature: float, entropy_grad: bool = False
     ) -> tuple[Tensor, ...]:
         """Log-prob, entropy and logsumexp of the logits, float32 [r] each, from final hidden states [r, D]."""
+        weight = plain_weight(base_causal_lm(self.model).get_output_embeddings())
+        if weight is not None and self.softcap is None and not entropy_grad:
+            return PlainHeadLogprobs.apply(picked, weight, targets, self.logit_scale / temperature, self.chunk)
         if len(targets) <= self.chunk:
             return self._chunk(picked, targets, temperature, entropy_grad)
         outs = []
