@@ -1,7 +1,8 @@
 """The torch modules that training engines wrap: a causal LM that gives log-probs of chosen tokens, and a value model.
 
-Logits exist for action tokens only, `logits_chunk_tokens` of them at a time, and the backward pass makes them anew (heads
-that are more than a matrix keep them where there is but one chunk). So no tensor has both a whole batch's tokens and the vocabulary as axes.
+Logits exist for action tokens only, `logits_chunk_tokens` of them at a time, and the backward pass makes them anew
+(where the head is more than a matrix, only if there is more than one chunk). So no tensor has both a whole batch's
+tokens and the vocabulary as axes.
 """
 
 from __future__ import annotations
