@@ -86,10 +86,28 @@ def test_what_an_engine_pads_the_vocabulary_with_does_not_matter(sent):
     assert compare_live(live, sent) == (4, [])
 
 
-def test_a_workers_share_of_a_layer_is_left_to_the_checksums(sent):
-    live = Live(sent)
-    live.layer.qkv_proj = Packed(live.layer.qkv_proj.hidden[:390])
-    assert compare_live(live, sent) == (3, [])
+def worker_of(sent: dict[str, torch.Tensor], place: int) -> nn.Module:
+    """One of two tensor-parallel workers: half the rows of each part of qkv, half the columns of the next layer."""
+    halves = {n: w.chunk(2)[place] for n, w in sent.items() if "_proj" in n}
+    model = nn.Module()
+    model.packed_modules_mapping = Live.packed_modules_mapping
+    model.layer = nn.Module()
+    model.layer.qkv_proj = Packed(torch.cat([halves[f"layer.{p}.weight"] for p in ("q_proj", "k_proj", "v_proj")]))
+    model.layer.out = Packed(sent["layer.out.weight"].chunk(2, dim=1)[place])
+    model.embed = Packed(
+        torch.cat([sent["embed.weight"], torch.zeros(3, 576).to(torch.bfloat16)]).chunk(2)[place], keep=True
+    )
+    return model
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_workers_share_is_compared_where_layers_are_cut_evenly_and_left_to_the_checksums_elsewhere(sent, place):
+    sent["layer.out.weight"] = torch.randn(96, 576).to(torch.bfloat16)
+    model = worker_of(sent, place)
+    assert compare_live(model, sent, (place, 2)) == (2, [])
+    last_bit(model.layer.qkv_proj.hidden, 260 + 64, 3)  # the last row of this worker's k_proj
+    last_bit(model.layer.out.hidden, 95, 287)
+    assert compare_live(model, sent, (place, 2)) == (2, ["layer.k_proj.weight", "layer.out.weight"])
 
 
 def test_receipts_of_workers_join_so_that_one_wrong_worker_shows():

@@ -41,7 +41,10 @@ class WeightReceiver:
 
     def apportion_compare(self, bundle: WeightBundle) -> tuple[int, list[str]]:
         """The live model against a bundle, without loading it."""
-        return compare_live(self.model_runner.get_model(), dict(bundle.tensors()))  # type: ignore[attr-defined]
+        from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+
+        share = (get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size())
+        return compare_live(self.model_runner.get_model(), dict(bundle.tensors()), share)  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
@@ -60,14 +63,18 @@ def repack_shared(model: torch.nn.Module) -> None:
 
 
 @torch.no_grad()
-def compare_live(model: torch.nn.Module, sent: dict[str, Tensor]) -> tuple[int, list[str]]:
+def compare_live(
+    model: torch.nn.Module, sent: dict[str, Tensor], share: tuple[int, int] = (0, 1)
+) -> tuple[int, list[str]]:
     """How many live parameters were held against the sent ones, and the names of sent tensors that differ.
 
-    Layers cut over tensor-parallel workers, or built from tensors this cannot name, are left to the checksums.
+    `share`: which of how many tensor-parallel workers this is. Layers that are not cut evenly over them (a padded
+    vocabulary, repeated key-value heads), or built from tensors this cannot name, are left to the checksums.
     """
     checked, wrong = 0, []
     for module_name, attribute, parts in live_parts(model, sent):
-        answers = [_wrong_parts(m, parts, sent) for m in _views(model.get_submodule(module_name), attribute)]
+        views = _views(model.get_submodule(module_name), attribute)
+        answers = [_wrong_parts(view, parts, sent, share) for view in views]
         if not answers or any(answer is None for answer in answers):
             continue
         checked += 1
@@ -162,19 +169,15 @@ def _matrix_shape(module: Any) -> tuple[int, int] | None:
     return (height, width) if width and height else None
 
 
-def _wrong_parts(view: _Stored | _Repacked, parts: list[str], sent: dict[str, Tensor]) -> list[str] | None:
-    """Names of `parts` that this view does not hold. None: they cannot be compared here (a worker's share of them)."""
-    first, height = sent[parts[0]], sum(len(sent[p]) for p in parts)
-    # A vocabulary is padded at its end.
-    if (
-        tuple(first.shape[1:]) != view.shape[1:]
-        or height > view.shape[0]
-        or (len(parts) > 1 and height != view.shape[0])
-    ):
+def _wrong_parts(
+    view: _Stored | _Repacked, parts: list[str], sent: dict[str, Tensor], share: tuple[int, int]
+) -> list[str] | None:
+    """Names of `parts` that this view does not hold. None: they cannot be compared here."""
+    wants = _wanted(view.shape, [sent[name] for name in parts], share)
+    if wants is None:
         return None
     wrong, start = [], 0
-    for name in parts:
-        want = sent[name]
+    for name, want in zip(parts, wants, strict=True):
         same = all(
             torch.equal(got, want[:, columns].to(got.dtype) if want.ndim > 1 else want.to(got.dtype))
             for columns, got in view.rows(start, start + len(want))
@@ -183,3 +186,19 @@ def _wrong_parts(view: _Stored | _Repacked, parts: list[str], sent: dict[str, Te
             wrong.append(name)
         start += len(want)
     return wrong
+
+
+def _wanted(shape: tuple[int, ...], wants: list[Tensor], share: tuple[int, int]) -> list[Tensor] | None:
+    """What should stand in a layer of this shape: the tensors, or this worker's even share of their rows or columns."""
+    fits = lambda tensors: (sum(map(len, tensors)), *tensors[0].shape[1:]) == shape  # noqa: E731
+    # A vocabulary is padded at its end.
+    padded = len(wants) == 1 and len(wants[0]) < shape[0] and tuple(wants[0].shape[1:]) == shape[1:]
+    if fits(wants) or (padded and share[1] == 1):
+        return wants
+    place, workers = share
+    for axis in range(wants[0].ndim if workers > 1 else 0):
+        sizes = [want.shape[axis] // workers for want in wants]
+        cut = [want.narrow(axis, place * size, size) for want, size in zip(wants, sizes, strict=True)]
+        if fits(cut) and all(want.shape[axis] % workers == 0 for want in wants):
+            return cut
+    return None
