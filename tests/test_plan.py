@@ -166,7 +166,7 @@ def test_the_printed_plan_reads_as_a_table():
     assert lines[0] == "quickstart: grpo on builtin:smollm2-135m-instruct, 40 steps"
     assert "  trajectories a step                       64  = 8 prompts x 8 responses" in lines
     assert any(
-        line.startswith("  policy         1     1     0      all  5.5 GiB = weights 257 MiB + ") for line in lines
+        line.startswith("  policy          1     1     0      all  5.5 GiB = weights 257 MiB + ") for line in lines
     )
     assert "  - signals the algorithm asks for: none" in lines
 
