@@ -291,7 +291,7 @@ class Trainer:
         if share > limit:
             raise ApportionError(
                 f"judge: {share:.0%} of this step's critiques failed, expected at most {limit:.0%} "
-                "(judge.max_failed_share); metrics judge/failed_* say why"
+                "(judge.max_failed_share); metrics judge/failed/... say why"
             )
 
     def _count_scores(self, report: ScoreReport) -> None:
