@@ -43,7 +43,12 @@ def commands():
 # --- examples ---
 
 
-SHOWN = [(page, path, text) for kind in ("python", "yaml", "json") for page, path, text in blocks(kind) if path and not path.startswith("file=")]
+SHOWN = [
+    (page, path, text)
+    for kind in ("python", "yaml", "json")
+    for page, path, text in blocks(kind)
+    if path and not path.startswith("file=")
+]
 
 
 @pytest.mark.parametrize(("page", "path", "text"), SHOWN, ids=[f"{page}: {path}" for page, path, _ in SHOWN])
