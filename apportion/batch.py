@@ -229,7 +229,11 @@ class Batch:
                     f"{f.name}: known in {len(values) - missing} of {len(values)} batches, expected all or none"
                 )
             else:
-                out[f.name] = functools.reduce(operator.iadd, values, []) if isinstance(values[0], list) else np.concatenate(values)
+                out[f.name] = (
+                    functools.reduce(operator.iadd, values, [])
+                    if isinstance(values[0], list)
+                    else np.concatenate(values)
+                )
         return Batch(**out)
 
     def pad(self, name: str, fill: float = 0.0) -> torch.Tensor:

@@ -49,7 +49,9 @@ def main(arguments: list[str] | None = None) -> int:
     if words[0] in ("-V", "--version"):
         print(f"apportion {__version__}")
         return 0
-    if os.getcwd() not in sys.path:  # a method, reward or environment of one's own, beside where the command was started
+    if (
+        os.getcwd() not in sys.path
+    ):  # a method, reward or environment of one's own, beside where the command was started
         sys.path.append(os.getcwd())
     try:
         command = COMMANDS.get(words[0])

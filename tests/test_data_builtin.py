@@ -22,7 +22,9 @@ def test_other_paths_are_left_as_they_are():
 
 
 def test_a_misspelt_builtin_is_refused_with_the_nearest_name():
-    with pytest.raises(DataError, match=r"expected builtin:smollm2-135m-instruct, builtin:tiny, builtin:apprentice \(did you mean"):
+    with pytest.raises(
+        DataError, match=r"expected builtin:smollm2-135m-instruct, builtin:tiny, builtin:apprentice \(did you mean"
+    ):
         builtin.resolve_model("builtin:smollm2-135m-instrukt")
 
 

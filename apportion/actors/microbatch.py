@@ -68,7 +68,9 @@ class MicroBatch:
         return self.spread(torch.ones_like(self.targets, dtype=torch.bool))
 
     def to(self, device: torch.device | str) -> MicroBatch:
-        moved: dict[str, Any] = {n: getattr(self, n).to(device) for n in ("input_ids", "rows", "columns", "steps", "targets")}
+        moved: dict[str, Any] = {
+            n: getattr(self, n).to(device) for n in ("input_ids", "rows", "columns", "steps", "targets")
+        }
         return replace(self, **moved, tree=self.tree.to(device) if self.tree else None)
 
 

@@ -127,7 +127,13 @@ class PolicyWorker(ActorBase):
     def _forward(self, micro: MicroBatch, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
         tree = (micro.tree.positions, micro.tree.visible) if micro.tree else None
         return self.engine.forward(
-            micro.input_ids, micro.rows, micro.columns, micro.targets, self.spec.loss.temperature, entropy_grad, tree=tree
+            micro.input_ids,
+            micro.rows,
+            micro.columns,
+            micro.targets,
+            self.spec.loss.temperature,
+            entropy_grad,
+            tree=tree,
         )
 
     # update

@@ -338,7 +338,9 @@ class AlgorithmConfig:
         _at_least("algorithm.updates_per_batch", self.updates_per_batch, 1)
         _at_least("algorithm.epochs", self.epochs, 1)
         if self.surrogate is None and self.distillation is None:
-            raise ConfigError("algorithm.surrogate: got null, expected a mapping with a name, or algorithm.distillation")
+            raise ConfigError(
+                "algorithm.surrogate: got null, expected a mapping with a name, or algorithm.distillation"
+            )
         if self.surrogate not in (None, MISSING) and self.distillation is not None:
             raise ConfigError("algorithm.surrogate: got one beside algorithm.distillation, expected null")
 
