@@ -59,10 +59,10 @@ def micro_batches(count: int) -> list[torch.Tensor]:
     return list(ids.chunk(count))
 
 
-def loss_of(module, ids: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+def loss_of(forward, ids: torch.Tensor) -> torch.Tensor:
     """A sum of which 12 rows make a mean."""
-    logits = module(input_ids=ids, use_cache=False).logits[:, :-1].float()
-    return scale * torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum") / 72
+    logits = forward(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum") / 72
 
 
 def plain(tiny, steps: int, settings: Settings, rates: list[float]) -> tuple[dict[str, torch.Tensor], list[float]]:
@@ -93,7 +93,7 @@ def run(engine, steps: int, cut: int) -> list:
     out = []
     for _ in range(steps):
         out.append(
-            engine.train_step(micro_batches(cut), micro_batches(12)[0], lambda ids: loss_of(engine.module(), ids))
+            engine.train_step(micro_batches(cut), micro_batches(12)[0], lambda ids: loss_of(engine.forward, ids))
         )
     return out
 

@@ -196,9 +196,11 @@ class DeepSpeedEngine:
         self._engine.save_checkpoint(str(folder), tag="engine", client_state={"optimizer_steps": self.optimizer_steps})
 
     def load(self, folder: Path) -> None:
+        if not (folder / "engine").is_dir():
+            raise FileNotFoundError(f"no training state under {folder}, expected a folder 'engine' written by save()")
         path, state = self._engine.load_checkpoint(str(folder), tag="engine")
         if path is None:
-            raise FileNotFoundError(f"no training state under {folder}, expected a folder 'engine' written by save()")
+            raise FileNotFoundError(f"{folder}/engine: nothing in it that this ZeRO stage and number of ranks can read")
         self.optimizer_steps = int(state["optimizer_steps"])
 
 
