@@ -172,9 +172,8 @@ def explain(error: Exception, call: Call, what: str) -> ApportionError:
             return cause
         if isinstance(cause, OSError) and cause.errno == 28:
             return CheckpointError(f"{actor.name}: no space left on the device while in {what}: {cause}")
-        detail = str(error).rstrip().splitlines()
-        lines = "\n".join(f"    {line}" for line in detail[-12:])
-        return ActorError(f"{actor.name}: {call.method} failed in {what}: {detail[-1] if detail else error!r}\n{lines}")
+        lines = "\n".join(f"    {line}" for line in error.traceback_str.rstrip().splitlines()[-12:])
+        return ActorError(f"{actor.name}: {call.method} failed in {what}: {type(cause).__name__}: {cause}\n{lines}")
     if getattr(error, "actor_init_failed", False):
         return _not_made(str(error).rstrip(), actor, what)
     return ActorError(
@@ -222,6 +221,11 @@ def _last_lines(actor: Actor) -> str:
 
 
 def _python_path() -> str:
-    """Actors import what the driver can: the user's own modules beside where the command was started."""
-    entries = [os.getcwd(), *os.environ.get("PYTHONPATH", "").split(os.pathsep), *(p for p in sys.path[:1] if p)]
+    """Actors import what the driver can: the user's own modules, wherever the driver found them.
+
+    What belongs to the Python installation is left out: a worker has its own.
+    """
+    installed = tuple(os.path.join(os.path.realpath(p), "") for p in (sys.prefix, sys.base_prefix))
+    own = [p for p in sys.path if p and not os.path.realpath(p).startswith(installed)]
+    entries = [*own, os.getcwd(), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     return os.pathsep.join(dict.fromkeys(e for e in entries if e))
