@@ -172,7 +172,8 @@ def explain(error: Exception, call: Call, what: str) -> ApportionError:
             return cause
         if isinstance(cause, OSError) and cause.errno == 28:
             return CheckpointError(f"{actor.name}: no space left on the device while in {what}: {cause}")
-        lines = "\n".join(f"    {line}" for line in error.traceback_str.rstrip().splitlines()[-12:])
+        trace = str(error).replace("\\n", "\n")  # a KeyError shows its text as a literal
+        lines = "\n".join(f"    {line}" for line in trace.rstrip().splitlines()[-12:])
         return ActorError(f"{actor.name}: {call.method} failed in {what}: {type(cause).__name__}: {cause}\n{lines}")
     if getattr(error, "actor_init_failed", False):
         return _not_made(str(error).rstrip(), actor, what)
