@@ -360,21 +360,22 @@ def submitted(started, head: Head, words: list[str]) -> Run:
 
 @pytest.fixture(scope="module")
 def interrupted(folder, started, head):
-    """Ctrl-C in the middle of a run with vLLM, and beside it a job submitted to a cluster."""
+    """Ctrl-C in the middle of a run with vLLM; beside it a job submitted to a cluster, and one that may not join it."""
     endless = started(
         "train", "experiment=tiny_grpo", *COMMON, "train.steps=100000", f"runs_folder={folder}/runs", "run_name=endless"
     )
     words = [APPORTION, "train", "experiment=tiny_grpo", *QUICK, "train.steps=1", f"runs_folder={folder}/runs"]
     job = submitted(started, head, [*words, "run_name=job"])
+    stranger = started(*words[1:], "run_name=stranger", f"cluster.address={head.address}")
     deadline = time.monotonic() + 200
     while not steps_of(folder / "runs/endless") and endless.process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.2)
     os.killpg(endless.process.pid, signal.SIGINT)  # as a terminal does, to the whole group
-    return endless.finished(60), job.finished()
+    return endless.finished(60), job.finished(), stranger.finished(120)
 
 
 def test_ctrl_c_ends_a_run_with_130_and_nothing_is_left_running(interrupted, folder):
-    endless, _ = interrupted
+    endless, _, _ = interrupted
     assert steps_of(folder / "runs/endless")
     assert endless.code == 130, endless.output
     assert endless.output.rstrip().endswith("interrupted")
@@ -383,7 +384,7 @@ def test_ctrl_c_ends_a_run_with_130_and_nothing_is_left_running(interrupted, fol
 
 
 def test_a_job_submitted_to_a_protected_cluster_runs_there_and_leaves_the_cluster_up(interrupted, folder, head):
-    _, job = interrupted
+    _, job, _ = interrupted
     assert job.code == 0, job.output
     assert sorted(steps_of(folder / "runs/job")) == [1]
     assert head.process.process.poll() is None
@@ -401,8 +402,7 @@ def _runs_for(pid: int, logs: str) -> bool:
         return False
 
 
-def test_a_cluster_that_wants_a_token_refuses_a_run_without_it_in_one_line(interrupted, folder, started, head):
-    words = ["train", "experiment=tiny_grpo", *QUICK, f"cluster.address={head.address}", f"runs_folder={folder}/runs"]
-    stranger = started(*words, "run_name=stranger").finished(120)
+def test_a_cluster_that_wants_a_token_refuses_a_run_without_it_in_one_line(interrupted, head):
+    _, _, stranger = interrupted
     assert stranger.code == 2, stranger.output
     assert error_of(stranger).startswith(f"error: cluster.address: cannot reach {head.address}: ")
