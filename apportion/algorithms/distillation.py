@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -52,21 +52,40 @@ class DistillationOutput:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "losses"}
 
 
+@torch.no_grad()
 def total_variation(first_logits: Tensor, second_logits: Tensor) -> Tensor:
-    """1/2 sum |softmax - softmax| over the last axis.
+    """1/2 sum |softmax - softmax| over the last axis, without a gradient.
 
     >>> float(total_variation(torch.tensor([0.0, -1e9]), torch.tensor([-1e9, 0.0])))
     1.0
     """
-    return (first_logits.softmax(-1) - second_logits.softmax(-1)).abs().sum(-1) / 2
+    return first_logits.softmax(-1).sub_(second_logits.softmax(-1)).abs_().sum(-1) / 2
+
+
+class _ReverseKl(torch.autograd.Function):
+    """KL(softmax(first) || softmax(second)) over the last axis. The gradient at the first logits is p (log p - log q -
+    KL); autograd would keep five tensors of their size for it, this keeps two."""
+
+    @staticmethod
+    def forward(ctx: Any, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        gaps = student_logits.log_softmax(-1)
+        chances = gaps.exp()
+        gaps -= teacher_logits.log_softmax(-1)
+        divergence = (chances * gaps).sum(-1)
+        ctx.save_for_backward(chances, gaps, divergence)
+        return divergence
+
+    @staticmethod
+    def backward(ctx: Any, grads: Tensor) -> tuple[Tensor, None]:
+        chances, gaps, divergence = ctx.saved_tensors
+        return (gaps - divergence[..., None]).mul_(chances).mul_(grads[..., None]), None
 
 
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
     """KL(student || teacher) over the last axis, differentiable in the student."""
     if temperature != 1:  # a pass over the vocabulary that is worth saving
         student_logits, teacher_logits = student_logits / temperature, teacher_logits / temperature
-    student, teacher = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)
-    return (student.exp() * (student - teacher)).sum(-1)
+    return _ReverseKl.apply(student_logits, teacher_logits.detach())
 
 
 @dataclass
@@ -103,8 +122,13 @@ class AlignDistil:
         """Which frozen model stands beside the DPO model: `reverse_dpo` or `reference`."""
         return "reverse_dpo" if VARIANTS[self.variant][0] == "dpo" else "reference"
 
-    def losses(self, student_logits: Tensor, dpo_logits: Tensor, other_logits: Tensor) -> DistillationOutput:
-        """Everything [...] for logits [..., V]; softmax in float32 or better. ValueError for unlike vocabularies."""
+    def losses(
+        self, student_logits: Tensor, dpo_logits: Tensor, other_logits: Tensor, variation: Tensor | None = None
+    ) -> DistillationOutput:
+        """Everything [...] for logits [..., V]; softmax in float32 or better. ValueError for unlike vocabularies.
+
+        `variation` [...] of the two teachers saves two passes over the vocabulary where it is known already.
+        """
         widths = [x.shape[-1] for x in (student_logits, dpo_logits, other_logits)]
         if len(set(widths)) > 1:
             raise ValueError(
@@ -113,13 +137,13 @@ class AlignDistil:
             )
         with torch.no_grad():
             dpo, other = _precise(dpo_logits.detach()), _precise(other_logits.detach())
-            variation = total_variation(dpo, other)
+            variation = total_variation(dpo, other) if variation is None else variation
             alpha = self._alpha(variation)
             weight = self.beta0 / alpha
             if self.weight_cap is not None:
                 weight = weight.clamp_max(self.weight_cap)
             start = dpo if VARIANTS[self.variant][0] == "dpo" else other
-            teacher = torch.addcmul(start, alpha[..., None], dpo - other)
+            teacher = (dpo - other).mul_(alpha[..., None]).add_(start)
         kl = reverse_kl(_precise(student_logits), teacher, self.temperature)
         return DistillationOutput(weight * kl, kl.detach(), variation, alpha, weight)
 
@@ -139,25 +163,25 @@ class AlignDistil:
     ) -> DistillationOutput:
         """The same from final hidden states of N positions and the three output heads (student, dpo, other).
 
-        Logits exist for `chunk_tokens` positions at a time, forward and, made once more, backward: memory holds
-        N x D and chunk x V, never N x V. Gradients reach the student's hidden states and its head's parameters.
+        Logits exist for `chunk_tokens` positions at a time, forward and (made once more, but for the last) backward:
+        memory holds N x D and chunk x V, never N x V. Gradients reach the student's hidden states and its head's parameters.
         """
         lengths = [len(x) for x in (student_hidden_ND, dpo_hidden_ND, other_hidden_ND)]
         if len(set(lengths)) > 1:
             raise ValueError(f"hidden states: got {lengths} positions (student, dpo, other), expected the same number")
         student_head, dpo_head, other_head = heads
 
-        def chunk(student: Tensor, dpo: Tensor, other: Tensor) -> tuple[Tensor, ...]:
+        def chunk(student: Tensor, dpo: Tensor, other: Tensor, known: list[Tensor]) -> tuple[Tensor, ...]:
             with torch.no_grad():
                 dpo_logits, other_logits = dpo_head(dpo), other_head(other)
-            out = self.losses(student_head(student), dpo_logits, other_logits)
+            out = self.losses(student_head(student), dpo_logits, other_logits, *known)
+            known[:] = [out.total_variation]
             return tuple(getattr(out, f.name) for f in fields(out))
 
         split = [x.split(self.chunk_tokens) for x in (student_hidden_ND, dpo_hidden_ND, other_hidden_ND)]
-        parts = [
-            checkpoint(chunk, *pieces, use_reentrant=False, preserve_rng_state=False)
-            for pieces in zip(*split, strict=True)
-        ]
+        *first, last = zip(*split, strict=True)
+        parts = [checkpoint(chunk, *pieces, [], use_reentrant=False, preserve_rng_state=False) for pieces in first]
+        parts.append(chunk(*last, known=[]))  # the backward pass begins with it, so what it keeps stands alone
         return DistillationOutput(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
