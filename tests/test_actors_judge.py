@@ -1,6 +1,7 @@
 """The judge: steps by token offsets, every kind of judge and of failure, the vote, the caches, and who reads the marks."""
 
 import json
+import pickle
 import socket
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 
 from apportion.actors.credit import CreditSpec, CreditWorker
 from apportion.actors.engines import EngineSpec, Sample
-from apportion.actors.judge import Judge, JudgeReport, JudgeSpec, question_text, steps_of_response
+from apportion.actors.judge import Judge, JudgeReport, JudgeSpec, JudgeWorker, question_text, steps_of_response
 from apportion.actors.judge_cache import CritiqueCache, critique_key
 from apportion.actors.judge_client import (
     Case,
@@ -26,6 +27,8 @@ from apportion.actors.judge_client import (
     ServiceJudge,
     ServiceJudgeSpec,
 )
+from apportion.actors.rollout import RolloutReport
+from apportion.actors.scoring import ScoreReport
 from apportion.algorithms import registry
 from apportion.algorithms.interface import judged_method
 from apportion.batch import Batch, Critique, Marks, Prompt, Trajectory
@@ -33,9 +36,12 @@ from apportion.cli import compose_config, to_config
 from apportion.conf.combinations import Machine
 from apportion.data import step_sums
 from apportion.data.builtin import resolve_model
+from apportion.data.prompts import load_tokenizer
 from apportion.plan import make_plan
-from apportion.platform.errors import ConfigError
+from apportion.platform.cluster import Call
+from apportion.platform.errors import ApportionError, ConfigError
 from apportion.platform.metric_names import unknown_metrics
+from apportion.trainer import Actors, LoopSettings, Trainer
 
 END = 0  # spelled as nothing, like a special token
 
@@ -574,6 +580,112 @@ def test_the_vote_is_found_inside_a_method_that_wraps_it():
     assert "critiques" in wrapped.needs and judged_method(wrapped).vote([[0], []]) == [0]
     with pytest.raises(ValueError, match="expected the three of JudgedMethod"):
         judged_method(registry.build("credit", {"name": "grpo"}))
+
+
+# the loop, with actors that answer in place
+
+
+class InPlace:
+    """An actor whose methods run when they are called; what Ray would send is pickled on its way."""
+
+    def __init__(self, name, target):
+        self.name, self.target, self.called = name, target, []
+
+    def call(self, method, *arguments, returns=1):
+        self.called.append(method)
+        answer = getattr(self.target, method)(*pickle.loads(pickle.dumps(arguments)))
+        return Call(self, method, list(answer) if returns != 1 else [answer])
+
+
+class Sampler:
+    def __init__(self, texts):
+        self.texts = texts
+
+    def generate(self, prompts, first_group, responses, sampling):
+        rows = [
+            trajectory(text, prompt=p.prompt_id, sample=i, group=first_group + g)
+            for g, p in enumerate(prompts)
+            for i, text in enumerate(self.texts[:responses])
+        ]
+        return RolloutReport(0.1, 10, len(rows)), Batch.from_trajectories(rows)
+
+
+class AllRight:
+    def score(self, batch, prompts):
+        ones = np.ones(len(batch))
+        return ScoreReport(samples=len(batch), scored=len(batch)), replace(batch, rewards=ones, sample_mask=ones > 0)
+
+
+class JudgeActor:
+    def __init__(self, source):
+        self._judge = judge_with(source, critiques=1)
+
+    def judge(self, batch, prompts, part, parts):
+        return self._judge.judge(batch, prompts, range(part, len(batch), parts))
+
+
+def loop(monkeypatch, source, limit=1.0):
+    """A trainer of two engines and two judges whose answers are all right, with dynamic sampling."""
+    monkeypatch.setattr("apportion.trainer.gather", lambda calls, seconds, what: [call.refs[0] for call in calls])
+    names = iter(range(100))
+    actors = Actors(
+        rollout=[InPlace(f"rollout-{i}", Sampler(["a\n\nb", "c"])) for i in range(2)],
+        reward=[InPlace("reward-0", AllRight())],
+        credit=InPlace("credit-0", credit_worker([{"name": "dynamic_sampling", "by": "auto"}])),
+        policy=[],
+        judge=[InPlace(f"judge-{i}", JudgeActor(source)) for i in range(2)],
+    )
+    settings = LoopSettings(
+        1, 2, 2, None, 1, False, True, 0.1, True, 60.0, 0, 2, None, 0, False, {"run": 0}, max_failed_critiques=limit
+    )
+    prompts = SimpleNamespace(next_batch=lambda count: [prompt(name=f"p{next(names)}") for _ in range(count)])
+    warned = []
+    tracker = SimpleNamespace(warn=warned.append)
+    return Trainer(None, actors, prompts, settings, None, tracker, None), warned
+
+
+def test_the_loop_hands_each_engines_batch_to_all_judges_and_their_marks_to_selection(monkeypatch):
+    trainer, warned = loop(monkeypatch, Scripted(Critique([0])))
+    experience = trainer._collect()
+    # Every step 0 is wrong, so each group, though all right, has tokens that earn differently: one round is enough.
+    assert [judge.called for judge in trainer.actors.judge] == [["judge"] * 2] * 2
+    assert experience.groups == 2 and [b.wrong_steps for b in experience.admitted] == [[[0], [0]]] * 2
+    means = trainer._scores.means()
+    assert means["judge/failed_share"] == 0.0 and means["judge/wrong_step_share"] == pytest.approx(4 / 6)
+    assert trainer._scores.sums["judge/critiques"] == 4 and warned == [] and "judge" in trainer._timing
+
+
+def test_the_loop_goes_on_without_a_judge_that_is_down_and_stops_where_the_run_asked_for_that(monkeypatch):
+    down = Scripted(Critique(None, "down", detail="http://h/v1: ConnectError"))
+    trainer, warned = loop(monkeypatch, down)
+    with pytest.raises(ApportionError, match="no group of this step is left"):  # all right and unjudged: all alike
+        trainer._collect()
+    assert warned == ["judge: a critique is down, has no vote and is counted: http://h/v1: ConnectError"]
+    assert trainer._scores.means()["judge/unjudged_share"] == 1.0
+    trainer, _ = loop(monkeypatch, down, limit=0.5)
+    with pytest.raises(ApportionError, match="judge: 100% of this step's critiques failed, expected at most 50%"):
+        trainer._collect()
+
+
+def test_the_actor_spells_with_the_policys_tokenizer_and_takes_every_second_trajectory(oracle):
+    folder = resolve_model("builtin:tiny")
+    spec = spec_of(tokenizer=folder, function=oracle("awaited").name.removeprefix("function:"), critiques=1)
+    text = "a\n\nb"
+    ids = load_tokenizer(folder)(text)["input_ids"]
+    rows = [trajectory("", sample=i) for i in range(2)]
+    rows = [
+        replace(
+            row,
+            token_ids=np.array([7, *ids, 1], np.int32),
+            action_mask=np.ones(len(ids) + 1, bool),
+            turn_ids=np.zeros(len(ids) + 1, np.int32),
+            behavior_logprobs=np.full(len(ids) + 1, -1.0, np.float32),
+        )
+        for row in rows
+    ]
+    report, marks = pickle.loads(pickle.dumps(JudgeWorker(spec).judge(Batch.from_trajectories(rows), [prompt()], 1, 2)))
+    assert marks.rows == [1] and marks.wrong_steps == [[1]] and report.responses == 1
+    assert marks.step_ids[0].tolist() == [0, 0, 0, 1, 1]
 
 
 # the configuration
