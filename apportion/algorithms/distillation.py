@@ -181,7 +181,8 @@ class AlignDistil:
         split = [x.split(self.chunk_tokens) for x in (student_hidden_ND, dpo_hidden_ND, other_hidden_ND)]
         *first, last = zip(*split, strict=True)
         parts = [checkpoint(chunk, *pieces, [], use_reentrant=False, preserve_rng_state=False) for pieces in first]
-        parts.append(chunk(*last, known=[]))  # the backward pass begins with it, so what it keeps stands alone
+        student, dpo, other = last
+        parts.append(chunk(student, dpo, other, []))  # the backward pass begins with it, so what it keeps stands alone
         return DistillationOutput(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
