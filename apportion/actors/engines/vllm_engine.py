@@ -69,7 +69,9 @@ class VllmEngine:
             with tempfile.TemporaryDirectory(dir=_shared_memory()) as folder:
                 path = Path(folder) / "weights.bin"
                 bundle.data.tofile(path)
-                answers = self._llm.collective_rpc("apportion_load_file", args=(str(path), _index(bundle), check))
+                answers = self._llm.collective_rpc(
+                    "apportion_load_file", args=(str(path), _index(bundle), bundle.version, check)
+                )
         self._llm.reset_prefix_cache()
         return merge_receipts(answers, bundle, name)
 

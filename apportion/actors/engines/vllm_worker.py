@@ -2,7 +2,9 @@
 
 A live parameter still in checkpoint layout is compared bit by bit. vLLM on CPU repacks linear layers, and may drop the
 original; such a layer is run on unit vectors, each of which gives one column of its matrix exactly (a product with 1 and
-sums with 0 round nothing), so that too is compared bit by bit.
+sums with 0 round nothing), so that too is compared bit by bit. Reading a whole model back takes longer than loading it,
+so each sync reads one column in `TURNS` of every such layer, others than the sync before: a layer that kept earlier
+weights, or got another's, is found at once, a single wrong number within `TURNS` syncs.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from apportion.platform.weights import TensorEntry, WeightBundle, checksum
 
 Answer = tuple[dict[str, str], int, list[str]]  # checksums of what was received, parameters checked live, wrong ones
 COLUMNS_AT_A_TIME = 256  # of a repacked matrix read back
+TURNS = 8  # syncs after which every column has been read back
 
 
 class WeightReceiver:
@@ -30,21 +33,21 @@ class WeightReceiver:
         if not check:
             return {e.name: e.checksum for e in bundle.entries}, 0, []
         sums = {e.name: checksum(bundle.data[e.offset : e.offset + e.size]) for e in bundle.entries}
-        checked, wrong = self.apportion_compare(bundle)
+        checked, wrong = self.apportion_compare(bundle, bundle.version % TURNS)
         return sums, checked, wrong
 
-    def apportion_load_file(self, path: str, index: list[tuple], check: bool) -> Answer:
+    def apportion_load_file(self, path: str, index: list[tuple], version: int, check: bool) -> Answer:
         """As `apportion_load`, where the worker is a process of its own: the bytes lie in a file in shared memory."""
         entries = [TensorEntry(n, d, tuple(s), o, z, c) for n, d, s, o, z, c in index]
         data = np.memmap(path, np.uint8, mode="r")
-        return self.apportion_load(WeightBundle(0, entries, data), check)
+        return self.apportion_load(WeightBundle(version, entries, data), check)
 
-    def apportion_compare(self, bundle: WeightBundle) -> tuple[int, list[str]]:
-        """The live model against a bundle, without loading it."""
+    def apportion_compare(self, bundle: WeightBundle, turn: int | None = None) -> tuple[int, list[str]]:
+        """The live model against a bundle, without loading it. `turn`: see `compare_live`."""
         from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
         share = (get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size())
-        return compare_live(self.model_runner.get_model(), dict(bundle.tensors()), share)  # type: ignore[attr-defined]
+        return compare_live(self.model_runner.get_model(), dict(bundle.tensors()), share, turn)  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
@@ -64,16 +67,17 @@ def repack_shared(model: torch.nn.Module) -> None:
 
 @torch.no_grad()
 def compare_live(
-    model: torch.nn.Module, sent: dict[str, Tensor], share: tuple[int, int] = (0, 1)
+    model: torch.nn.Module, sent: dict[str, Tensor], share: tuple[int, int] = (0, 1), turn: int | None = None
 ) -> tuple[int, list[str]]:
     """How many live parameters were held against the sent ones, and the names of sent tensors that differ.
 
+    `turn` (0 to TURNS - 1): of repacked matrices read every TURNS-th column, from this one on; None reads them whole.
     `share`: which of how many tensor-parallel workers this is. Layers that are not cut evenly over them (a padded
     vocabulary, repeated key-value heads), or built from tensors this cannot name, are left to the checksums.
     """
     checked, wrong = 0, []
     for module_name, attribute, parts in live_parts(model, sent):
-        views = _views(model.get_submodule(module_name), attribute)
+        views = _views(model.get_submodule(module_name), attribute, turn)
         answers = [_wrong_parts(view, parts, sent, share) for view in views]
         if not answers or any(answer is None for answer in answers):
             continue
@@ -129,8 +133,9 @@ class _Stored:
 class _Repacked:
     """The matrix of a linear layer, read back through the layer itself."""
 
-    def __init__(self, module: Any, shape: tuple[int, int]) -> None:
+    def __init__(self, module: Any, shape: tuple[int, int], turn: int | None = None) -> None:
         self.module, self.shape = module, shape
+        self._first, self._step = (0, 1) if turn is None else (turn, TURNS)
         self._columns: list[tuple[slice, Tensor]] = []
 
     def rows(self, start: int, end: int) -> Iterator[tuple[slice, Tensor]]:
@@ -140,21 +145,22 @@ class _Repacked:
             yield columns, values[:, start:end].T
 
     def _read(self) -> Iterator[tuple[slice, Tensor]]:
-        width = self.shape[1]
-        for first in range(0, width, COLUMNS_AT_A_TIME):
-            count = min(COLUMNS_AT_A_TIME, width - first)
-            unit = torch.zeros(count, width, dtype=self.module.weight.dtype)
-            unit[torch.arange(count), torch.arange(first, first + count)] = 1
-            yield slice(first, first + count), self.module.quant_method.apply(self.module, unit, None)
+        width, step = self.shape[1], self._step
+        for first in range(self._first, width, COLUMNS_AT_A_TIME * step):
+            columns = slice(first, min(width, first + COLUMNS_AT_A_TIME * step), step)
+            chosen = torch.arange(width)[columns]
+            unit = torch.zeros(len(chosen), width, dtype=self.module.weight.dtype)
+            unit[torch.arange(len(chosen)), chosen] = 1
+            yield columns, self.module.quant_method.apply(self.module, unit, None)
 
 
-def _views(module: Any, attribute: str) -> list[_Stored | _Repacked]:
+def _views(module: Any, attribute: str, turn: int | None) -> list[_Stored | _Repacked]:
     """Every form in which the layer holds this parameter."""
     live = getattr(module, attribute)
     views: list[_Stored | _Repacked] = [_Stored(live)] if live.numel() else []
     shape = _matrix_shape(module)
     if attribute == "weight" and shape and hasattr(module, "cpu_linear") and hasattr(module, "quant_method"):
-        views.append(_Repacked(module, shape))
+        views.append(_Repacked(module, shape, turn))
     return views
 
 
