@@ -160,7 +160,9 @@ def test_both_engines_decode_greedily_what_the_trainers_model_does(synced, train
     vllm, transformers = (synced.answers(name, asked, greedy) for name in BOTH)
     for request, one, other in zip(asked, vllm, transformers, strict=True):
         assert one.token_ids.tolist() == other.token_ids.tolist()
-        assert (one.finish_reason, one.text) == (other.finish_reason, other.text)
+        assert one.finish_reason == other.finish_reason
+        # vLLM holds back the last bytes of a text that are no whole character.
+        assert one.text.rstrip("\ufffd") == other.text.rstrip("\ufffd")
         ids = torch.from_numpy(np.concatenate([request.token_ids, one.token_ids]).astype(np.int64))
         with torch.no_grad():
             best = trained(ids[None]).logits[0, len(request.token_ids) - 1 : -1].argmax(-1)
@@ -169,12 +171,14 @@ def test_both_engines_decode_greedily_what_the_trainers_model_does(synced, train
 
 @pytest.mark.parametrize("name", BOTH)
 def test_a_stop_string_ends_a_response_and_is_part_of_it(synced, prompts, name):
-    asked = [Request(p) for p in prompts]
-    [whole, *_] = synced.answers(name, asked, Sampling(0.0, max_tokens=16))
-    letters = [c for c in whole.text if c.isascii() and c.isprintable()]
-    assert letters, "the tiny model's greedy answer has no letter to stop at"
-    stop = letters[len(letters) // 2]
-    [stopped, *_] = synced.answers(name, asked, Sampling(0.0, max_tokens=16, stop=[stop]))
+    for seed in range(50):
+        asked = [Request(prompts[0], seed)]
+        [whole] = synced.answers(name, asked, Sampling(1.0, max_tokens=16))
+        letters = [c for c in whole.text[2:-2] if c.isascii() and c.isalpha()]
+        if letters:
+            break
+    stop = letters[0]
+    [stopped] = synced.answers(name, asked, Sampling(1.0, max_tokens=16, stop=[stop]))
     assert stopped.finish_reason == "stop"
     assert stopped.text == whole.text[: whole.text.index(stop) + 1]
     assert stopped.token_ids.tolist() == whole.token_ids[: len(stopped.token_ids)].tolist()

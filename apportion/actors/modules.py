@@ -42,7 +42,12 @@ class CausalLMLogprobs(nn.Module):
 
     def logits(self, hidden: Tensor, temperature: float) -> Tensor:
         """[c, D] to float32 [c, V], after the model's own scale and softcap and the sampling temperature."""
-        return self.finished(base_causal_lm(self.model).get_output_embeddings()(hidden), temperature)
+        head = base_causal_lm(self.model).get_output_embeddings()
+        if type(head) is not nn.Linear:
+            return self.finished(head(hidden), temperature)
+        # Not head(hidden): ZeRO-3 gathers at every call of a module, and ranks may have different numbers of chunks.
+        # A matrix that this module reads itself is gathered once a pass, with this module.
+        return self.finished(nn.functional.linear(hidden, head.weight, head.bias), temperature)
 
     def finished(self, raw: Tensor, temperature: float) -> Tensor:
         """What the output head gave, in float32, after the model's own scale and softcap and the temperature."""

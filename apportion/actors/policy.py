@@ -171,7 +171,8 @@ class PolicyWorker(ActorBase):
         moved = micro.to(device)
         logprobs, entropies = self._forward(moved, loss.entropy_coefficient > 0)
         if not len(micro.packed_index) or shard.loss_weights is None:
-            return logprobs.sum() * 0.0
+            # Both outputs, as a real loss uses both: ZeRO-3 expects the same backward pass of all ranks.
+            return (logprobs.sum() + entropies.sum()) * 0.0
         policy = moved.spread(logprobs)
         behavior = moved.gather(_packed(shard, "behavior_logprobs"), device)
         # With one optimiser step a batch nothing has changed yet: the old log-probs are these.
