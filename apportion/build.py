@@ -403,7 +403,7 @@ def _critic_requests(config: Config, model: str) -> list[ActorRequest]:
     path = resolve_model(config.critic.model) if config.critic.model else model
     spec = CriticSpec(
         path, m.dtype, m.attention, m.trust_remote_code, config.critic, config.critic.value_clip,
-        config.algorithm.epochs, _optimizer_steps(config),
+        config.algorithm.epochs, _optimizer_steps(config), share_prompts=config.policy.share_prompts,
     )  # fmt: skip
     return _rank_requests(config, "critic", CriticWorker, spec, config.cluster.gpus_per_critic_rank)
 
@@ -419,6 +419,7 @@ def _reference_requests(config: Config, model: str) -> list[ActorRequest]:
         logits_chunk_tokens=config.policy.logits_chunk_tokens,
         temperature=config.rollout.temperature,
         threads=_threads(config),
+        share_prompts=config.policy.share_prompts,
     )
     environment = _threads_environment(config)
     return [

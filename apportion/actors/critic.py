@@ -29,6 +29,7 @@ class CriticSpec:
     value_clip: float | None
     epochs: int
     total_optimizer_steps: int
+    share_prompts: bool = False  # in the update, as the policy
 
 
 class CriticWorker(ActorBase):
@@ -72,7 +73,7 @@ class CriticWorker(ActorBase):
         for _ in range(self.spec.epochs):
             for step in range(minibatches):
                 chosen = np.flatnonzero(shard.minibatch_ids == step)
-                micros = cut(shard, chosen, self.spec.settings.micro_batch_tokens)
+                micros = cut(shard, chosen, self.spec.settings.micro_batch_tokens, self.spec.share_prompts)
                 report.tokens += sum(m.real_tokens for m in micros)
                 outcome = self.engine.train_step(micros, nothing(), lambda m: self._loss(m, shard, report.totals))
                 report.steps.append(outcome)
@@ -84,7 +85,8 @@ class CriticWorker(ActorBase):
         assert shard.returns is not None and shard.values is not None and shard.value_weights is not None
         device = self.engine.device
         m = micro.to(device)
-        values = self.engine.forward(m.input_ids, m.rows, m.columns)
+        tree = (m.tree.positions, m.tree.visible) if m.tree else None
+        values = self.engine.forward(m.input_ids, m.rows, m.columns, tree)
         index = micro.packed_index
         if not len(index):
             return values.sum() * 0.0

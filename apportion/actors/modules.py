@@ -29,16 +29,8 @@ class CausalLMLogprobs(nn.Module):
         self.logit_scale = _logit_scale(causal.config)
 
     def hidden(self, input_ids: Tensor, positions: Tensor | None = None, visible: Tensor | None = None) -> Tensor:
-        """[b, S] ids to final hidden states [b, S, D], right-padded rows, no mask (causal attention needs none).
-
-        For responses behind a shared prompt: `positions` [b, S] and `visible` [b, 1, S, S] bool.
-        """
-        decoder = base_causal_lm(self.model).base_model
-        if visible is None:
-            return decoder(input_ids=input_ids, use_cache=False).last_hidden_state
-        return decoder(
-            input_ids=input_ids, position_ids=positions, attention_mask=visible, use_cache=False
-        ).last_hidden_state
+        """`final_hidden` of this model."""
+        return final_hidden(self.model, input_ids, positions, visible)
 
     def logits(self, hidden: Tensor, temperature: float) -> Tensor:
         """[c, D] to float32 [c, V], after the model's own scale and softcap and the sampling temperature."""
@@ -113,11 +105,27 @@ class ValueModel(nn.Module):
         self.value_head = nn.Linear(causal.config.hidden_size, 1, bias=False, dtype=dtype)
         nn.init.zeros_(self.value_head.weight)  # the first values are 0, not noise
 
-    def forward(self, input_ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """float32 [r]"""
-        decoder = base_causal_lm(self.model).base_model
-        hidden = decoder(input_ids=input_ids, use_cache=False).last_hidden_state[rows, columns]
+    def forward(
+        self, input_ids: Tensor, rows: Tensor, columns: Tensor, tree: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """float32 [r]; `tree` as in `CausalLMLogprobs`."""
+        hidden = final_hidden(self.model, input_ids, *(tree or ()))[rows, columns]
         return self.value_head(hidden).squeeze(-1).float()
+
+
+def final_hidden(
+    model: Any, input_ids: Tensor, positions: Tensor | None = None, visible: Tensor | None = None
+) -> Tensor:
+    """[b, S] ids to final hidden states [b, S, D], right-padded rows, no mask (causal attention needs none).
+
+    For responses behind a shared prompt: `positions` [b, S] and `visible` [b, 1, S, S] bool.
+    """
+    decoder = base_causal_lm(model).base_model
+    if visible is None:
+        return decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+    return decoder(
+        input_ids=input_ids, position_ids=positions, attention_mask=visible, use_cache=False
+    ).last_hidden_state
 
 
 def base_causal_lm(model: Any) -> Any:

@@ -25,6 +25,7 @@ class ReferenceSpec:
     logits_chunk_tokens: int
     temperature: float
     threads: int | None
+    share_prompts: bool = False
 
 
 class ReferenceWorker(ActorBase):
@@ -41,8 +42,9 @@ class ReferenceWorker(ActorBase):
         """Seconds, and `reference_logprobs` [R], at the sampling temperature, as the policy's own are."""
         start = time.perf_counter()
         out = np.zeros(int(shard.response_lengths.sum()), np.float32)
-        for micro in cut(shard, np.arange(len(shard)), self.spec.micro_batch_tokens):
+        for micro in cut(shard, np.arange(len(shard)), self.spec.micro_batch_tokens, self.spec.share_prompts):
             m = micro.to(self.device)
-            logprobs, _ = self.module(m.input_ids, m.rows, m.columns, m.targets, self.spec.temperature)
+            tree = (m.tree.positions, m.tree.visible) if m.tree else None
+            logprobs, _ = self.module(m.input_ids, m.rows, m.columns, m.targets, self.spec.temperature, tree=tree)
             out[micro.packed_index] = logprobs.cpu().numpy()
         return time.perf_counter() - start, Signals(reference_logprobs=out)
