@@ -192,8 +192,6 @@ def same(got: Outcome, right: Outcome, start: dict[str, np.ndarray] | None = Non
         np.testing.assert_allclose(got.weights[name], weight, atol=3e-6, rtol=1e-4, err_msg=name)
 
 
-FEW = {"micro_batch_tokens": 20, "logits_chunk_tokens": 5}  # ranks have different numbers of passes and of chunks
-
 SMALL = {
     "micro_batch_tokens": 20,
     "logits_chunk_tokens": 5,
