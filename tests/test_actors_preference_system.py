@@ -68,7 +68,6 @@ def test_every_stage_learns_an_easy_task_from_where_the_one_before_ended(tmp_pat
         "run_name=reward",
         "train.steps=3",
         "cluster.policy_ranks=2",
-        "policy.zero_stage=3",
     )
     before, after = held_out(tmp_path, "reward")
     assert after["eval/pair_accuracy"] == 1.0
