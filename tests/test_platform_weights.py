@@ -89,3 +89,12 @@ def test_equal_bytes_have_equal_checksums_whatever_made_them():
     one = WeightBundle.pack([("x", torch.ones(4))], 0).entries[0].checksum
     other = WeightBundle.pack([("y", torch.from_numpy(np.ones(4, np.float32)))], 9).entries[0].checksum
     assert one == other
+
+
+def test_an_earlier_buffer_of_the_same_size_is_filled_anew_and_another_left_alone():
+    first = WeightBundle.pack([("t", torch.zeros(4))], 1)
+    second = WeightBundle.pack([("t", torch.ones(4))], 2, first.data)
+    assert second.data is first.data
+    assert torch.equal(second.tensor(second.entries[0]), torch.ones(4))
+    larger = WeightBundle.pack([("t", torch.zeros(5))], 3, second.data)
+    assert larger.nbytes == 20 and second.verify() == []

@@ -71,6 +71,7 @@ class PolicyWorker(ActorBase):
 
     def __init__(self, spec: PolicySpec) -> None:
         self.spec = spec
+        self._room: np.ndarray | None = None  # what the last weights were packed into
 
     def setup(self, world: World) -> None:
         """Load the model and join the other ranks."""
@@ -237,7 +238,8 @@ class PolicyWorker(ActorBase):
             for _ in named:
                 pass
             return None
-        bundle = WeightBundle.pack(named, version)
+        bundle = WeightBundle.pack(named, version, self._room)
+        self._room = bundle.data  # the object store has its own copy
         return bundle.entries, ray.put(bundle)
 
     def _huggingface_weights(self):

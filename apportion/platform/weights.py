@@ -34,8 +34,14 @@ class WeightBundle:
     data: np.ndarray  # [bytes] uint8
 
     @staticmethod
-    def pack(named_tensors: Iterable[tuple[str, Tensor]], version: int) -> WeightBundle:
-        """Copy tensors side by side into one buffer. They are consumed one at a time."""
+    def pack(
+        named_tensors: Iterable[tuple[str, Tensor]], version: int, room: np.ndarray | None = None
+    ) -> WeightBundle:
+        """Copy tensors side by side into one buffer. They are consumed one at a time.
+
+        `room`: an earlier bundle's `data` that nobody reads any more, used again if it is as large. Memory that is new
+        to a process costs many times the copy.
+        """
         entries: list[TensorEntry] = []
         parts: list[np.ndarray] = []
         offset = 0
@@ -47,7 +53,8 @@ class WeightBundle:
             offset += raw.nbytes
         if not parts:
             raise WeightSyncError("weights: got no tensor to send, expected the model's parameters")
-        return WeightBundle(version, entries, np.concatenate(parts))
+        fits = room is not None and room.nbytes == offset
+        return WeightBundle(version, entries, np.concatenate(parts, out=room if fits else None))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Views into the buffer; read only, whatever torch says of them."""
