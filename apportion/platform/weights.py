@@ -34,9 +34,7 @@ class WeightBundle:
     data: np.ndarray  # [bytes] uint8
 
     @staticmethod
-    def pack(
-        named_tensors: Iterable[tuple[str, Tensor]], version: int, room: np.ndarray | None = None
-    ) -> WeightBundle:
+    def pack(named_tensors: Iterable[tuple[str, Tensor]], version: int, room: np.ndarray | None = None) -> WeightBundle:
         """Copy tensors side by side into one buffer. They are consumed one at a time.
 
         `room`: an earlier bundle's `data` that nobody reads any more, used again if it is as large. Memory that is new
