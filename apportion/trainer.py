@@ -5,116 +5,30 @@ The driver holds prompts, references and reports; batches stay in Ray's object s
 
 from __future__ import annotations
 
-import itertools
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from apportion.actors.credit import AdmitReport, CreditReport, CutReport, EvaluationReport
-from apportion.actors.engines import Sampling
-from apportion.actors.judge import COUNTED, JudgeReport
+from apportion.actors.judge import JudgeReport
 from apportion.actors.policy import UpdateReport
 from apportion.actors.rollout import RolloutReport
 from apportion.actors.scoring import ScoreReport
 from apportion.algorithms.kl import KlCoefficient
 from apportion.batch import Prompt, Totals
+from apportion.loop.calls import deal, with_refs
+from apportion.loop.evaluation import Evaluator
+from apportion.loop.metrics import StepReports, speed_metrics, step_metrics
+from apportion.loop.state import Actors, Experience, LoopSettings, Progress, PromptSource
 from apportion.platform.checkpoint import CheckpointStore, RunState
-from apportion.platform.cluster import Actor, Call, Cluster, gather
+from apportion.platform.cluster import Call, gather
 from apportion.platform.errors import ApportionError, RewardError
 from apportion.platform.tracking import Tracker
 from apportion.platform.weights import SyncReceipt, prove
 
-_ENVIRONMENT_SUMS = ("rollout/environment_failures", "rollout/environment_seconds")
 MAX_ROUNDS = 8  # of sampling for one step, when selection drops groups
-
-
-class PromptSource(Protocol):
-    def next_batch(self, prompts: int | None = None) -> list[Prompt]: ...
-    def state(self) -> dict[str, int]: ...
-    def load_state(self, state: dict[str, int]) -> None: ...
-
-
-@dataclass
-class Actors:
-    """Everything that runs. Reference and critic are empty when nothing needs them."""
-
-    rollout: list[Actor]
-    reward: list[Actor]
-    credit: Actor
-    policy: list[Actor]
-    reference: list[Actor] = field(default_factory=list)
-    critic: list[Actor] = field(default_factory=list)
-    environment: list[Actor] = field(default_factory=list)  # the rollout engines speak to them
-    judge: list[Actor] = field(default_factory=list)
-
-
-@dataclass
-class LoopSettings:
-    steps: int
-    prompts_per_step: int
-    responses_per_prompt: int
-    sampling: Sampling
-    minibatches: int
-    policy_signals: bool  # old log-probs are a pass of their own
-    selects: bool  # groups may be dropped, so sampling may take several rounds
-    max_failed_share: float
-    sync_check: bool
-    call_timeout_seconds: float
-    critic_only_steps: int
-    samples_shown: int
-    max_minutes: float | None
-    checkpoint_every: int
-    checkpoint_final: bool
-    seeds: dict[str, int]
-    max_failed_critiques: float = 1.0  # share of a step's critiques
-
-
-@dataclass
-class EvaluationSettings:
-    every_steps: int
-    before: bool
-    after: bool
-    greedy: bool
-    samples: int
-    ks: list[int]
-    temperature: float
-    max_tokens: int
-    correct_at: float
-    show: int
-
-
-@dataclass
-class Progress:
-    """Where the run stands; what a checkpoint carries beside the tensors."""
-
-    step: int = 0
-    policy_version: int = 0
-    accuracy_before: float | None = None
-    accuracy_after: float | None = None
-    answers_before: list[dict[str, Any]] = field(default_factory=list)
-    answers_after: list[dict[str, Any]] = field(default_factory=list)
-    stage_seconds: dict[str, float] = field(default_factory=dict)
-    samples: int = 0
-    rollout_tokens: int = 0
-    update_tokens: int = 0
-    step_seconds: float = 0.0
-    wall_seconds: float = 0.0
-    metrics: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass
-class Experience:
-    """References to what a step has sampled and scored."""
-
-    admitted: list[Any]
-    groups: int
-    totals: Totals
-    seconds_sampling: float
-    judging: list[list[Call]] = field(default_factory=list)  # of this round: for each rollout batch, one a judge
 
 
 class Trainer:
@@ -122,7 +36,6 @@ class Trainer:
 
     def __init__(
         self,
-        cluster: Cluster,
         actors: Actors,
         prompts: PromptSource,
         settings: LoopSettings,
@@ -130,7 +43,6 @@ class Trainer:
         tracker: Tracker,
         store: CheckpointStore,
     ) -> None:
-        self.cluster = cluster
         self.actors = actors
         self.prompts = prompts
         self.settings = settings
@@ -138,8 +50,7 @@ class Trainer:
         self.tracker = tracker
         self.store = store
         self.progress = Progress()
-        self.evaluation: EvaluationSettings | None = None
-        self.evaluation_prompts: list[Prompt] = []
+        self.evaluator: Evaluator | None = None
         self._timing: dict[str, float] = {}
         self._scores = Totals()
         self._first_traceback: str | None = None
@@ -152,8 +63,8 @@ class Trainer:
         """From where `progress` stands to the last step."""
         self._started = time.perf_counter() - self.progress.wall_seconds
         self._sync()
-        if self.evaluation and self.evaluation.before and self.progress.step == 0:
-            report = self._evaluate()
+        if self.evaluator and self.evaluator.settings.before and self.progress.step == 0:
+            report = self._evaluate(self.evaluator)
             self.progress.accuracy_before = report.metrics.get("eval/greedy_accuracy")
             self.progress.answers_before = report.answers
             self.tracker.log(0, report.metrics)
@@ -177,7 +88,7 @@ class Trainer:
         self._sync()
         self.progress.step += 1
         self._timing["step"] = time.perf_counter() - start
-        metrics = self._metrics(experience, cut, credit, updates, critic)
+        metrics = self._metrics(self._reports(experience, cut, credit, updates, critic))
         metrics |= self._evaluate_if_due()
         self.tracker.log(self.progress.step, metrics)
         self.tracker.log_samples(self.progress.step, credit.samples)
@@ -202,7 +113,7 @@ class Trainer:
         for round_ in range(MAX_ROUNDS if self.settings.selects else 1):
             prompts = self.prompts.next_batch(wanted)
             first_group = round_ * wanted
-            chunks = _deal(prompts, len(self.actors.rollout))
+            chunks = deal(prompts, len(self.actors.rollout))
             batches = self._rollout(chunks, first_group, experience)
             scored = self._score(batches, chunks)
             marks = self._judged(experience)
@@ -369,52 +280,26 @@ class Trainer:
             receipts: list[SyncReceipt] = self._gather(calls, "sync")
             prove(receipts, entries, version)
         self._weight_bytes = sum(e.size for e in entries)
-        self._live_checked = min(r.checked_live for r in receipts)
 
     # evaluation
 
     def _evaluate_if_due(self) -> dict[str, float]:
         """Every so many steps, and after the last: then the answers are kept for the summary."""
-        settings = self.evaluation
-        if settings is None:
+        if self.evaluator is None:
             return {}
+        settings = self.evaluator.settings
         last = settings.after and self._finished()
         if not last and not (settings.every_steps and self.progress.step % settings.every_steps == 0):
             return {}
-        report = self._evaluate()
+        report = self._evaluate(self.evaluator)
         if last:
             self.progress.accuracy_after = report.metrics.get("eval/greedy_accuracy")
             self.progress.answers_after = report.answers
         return report.metrics
 
-    def _evaluate(self) -> EvaluationReport:
-        """Greedy answers, and sampled ones for avg@k and pass@k, over all held-out prompts."""
-        settings = self.evaluation
-        assert settings is not None
-        chunks = _deal(self.evaluation_prompts, len(self.actors.rollout))
-        greedy, sampled, stop = [], [], self.settings.sampling.stop
+    def _evaluate(self, evaluator: Evaluator) -> EvaluationReport:
         with self._timed("evaluate"):
-            if settings.greedy:
-                greedy = self._evaluate_with(chunks, Sampling(0.0, max_tokens=settings.max_tokens, stop=stop), 1)
-            if settings.samples:
-                sampling = Sampling(settings.temperature, max_tokens=settings.max_tokens, stop=stop)
-                sampled = self._evaluate_with(chunks, sampling, settings.samples)
-            arguments = (settings.correct_at, settings.ks, settings.show, len(greedy), *greedy, *sampled)
-            [report] = self._gather([self.actors.credit.call("evaluate_refs", *arguments)], "evaluation")
-        return report
-
-    def _evaluate_with(self, chunks: list[list[Prompt]], sampling: Sampling, responses: int) -> list[Any]:
-        calls, group = [], 0
-        for actor, chunk in zip(self.actors.rollout, chunks, strict=False):
-            calls.append(actor.call("generate", chunk, group, responses, Sampling(**vars(sampling)), returns=2))
-            group += len(chunk)
-        batches = [ref for _, ref in self._call_all(calls)]
-        workers = self.actors.reward
-        scoring = [
-            workers[i % len(workers)].call("score", batch, chunk, returns=2)
-            for i, (batch, chunk) in enumerate(zip(batches, chunks, strict=True))
-        ]
-        return [ref for _, ref in self._call_all(scoring)]
+            return evaluator.evaluate(f"evaluation after step {self.progress.step}")
 
     # checkpoints
 
@@ -464,8 +349,7 @@ class Trainer:
 
     def _call_all(self, calls: list[Call]) -> list[tuple]:
         """For calls with several results: the first of each fetched, the others left in the store."""
-        reports = self._gather(calls, calls[0].method if calls else "nothing")
-        return [(report, *call.refs[1:]) for report, call in zip(reports, calls, strict=True)]
+        return with_refs(self._gather(calls, calls[0].method if calls else "nothing"), calls)
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
@@ -477,71 +361,27 @@ class Trainer:
             self._timing[stage] = self._timing.get(stage, 0.0) + seconds
             self.progress.stage_seconds[stage] = self.progress.stage_seconds.get(stage, 0.0) + seconds
 
-    def _metrics(
+    def _reports(
         self,
         experience: Experience,
         cut: CutReport,
         credit: CreditReport,
-        updates: list[UpdateReport],
+        policy: list[UpdateReport],
         critic: list[UpdateReport],
-    ) -> dict[str, float]:
+    ) -> StepReports:
         totals = experience.totals
         totals.merge(self._scores)
-        metrics = {**credit.metrics, **_update_metrics(updates, "policy"), **_update_metrics(critic, "critic")}
-        metrics |= totals.means()
-        metrics["reward/std"] = math.sqrt(max(0.0, metrics.pop("reward/square") - metrics["reward/mean"] ** 2))
-        metrics |= {name: total for name, total in totals.sums.items() if name.startswith(COUNTED)}
-        for name in ("rollout/trajectories", "rollout/prompts", "rollout/groups_dropped", *_ENVIRONMENT_SUMS):
-            if name in totals.sums:
-                metrics[name] = totals.sums[name]
+        return StepReports(totals, credit.metrics, cut.trajectories, experience.seconds_sampling, policy, critic)
+
+    def _metrics(self, reports: StepReports) -> dict[str, float]:
+        """The step's row; what is counted over the whole run and the KL's coefficient move on."""
+        metrics, p = step_metrics(reports), self.progress
         metrics["policy/kl_coefficient"] = self.kl.coefficient
-        metrics["weights/version"] = self.progress.policy_version
+        metrics["weights/version"] = p.policy_version
         metrics["weights/bytes"] = self._weight_bytes
         if "policy/kl_reference" in metrics:
-            self.kl.update(metrics["policy/kl_reference"], cut.trajectories)
-        return metrics | self._speeds(experience, cut, [*updates, *critic], updates)
-
-    def _speeds(
-        self, experience: Experience, cut: CutReport, reports: list[UpdateReport], policy: list[UpdateReport]
-    ) -> dict[str, float]:
-        timing, p = self._timing, self.progress
-        step = timing["step"]
-        tokens = sum(r.tokens for r in policy)
-        stages = sum(v for k, v in timing.items() if k != "step")
-        computing = experience.seconds_sampling + max((r.seconds for r in policy), default=0.0)
-        computing += max((r.seconds for r in reports if r not in policy), default=0.0) + timing.get("signals", 0.0)
-        p.samples += cut.trajectories
-        p.update_tokens += tokens
-        p.step_seconds += step
-        sampled = experience.totals.sums["rollout/response_tokens_mean"]
-        return {f"timing/{k}": v for k, v in timing.items()} | {
-            "timing/other": step - stages,
-            "perf/samples_per_second": cut.trajectories / step,
-            "perf/rollout_tokens_per_second": sampled / timing["rollout"],
-            "perf/update_tokens_per_second": tokens / timing["update"],
-            "perf/overhead_share": max(0.0, 1 - computing / step),
-        }
-
-
-def _update_metrics(reports: list[UpdateReport], role: str) -> dict[str, float]:
-    if not reports:
-        return {}
-    totals = Totals()
-    for report in reports:
-        totals.merge(report.totals)
-    steps = reports[0].steps
-    metrics = totals.means()
-    # Without a row that teaches, no pass counts, and the loss is 0.
-    metrics[f"{role}/loss"] = totals.sums.get(f"{role}/loss", 0.0) / len(steps)
-    metrics[f"{role}/grad_norm"] = sum(s.grad_norm for s in steps) / len(steps)
-    if role == "policy":
-        metrics["policy/learning_rate"] = steps[-1].learning_rate
-        metrics["policy/optimizer_steps"] = len(steps)
-    return metrics
-
-
-def _deal(prompts: list[Prompt], engines: int) -> list[list[Prompt]]:
-    """Contiguous parts of about equal size, none empty."""
-    count = min(engines, len(prompts))
-    bounds = [round(i * len(prompts) / count) for i in range(count + 1)]
-    return [prompts[a:b] for a, b in itertools.pairwise(bounds)]
+            self.kl.update(metrics["policy/kl_reference"], reports.trajectories)
+        p.samples += reports.trajectories
+        p.update_tokens += reports.update_tokens
+        p.step_seconds += self._timing["step"]
+        return metrics | speed_metrics(reports, self._timing)

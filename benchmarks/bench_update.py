@@ -67,9 +67,9 @@ def worker(config: Any, model: str, **changes: Any) -> Any:
     """A policy rank in this process."""
     from apportion.actors.engine import World
     from apportion.actors.policy import PolicyWorker
-    from apportion.build import _policy_requests
+    from apportion.assembly.training import policy_requests
 
-    spec = replace(_policy_requests(config, model)[0].arguments[0], **changes)
+    spec = replace(policy_requests(config, model)[0].arguments[0], **changes)
     made = PolicyWorker(spec)
     _, port = made.free_port(True)
     made.setup(World(master_port=port, threads=os.cpu_count()))

@@ -37,11 +37,12 @@ from apportion.conf.combinations import Machine
 from apportion.data import step_sums
 from apportion.data.builtin import resolve_model
 from apportion.data.prompts import load_tokenizer
+from apportion.loop.state import Actors, LoopSettings
 from apportion.plan import make_plan
 from apportion.platform.cluster import Call
 from apportion.platform.errors import ApportionError, ConfigError
 from apportion.platform.metric_names import unknown_metrics
-from apportion.trainer import Actors, LoopSettings, Trainer
+from apportion.trainer import Trainer
 
 END = 0  # spelled as nothing, like a special token
 
@@ -641,7 +642,7 @@ def loop(monkeypatch, source, limit=1.0):
     prompts = SimpleNamespace(next_batch=lambda count: [prompt(name=f"p{next(names)}") for _ in range(count)])
     warned = []
     tracker = SimpleNamespace(warn=warned.append)
-    return Trainer(None, actors, prompts, settings, None, tracker, None), warned
+    return Trainer(actors, prompts, settings, None, tracker, None), warned
 
 
 def test_the_loop_hands_each_engines_batch_to_all_judges_and_their_marks_to_selection(monkeypatch):

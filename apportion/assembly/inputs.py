@@ -1,0 +1,47 @@
+"""Prompts to train on and held-out ones to evaluate on, with the rewards that read their columns."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from apportion.actors.reward_check import check_columns, check_functions
+from apportion.assembly.report import say
+from apportion.batch import Prompt
+from apportion.conf.schema import Config
+from apportion.data.prompts import PromptEncoder, PromptStream, every_prompt
+from apportion.data.sources import Source, load_sources
+from apportion.data.turns import TurnEncoder
+
+
+def load_prompts(config: Config, tokenizer: Any) -> tuple[PromptStream, list[Prompt]]:
+    """The training stream and the held-out prompts; says how many rows were left out."""
+    data = config.data
+    encoder = PromptEncoder(
+        tokenizer, data.system_prompt, data.chat, dict(data.chat_template_kwargs), data.max_prompt_tokens
+    )
+    if config.environment.cls is not None:
+        TurnEncoder(encoder, config.environment.observation_role)  # refuses a chat template that cannot show turns
+    common: dict[str, Any] = {"prompt_column": data.prompt_column, "on_bad_row": data.on_bad_row}
+    sources = load_sources(data.train, split="train", limit=data.limit, **common)
+    functions = check_functions(config.reward.functions, config.reward.timeout_seconds)
+    check_columns(functions, _columns(sources), "data.train")
+    stream = PromptStream(
+        sources, encoder, config.train.prompts_per_step, config.seed, data.shuffle, on_bad_row=data.on_bad_row
+    )
+    held_out: list[Prompt] = []
+    left_out = Counter(stream.skipped)
+    if data.eval is not None:
+        held_sources = load_sources(data.eval, split="eval", limit=data.eval_limit, **common)
+        check_columns(functions, _columns(held_sources), "data.eval")
+        held_out, skipped = every_prompt(held_sources, encoder, data.on_bad_row)
+        left_out += skipped
+    if left_out:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in left_out.items())
+        say(f"data: {left_out.total()} rows left out ({reasons})")
+    return stream, held_out
+
+
+def _columns(sources: list[Source]) -> set[str]:
+    """Columns beside the prompt, as the first rows of each source have them."""
+    return {name for s in sources for row in s.rows[:8] for name in row.values if name != s.prompt_column}

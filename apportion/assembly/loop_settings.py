@@ -1,0 +1,40 @@
+"""How the loop and its evaluation are set."""
+
+from __future__ import annotations
+
+from apportion.actors.engines import Sampling
+from apportion.assembly.needs import Needs
+from apportion.conf.schema import Config
+from apportion.loop.evaluation import EvaluationSettings
+from apportion.loop.state import LoopSettings
+
+
+def loop_settings(config: Config, needs: Needs) -> LoopSettings:
+    r, t = config.rollout, config.train
+    return LoopSettings(
+        steps=t.steps,
+        prompts_per_step=t.prompts_per_step,
+        responses_per_prompt=r.responses_per_prompt,
+        sampling=Sampling(r.temperature, r.top_p, r.top_k, r.max_response_tokens, list(r.stop), r.response_column),
+        minibatches=config.algorithm.updates_per_batch,
+        policy_signals=needs.policy_signals,
+        selects=bool(config.algorithm.selection),
+        max_failed_share=config.reward.max_failed_share,
+        sync_check=t.sync_check,
+        call_timeout_seconds=config.cluster.call_timeout_seconds,
+        critic_only_steps=config.critic.warmup_steps_without_policy if needs.critic else 0,
+        samples_shown=config.tracking.samples_per_step,
+        max_minutes=t.max_minutes,
+        checkpoint_every=config.checkpoint.every_steps,
+        checkpoint_final=config.checkpoint.final,
+        seeds={"run": config.seed},
+        max_failed_critiques=config.judge.max_failed_share,
+    )
+
+
+def evaluation_settings(config: Config) -> EvaluationSettings:
+    e = config.evaluation
+    tokens = e.max_response_tokens or config.rollout.max_response_tokens
+    return EvaluationSettings(
+        e.every_steps, e.before, e.after, e.greedy, e.samples, list(e.k), e.temperature, tokens, e.correct_at, e.show
+    )

@@ -1,0 +1,63 @@
+"""What a run says to the person who started it, and leaves in its summary."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from apportion.batch import Prompt
+from apportion.conf.schema import Config
+from apportion.loop.state import Progress
+from apportion.platform.runs import RunFolder
+
+
+def summary_of(
+    config: Config, progress: Progress, memory: dict[str, float], seconds: float, held_out: list[Prompt]
+) -> dict[str, Any]:
+    stages = progress.stage_seconds
+    rollout, update = stages.get("rollout", 0.0), stages.get("update", 0.0)
+    return {
+        "accuracy_before": progress.accuracy_before,
+        "accuracy_after": progress.accuracy_after,
+        "steps": progress.step,
+        "wall_seconds": progress.wall_seconds or seconds,
+        "samples_per_second": _rate(progress.samples, progress.step_seconds),
+        "rollout_tokens_per_second": _rate(progress.rollout_tokens, rollout),
+        "update_tokens_per_second": _rate(progress.update_tokens, update),
+        "seconds_per_stage": {k: v for k, v in stages.items() if k != "step"},
+        "peak_memory_mib": memory,
+        "answers_before": examples(progress.answers_before, held_out),
+        "answers_after": examples(progress.answers_after, held_out),
+        "last_metrics": progress.metrics,
+        "seed": config.seed,
+    }
+
+
+def _rate(count: float, seconds: float) -> float | None:
+    return count / seconds if seconds > 0 else None
+
+
+def examples(answers: list[dict[str, Any]], held_out: list[Prompt]) -> list[dict[str, Any]]:
+    asked = {p.prompt_id: _last_question(p.prompt) for p in held_out}
+    return [{"prompt": asked[a["prompt_id"]], "answer": a["answer"], "reward": a["reward"]} for a in answers]
+
+
+def _last_question(prompt: Any) -> str:
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+
+
+def print_report(summary: dict[str, Any], folder: RunFolder) -> None:
+    from apportion.platform.console import plain_text
+
+    before, after = summary["accuracy_before"], summary["accuracy_after"]
+    if before is not None and after is not None and not math.isnan(after):
+        print(f"\nheld-out greedy accuracy: {before:.3f} before, {after:.3f} after ({after - before:+.3f})")
+    for old, new in zip(summary["answers_before"], summary["answers_after"], strict=False):
+        print(f"\n{plain_text(old['prompt'])}")
+        print(f"  before: {plain_text(old['answer'])!r} (reward {old['reward']:g})")
+        print(f"  after:  {plain_text(new['answer'])!r} (reward {new['reward']:g})")
+    print(f"\nrun folder: {folder.path} (summary.json, metrics.jsonl, samples.jsonl, plots, logs, checkpoints)")
+
+
+def say(text: str) -> None:
+    print(text, flush=True)

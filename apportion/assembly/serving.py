@@ -1,0 +1,106 @@
+"""Actors that sample, act, score, judge and credit."""
+
+from __future__ import annotations
+
+from apportion.actors.credit import CreditSpec, CreditWorker
+from apportion.actors.engines import EngineSpec
+from apportion.actors.environment import EnvironmentSpec, EnvironmentWorker
+from apportion.actors.episodes import EpisodeLimits, EpisodeSpec
+from apportion.actors.judge import JudgeWorker
+from apportion.actors.reward import RewardWorker
+from apportion.actors.rollout import RolloutSpec, RolloutWorker
+from apportion.assembly.hosts import thread_count, threads_environment
+from apportion.assembly.needs import Needs
+from apportion.conf.judges import judge_spec, own_model
+from apportion.conf.schema import Config
+from apportion.platform.cluster import ActorRequest
+from apportion.platform.runs import RunFolder
+
+
+def serving_requests(config: Config, model: str, needs: Needs | None = None) -> dict[str, list[ActorRequest]]:
+    """Rollout engines, reward workers and the credit worker."""
+    reward, c = config.reward, config.cluster
+    gpus = c.gpus_per_rollout_engine
+    rollouts = [
+        ActorRequest(f"rollout-{i}", RolloutWorker, (rollout_spec(config, model, i), f"rollout-{i}"), 1, gpus,
+                     threads_environment(config))
+        for i in range(c.rollout_engines)
+    ]  # fmt: skip
+    arguments = (reward.functions, reward.timeout_seconds, reward.clip, model)
+    rewards = [ActorRequest(f"reward-{i}", RewardWorker, arguments) for i in range(reward.workers)]
+    credit = ActorRequest("credit-0", CreditWorker, (_credit_spec(config, model, needs),))
+    environments = _environment_requests(config)
+    return {"rollout": rollouts, "reward": rewards, "credit": [credit], "environment": environments}
+
+
+def _environment_requests(config: Config) -> list[ActorRequest]:
+    e = config.environment
+    if e.cls is None:
+        return []
+    spec = EnvironmentSpec(e.cls, dict(e.params), e.step_timeout_seconds, e.threads)
+    return [ActorRequest(f"environment-{i}", EnvironmentWorker, (spec,)) for i in range(e.workers)]
+
+
+def _episodes(config: Config, model: str) -> EpisodeSpec | None:
+    e, d, m = config.environment, config.data, config.model
+    if e.cls is None:
+        return None
+    return EpisodeSpec(
+        limits=EpisodeLimits(e.max_turns, e.max_turn_tokens),
+        step_timeout_seconds=e.step_timeout_seconds,
+        threads=e.threads,
+        role=e.observation_role,
+        tokenizer=model,
+        chat_template=m.chat_template,
+        trust_remote_code=m.trust_remote_code,
+        system_prompt=d.system_prompt,
+        chat=d.chat,
+        chat_template_kwargs=dict(d.chat_template_kwargs),
+        max_prompt_tokens=d.max_prompt_tokens,
+    )
+
+
+def rollout_spec(config: Config, model: str, index: int) -> RolloutSpec:
+    r = config.rollout
+    threads = thread_count(config)
+    longest = config.data.max_prompt_tokens + max(r.max_response_tokens, config.evaluation.max_response_tokens or 0)
+    spec = EngineSpec(
+        model=model,
+        dtype=config.model.dtype,
+        seed=config.seed + index,
+        max_model_len=longest,
+        max_sequences=r.max_sequences,
+        tensor_parallel_size=r.tensor_parallel_size,
+        gpu_memory_utilization=r.gpu_memory_utilization,
+        kv_cache_gib=r.kv_cache_gib,
+        compile=r.compile,
+        prefix_caching=r.prefix_caching,
+        trust_remote_code=config.model.trust_remote_code,
+        threads=threads,
+        first_thread=0,
+    )
+    return RolloutSpec(r.engine, spec, config.seed, config.train.deterministic, _episodes(config, model))
+
+
+def _credit_spec(config: Config, model: str, needs: Needs | None) -> CreditSpec:
+    a = config.algorithm
+    return CreditSpec(
+        credit=dict(a.credit),
+        reduction=dict(a.reduction),
+        shaping=[dict(s) for s in a.shaping],
+        selection=[dict(s) for s in a.selection],
+        kl_in_reward=a.kl.place == "reward",
+        kl_estimator=a.kl.estimator,
+        tokenizer=model,
+        keep_groups_together=bool(needs and needs.groups_together),
+    )
+
+
+def judge_requests(config: Config, model: str, folder: RunFolder) -> list[ActorRequest]:
+    spec = judge_spec(config, model, folder.path, thread_count(config))
+    cpus = float(own_model(config.judge) is not None)
+    environment = threads_environment(config)
+    return [
+        ActorRequest(f"judge-{i}", JudgeWorker, (spec,), cpus, config.cluster.gpus_per_judge, environment)
+        for i in range(config.judge.workers)
+    ]

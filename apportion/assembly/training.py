@@ -1,0 +1,89 @@
+"""Actors that hold a model which is trained, or which the trained one is compared with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from apportion.actors.critic import CriticSpec, CriticWorker
+from apportion.actors.distillation import DistillationSpec
+from apportion.actors.policy import LossSpec, PolicySpec, PolicyWorker
+from apportion.actors.reference import ReferenceSpec, ReferenceWorker
+from apportion.assembly.hosts import joins, thread_count, threads_environment, training_environment
+from apportion.assembly.needs import needs_of
+from apportion.conf.schema import Config
+from apportion.conf.teachers import teacher_paths
+from apportion.data.builtin import resolve_model
+from apportion.platform.cluster import ActorRequest
+
+
+def policy_requests(config: Config, model: str) -> list[ActorRequest]:
+    a, m = config.algorithm, config.model
+    loss = LossSpec(
+        surrogate=None if a.surrogate is None else dict(a.surrogate),
+        temperature=config.rollout.temperature,
+        kl_in_loss=a.kl.place == "loss",
+        kl_estimator=a.kl.estimator,
+        entropy_coefficient=a.entropy_coefficient,
+        correction_method=a.correction.method,
+        correction_level=a.correction.level,
+        correction_cap=a.correction.cap,
+        mismatch_bound=a.correction.bound,
+        epochs=a.epochs,
+    )
+    spec = PolicySpec(
+        model, m.dtype, m.attention, m.trust_remote_code, config.policy.lora, config.policy, loss,
+        _optimizer_steps(config), credit=dict(a.credit) if needs_of(config).groups_together else None,
+        distillation=_distillation(config), share_prompts=config.policy.share_prompts,
+    )  # fmt: skip
+    return _rank_requests(config, "policy", PolicyWorker, spec, config.cluster.gpus_per_policy_rank)
+
+
+def _distillation(config: Config) -> DistillationSpec | None:
+    part, m = config.algorithm.distillation, config.model
+    if part is None:
+        return None
+    dpo, other = (resolve_model(path) for path in teacher_paths(config).values())
+    return DistillationSpec(dict(part), dpo, other, m.dtype, m.attention, m.trust_remote_code)
+
+
+def critic_requests(config: Config, model: str) -> list[ActorRequest]:
+    m = config.model
+    path = resolve_model(config.critic.model) if config.critic.model else model
+    spec = CriticSpec(
+        path, m.dtype, m.attention, m.trust_remote_code, config.critic, config.critic.value_clip,
+        config.algorithm.epochs, _optimizer_steps(config), share_prompts=config.policy.share_prompts,
+    )  # fmt: skip
+    return _rank_requests(config, "critic", CriticWorker, spec, config.cluster.gpus_per_critic_rank)
+
+
+def reference_requests(config: Config, model: str) -> list[ActorRequest]:
+    m, c = config.model, config.cluster
+    spec = ReferenceSpec(
+        model=resolve_model(config.reference.model) if config.reference.model else model,
+        dtype=m.dtype,
+        attention=m.attention,
+        trust_remote_code=m.trust_remote_code,
+        micro_batch_tokens=config.reference.micro_batch_tokens,
+        logits_chunk_tokens=config.policy.logits_chunk_tokens,
+        temperature=config.rollout.temperature,
+        threads=thread_count(config),
+        share_prompts=config.policy.share_prompts,
+    )
+    environment = threads_environment(config)
+    return [
+        ActorRequest(f"reference-{i}", ReferenceWorker, (spec,), 1, c.gpus_per_reference_rank, environment)
+        for i in range(c.reference_ranks)
+    ]
+
+
+def _rank_requests(config: Config, role: str, cls: type, spec: Any, gpus: float) -> list[ActorRequest]:
+    """Ranks that train together, as many as the policy has."""
+    environment = training_environment(config, gpus)
+    if not joins(config):
+        environment["GLOO_SOCKET_IFNAME"] = "lo"  # a Ray of our own: all ranks are on this machine
+    ranks = range(config.cluster.policy_ranks)
+    return [ActorRequest(f"{role}-{i}", cls, (spec,), 1, gpus, environment) for i in ranks]
+
+
+def _optimizer_steps(config: Config) -> int:
+    return config.train.steps * config.algorithm.updates_per_batch * config.algorithm.epochs

@@ -1,0 +1,21 @@
+"""How the loop speaks to many actors at once."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from apportion.batch import Prompt
+from apportion.platform.cluster import Call
+
+
+def with_refs(reports: list[Any], calls: list[Call]) -> list[tuple]:
+    """For calls with several results: the report of each, and references to the others, left in the store."""
+    return [(report, *call.refs[1:]) for report, call in zip(reports, calls, strict=True)]
+
+
+def deal(prompts: list[Prompt], engines: int) -> list[list[Prompt]]:
+    """Contiguous parts of about equal size, none empty."""
+    count = min(engines, len(prompts))
+    bounds = [round(i * len(prompts) / count) for i in range(count + 1)]
+    return [prompts[a:b] for a, b in itertools.pairwise(bounds)]

@@ -1,0 +1,76 @@
+"""The numbers of a step: what every rank and worker reported, as one row."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from apportion.actors.judge import COUNTED
+from apportion.actors.policy import UpdateReport
+from apportion.batch import Totals
+
+_SUMS = (
+    "rollout/trajectories", "rollout/prompts", "rollout/groups_dropped", "rollout/environment_failures",
+    "rollout/environment_seconds",
+)  # fmt: skip
+
+
+@dataclass
+class StepReports:
+    """What a step's ranks and workers said."""
+
+    rollout: Totals  # of trajectories, rewards and critiques
+    credit: dict[str, float]
+    trajectories: int  # that took part in the update
+    seconds_sampling: float
+    policy: list[UpdateReport]
+    critic: list[UpdateReport] = field(default_factory=list)
+
+    @property
+    def update_tokens(self) -> int:
+        return sum(report.tokens for report in self.policy)
+
+
+def step_metrics(reports: StepReports) -> dict[str, float]:
+    """Means over the whole step, and what is counted as its sum."""
+    totals = reports.rollout
+    metrics = {**reports.credit, **update_metrics(reports.policy, "policy"), **update_metrics(reports.critic, "critic")}
+    metrics |= totals.means()
+    metrics["reward/std"] = math.sqrt(max(0.0, metrics.pop("reward/square") - metrics["reward/mean"] ** 2))
+    metrics |= {name: total for name, total in totals.sums.items() if name.startswith(COUNTED)}
+    return metrics | {name: totals.sums[name] for name in _SUMS if name in totals.sums}
+
+
+def update_metrics(reports: list[UpdateReport], role: str) -> dict[str, float]:
+    """Of the ranks of one role (policy or critic) in one step."""
+    if not reports:
+        return {}
+    totals = Totals()
+    for report in reports:
+        totals.merge(report.totals)
+    steps = reports[0].steps
+    metrics = totals.means()
+    # Without a row that teaches, no pass counts, and the loss is 0.
+    metrics[f"{role}/loss"] = totals.sums.get(f"{role}/loss", 0.0) / len(steps)
+    metrics[f"{role}/grad_norm"] = sum(s.grad_norm for s in steps) / len(steps)
+    if role == "policy":
+        metrics["policy/learning_rate"] = steps[-1].learning_rate
+        metrics["policy/optimizer_steps"] = len(steps)
+    return metrics
+
+
+def speed_metrics(reports: StepReports, timing: dict[str, float]) -> dict[str, float]:
+    """Seconds of each stage, and rates; `timing` has the whole `step` beside its stages."""
+    step = timing["step"]
+    stages = sum(seconds for stage, seconds in timing.items() if stage != "step")
+    computing = reports.seconds_sampling + timing.get("signals", 0.0)
+    for ranks in (reports.policy, reports.critic):
+        computing += max((r.seconds for r in ranks), default=0.0)
+    sampled = reports.rollout.sums["rollout/response_tokens_mean"]
+    return {f"timing/{stage}": seconds for stage, seconds in timing.items()} | {
+        "timing/other": step - stages,
+        "perf/samples_per_second": reports.trajectories / step,
+        "perf/rollout_tokens_per_second": sampled / timing["rollout"],
+        "perf/update_tokens_per_second": reports.update_tokens / timing["update"],
+        "perf/overhead_share": max(0.0, 1 - computing / step),
+    }
