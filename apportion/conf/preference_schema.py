@@ -8,18 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from apportion.conf.checks import MISSING, at_least, between, one_of
 from apportion.conf.models import read_model
-from apportion.conf.schema import (
-    MISSING,
-    CheckpointConfig,
-    EngineConfig,
-    LoraConfig,
-    ModelConfig,
-    TrackingConfig,
-    _at_least,
-    _between,
-    _one_of,
-)
+from apportion.conf.schema import CheckpointConfig, EngineConfig, LoraConfig, ModelConfig, TrackingConfig
 from apportion.platform.errors import ConfigError
 
 # Those of algorithms.preference and data.pair_tokens, said again here because those import torch.
@@ -53,13 +44,13 @@ class PairDataConfig:
     eval_limit: int | None = None
 
     def __post_init__(self) -> None:
-        _one_of("data.on_bad_row", self.on_bad_row, ("error", "skip"))
-        _one_of("data.too_long", self.too_long, TOO_LONG)
-        _at_least("data.max_prompt_tokens", self.max_prompt_tokens, 1)
-        _at_least("data.max_tokens", self.max_tokens, 2)
-        _at_least("data.limit", self.limit, 1)
-        _at_least("data.eval_limit", self.eval_limit, 1)
-        _between("data.eval_share", self.eval_share, 0.0, 0.9)
+        one_of("data.on_bad_row", self.on_bad_row, ("error", "skip"))
+        one_of("data.too_long", self.too_long, TOO_LONG)
+        at_least("data.max_prompt_tokens", self.max_prompt_tokens, 1)
+        at_least("data.max_tokens", self.max_tokens, 2)
+        at_least("data.limit", self.limit, 1)
+        at_least("data.eval_limit", self.eval_limit, 1)
+        between("data.eval_share", self.eval_share, 0.0, 0.9)
         if self.eval is not None and self.eval_share > 0:
             raise ConfigError(f"data.eval_share: got {self.eval_share} beside data.eval, expected one of the two")
 
@@ -75,8 +66,8 @@ class RewardModelConfig:
     center: float = 0.0  # weight of (r_chosen + r_rejected)^2
 
     def __post_init__(self) -> None:
-        _at_least("reward_model.margin", self.margin, 0)
-        _at_least("reward_model.center", self.center, 0)
+        at_least("reward_model.margin", self.margin, 0)
+        at_least("reward_model.center", self.center, 0)
 
 
 @dataclass
@@ -89,7 +80,7 @@ class DpoConfig:
     reference: str | None = None  # null: model.path
 
     def __post_init__(self) -> None:
-        _one_of("dpo.loss", self.loss, DPO_LOSSES)
+        one_of("dpo.loss", self.loss, DPO_LOSSES)
         if self.beta <= 0:
             raise ConfigError(f"dpo.beta: got {self.beta}, expected above 0")
         if not 0 <= self.label_smoothing < 0.5:
@@ -111,8 +102,8 @@ class StageConfig:
     max_minutes: float | None = None  # stop cleanly, with a checkpoint, once this long has passed
 
     def __post_init__(self) -> None:
-        _at_least("train.steps", self.steps, 0)
-        _at_least("train.batch_size", self.batch_size, 1)
+        at_least("train.steps", self.steps, 0)
+        at_least("train.batch_size", self.batch_size, 1)
         if self.epochs <= 0:
             raise ConfigError(f"train.epochs: got {self.epochs}, expected above 0")
         if self.max_minutes is not None and self.max_minutes <= 0:
@@ -126,7 +117,7 @@ class HeldOutConfig:
     after: bool = True
 
     def __post_init__(self) -> None:
-        _at_least("evaluation.every_steps", self.every_steps, 0)
+        at_least("evaluation.every_steps", self.every_steps, 0)
 
 
 @dataclass
@@ -141,8 +132,8 @@ class RanksConfig:
 
     def __post_init__(self) -> None:
         for name in ("policy_ranks", "threads", "start_timeout_seconds", "call_timeout_seconds"):
-            _at_least(f"cluster.{name}", getattr(self, name), 1)
-        _at_least("cluster.gpus_per_policy_rank", self.gpus_per_policy_rank, 0)
+            at_least(f"cluster.{name}", getattr(self, name), 1)
+        at_least("cluster.gpus_per_policy_rank", self.gpus_per_policy_rank, 0)
 
 
 @dataclass

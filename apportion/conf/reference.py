@@ -1,6 +1,6 @@
 """The page about every configuration value, made from the schema: `python -m apportion.conf.reference > docs/configuration.md`.
 
-A value's meaning is the comment beside its field in `schema.py`, a section's is its dataclass's docstring.
+A value's meaning is the comment beside its field in `schema*.py`, a section's is its dataclass's docstring.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import Any
 from apportion.conf import preference_schema, schema
 from apportion.conf.explain import config_keys
 
-_ONE_OF = re.compile(r"_one_of\([^,]+, self\.(\w+), (?:\(([^)]*)\)|(\w+))\)")
+_ONE_OF = re.compile(r"\bone_of\([^,]+, self\.(\w+), (?:\(([^)]*)\)|(\w+))\)")
 
 HEAD = """# Configuration
 
-Every value, its type and its default. Generated from `apportion/conf/schema.py` with
+Every value, its type and its default. Generated from the comments in `apportion/conf/schema*.py` with
 `python -m apportion.conf.reference > docs/configuration.md`. `apportion train --help` prints the same values with the defaults of
 the recipe that is chosen, `apportion train experiment=NAME --cfg job` the whole composed configuration.
 

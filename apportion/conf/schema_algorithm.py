@@ -1,0 +1,73 @@
+"""The section about the algorithm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from apportion.conf.checks import MISSING, at_least, one_of
+from apportion.platform.errors import ConfigError
+
+
+@dataclass
+class KlConfig:
+    """Distance to the reference: in the reward (per token), in the loss, or nowhere."""
+
+    place: str = "none"
+    coefficient: float = 0.0
+    estimator: str = "k3"
+    target: float | None = None  # with a horizon: the adaptive coefficient
+    horizon: int = 10000
+
+    def __post_init__(self) -> None:
+        one_of("algorithm.kl.place", self.place, ("none", "reward", "loss"))
+        one_of("algorithm.kl.estimator", self.estimator, ("k1", "k2", "k3", "abs"))
+        at_least("algorithm.kl.coefficient", self.coefficient, 0)
+        at_least("algorithm.kl.horizon", self.horizon, 1)
+        if self.target is not None and self.place == "none":
+            raise ConfigError("algorithm.kl.target: got a value with place=none, expected place=reward or place=loss")
+
+
+@dataclass
+class CorrectionConfig:
+    """Importance weights for the gap between the rollout engine's and the trainer's log-probs."""
+
+    method: str = "truncate"
+    level: str = "token"
+    cap: float = 2.0
+    bound: float = 0.5  # |log-prob difference| past which a token counts in mismatch/share_beyond_bound
+
+    def __post_init__(self) -> None:
+        one_of("algorithm.correction.method", self.method, ("none", "truncate", "mask"))
+        one_of("algorithm.correction.level", self.level, ("token", "sequence"))
+        at_least("algorithm.correction.cap", self.cap, 1.0)
+
+
+@dataclass
+class AlgorithmConfig:
+    """algorithm = credit x surrogate x reduction (+ KL, selection, shaping). Components are mappings with a `name`
+    (of the registry, or a dotted path of your own) and the parameters of that component. `distillation` takes the
+    surrogate's place: the loss then comes from `teachers`, and credit is for the log alone."""
+
+    name: str = MISSING
+    credit: dict[str, Any] = MISSING
+    surrogate: dict[str, Any] | None = MISSING  # null with a distillation
+    distillation: dict[str, Any] | None = None
+    reduction: dict[str, Any] = MISSING
+    shaping: list[Any] = field(default_factory=list)
+    selection: list[Any] = field(default_factory=list)
+    kl: KlConfig = field(default_factory=KlConfig)
+    correction: CorrectionConfig = field(default_factory=CorrectionConfig)
+    entropy_coefficient: float = 0.0
+    updates_per_batch: int = 1  # optimiser steps that one batch is cut into
+    epochs: int = 1  # passes over one batch
+
+    def __post_init__(self) -> None:
+        at_least("algorithm.updates_per_batch", self.updates_per_batch, 1)
+        at_least("algorithm.epochs", self.epochs, 1)
+        if self.surrogate is None and self.distillation is None:
+            raise ConfigError(
+                "algorithm.surrogate: got null, expected a mapping with a name, or algorithm.distillation"
+            )
+        if self.surrogate not in (None, MISSING) and self.distillation is not None:
+            raise ConfigError("algorithm.surrogate: got one beside algorithm.distillation, expected null")
