@@ -322,26 +322,6 @@ def test_a_models_text_cannot_steer_the_terminal_or_the_markup():
     tracker.close()
 
 
-def test_the_end_shows_accuracy_examples_and_the_folder():
-    console, out = plain_console()
-    tracker = ConsoleTracker(1, console=console)
-    example = {"prompt": "What is 2 + 2?", "before": "[i]maybe[/i] 5", "after": "4"}
-    tracker.log_summary(
-        {"accuracy_before": 0.39, "accuracy_after": 0.771, "examples": [example], "run_folder": "runs/q"}
-    )
-    assert out.getvalue().split("\n") == [
-        "",
-        "held-out greedy accuracy: 0.390 before, 0.771 after",
-        "",
-        "  prompt  What is 2 + 2?",
-        "  before  [i]maybe[/i] 5",
-        "  after   4",
-        "",
-        "run folder: runs/q",
-        "",
-    ]
-
-
 def test_plots_are_made_of_the_curves_that_a_run_has(tmp_path):
     tracker = JsonlTracker(tmp_path)
     tracker.log(0, {"eval/greedy_accuracy": 0.4})

@@ -94,18 +94,8 @@ class ConsoleTracker:
         self._refresh()
 
     def log_summary(self, summary: Mapping[str, Any]) -> None:
-        """Accuracy and example answers before and after, and where the run is, of the keys that `summary` has."""
+        """Nothing but the end of the table: the command says how the run ended."""
         self._stop_live()
-        if "accuracy_before" in summary and "accuracy_after" in summary:
-            before, after = (_number(summary[key], ".3f") or "unknown" for key in ("accuracy_before", "accuracy_after"))
-            self._console.print(Text(f"\nheld-out greedy accuracy: {before} before, {after} after", style="bold"))
-        for example in summary.get("examples", []):
-            self._console.print(Text(f"\n  prompt  {plain_text(str(example['prompt']))[-300:]}"), soft_wrap=True)
-            for when in ("before", "after"):
-                if when in example:
-                    self._console.print(Text(f"  {when:7} {plain_text(str(example[when]))[:300]}"), soft_wrap=True)
-        if "run_folder" in summary:
-            self._console.print(Text(f"\nrun folder: {summary['run_folder']}"), soft_wrap=True)
 
     def warn(self, message: str) -> None:
         self._console.print(Text(f"warning: {plain_text(message)}", style="yellow"), soft_wrap=True)
