@@ -147,6 +147,40 @@ def test_signals_of_each_pass_reach_their_own_shard(scored):
     assert report.metrics["policy/kl_reference"] == pytest.approx(np.dot(tokens, k3) / sum(tokens), rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["grpo", "reinforce_pp"])
+def test_kl_in_the_reward_reaches_methods_that_read_the_outcome_and_those_that_read_tokens(scored, name):
+    """k1 of 1 on each of n action tokens, coefficient 0.1: the first token carries -0.1 n, the last -0.1."""
+    credit = {"name": "grpo", "normalize": "none"} if name == "grpo" else {"name": name, "whiten": "none"}
+    batch = replace(
+        scored,
+        rewards=np.zeros(8),
+        minibatch_ids=np.zeros(8, np.int32),
+        old_logprobs=np.full(58, -1.0, np.float32),
+        reference_logprobs=np.full(58, -2.0, np.float32),
+    )
+    credited, _ = worker(credit=credit, kl_in_reward=True).assign(batch, 0.1)
+    for row in range(8):
+        mask = batch.action_mask[batch.response_slice(row)]
+        got = credited.advantages[batch.response_slice(row)][mask]
+        np.testing.assert_allclose(got, -0.1 * np.arange(mask.sum(), 0, -1), rtol=1e-5)
+
+
+def test_a_critics_explained_variance_is_reported_once_whatever_the_method(scored):
+    """Rewards at the last token, lambda 1: returns are the reward on each token. Values that say so explain it all."""
+    perfect = np.repeat(scored.rewards, scored.response_lengths).astype(np.float32)
+    batch = replace(
+        scored, minibatch_ids=np.zeros(8, np.int32), values=perfect, bootstrap_values=np.zeros(8, np.float32)
+    )
+    for spec in (
+        {"name": "gae"},
+        {"name": "poad", "gamma": 1.0, "gae_lambda": 1.0},
+        {"name": "macro_actions", "n_gram": 3, "gae_lambda": 1.0},
+    ):
+        _, metrics = worker(credit=spec).assign(batch, 0.0)
+        assert metrics["critic/explained_variance"] == pytest.approx(1.0), spec
+        assert [name for name in metrics if "explained_variance" in name] == ["critic/explained_variance"]
+
+
 def test_kl_in_the_reward_without_its_signals_is_refused(scored):
     with pytest.raises(ValueError, match=r"kl\.place=reward: got no old or reference log-probs, expected both signals"):
         worker(kl_in_reward=True).assign(replace(scored, minibatch_ids=np.zeros(8, np.int32)), 0.1)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apportion.algorithms.credit.gae import Gae, gae_on_tokens, returns_to_go
+from apportion.algorithms.credit.gae import Gae, explained_variance, gae_on_tokens, returns_to_go
 from apportion.algorithms.credit.grpo import Grpo
 from apportion.algorithms.credit.reinforce_pp import ReinforcePlusPlus
 from apportion.algorithms.credit.rloo import Rloo
@@ -42,6 +42,7 @@ def make_batch(rewards, groups=None, mask=MASK, kl_BT=None, **signals):
         token_rewards_BT=token_rewards_BT if kl_BT is None else token_rewards_BT + masked(kl_BT, mask_BT),
         turn_ids_BT=torch.where(mask_BT, 0, -1),
         terminated_B=torch.ones(len(rewards), dtype=torch.bool),
+        kl_rewards_BT=kl_BT,
         **signals,
     )
 
@@ -203,6 +204,15 @@ def test_kl_in_the_reward_reaches_an_outcome_method_as_returns_to_go_not_divided
     torch.testing.assert_close(Grpo()(batch).advantages_BT, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("method", [Grpo(), Grpo(normalize="none"), Rloo()])
+def test_dense_task_rewards_beside_a_kl_in_the_reward_are_not_taken_for_it(method):
+    mask, kl_BT = torch.ones(2, 2, dtype=torch.bool), tensor([[-0.1, -0.2], [0.0, -0.3]])
+    plain = make_batch([1.0, 0.0], [0, 0], mask, kl_BT)
+    dense = make_batch([1.0, 0.0], [0, 0], mask, kl_BT)
+    dense.token_rewards_BT = tensor([[0.75, 0.25], [0.5, -0.5]]) + kl_BT
+    assert torch.equal(method(dense).advantages_BT, method(plain).advantages_BT)
+
+
 def test_environment_tokens_are_skipped_and_carry_passes_through():
     rewards, values = [[0.5, 7.0, 7.0, 1.0]], [[0.2, float("nan"), float("nan"), 0.4]]
     mask = torch.tensor([[True, False, False, True]])
@@ -253,8 +263,10 @@ def test_lambda_one_returns_are_the_discounted_rewards():
 
 def test_explained_variance_is_one_for_a_perfect_critic():
     batch = make_batch([1.0, 0.0, 3.0, 2.0])
-    batch.values_BT = masked(batch.rewards_B[:, None].expand(4, 6), MASK)
-    assert Gae()(batch).metrics["critic/explained_variance"] == pytest.approx(1.0)
+    values_BT = masked(batch.rewards_B[:, None].expand(4, 6), MASK)
+    returns_BT = gae_on_tokens(batch.token_rewards_BT, values_BT, MASK, 1.0, 1.0)[1]
+    assert explained_variance(values_BT, returns_BT, MASK) == pytest.approx(1.0)
+    assert explained_variance(torch.zeros_like(values_BT), returns_BT, MASK) == pytest.approx(0.0)
 
 
 @pytest.mark.parametrize("method", ALL_METHODS)
@@ -281,6 +293,7 @@ def test_permuting_trajectories_permutes_credit(method, seed, kl):
         batch.token_rewards_BT[order],
         batch.turn_ids_BT[order],
         batch.terminated_B[order],
+        kl_rewards_BT=batch.kl_rewards_BT[order] if kl else None,
         values_BT=batch.values_BT[order],
     )
     got, expected = method(shuffled).advantages_BT, method(batch).advantages_BT[order]
@@ -304,6 +317,7 @@ def test_padding_changes_nothing_and_is_never_read(method, seed, columns, kl):
         torch.where(mask_BT, widen(batch.token_rewards_BT, 0.0), float("nan")),
         widen(batch.turn_ids_BT, -1),
         batch.terminated_B,
+        kl_rewards_BT=torch.where(mask_BT, widen(batch.kl_rewards_BT, 0.0), float("nan")) if kl else None,
         values_BT=torch.where(mask_BT, widen(batch.values_BT, 0.0), float("nan")),
     )
     got, expected = method(padded).advantages_BT, method(batch).advantages_BT

@@ -40,6 +40,14 @@ def rows(values_BT, mask_BT):
     return [row[keep].tolist() for row, keep in zip(values_BT, mask_BT, strict=True)]
 
 
+def test_a_kl_in_the_reward_is_added_as_returns_to_go_and_not_normalised():
+    plain, penalised = golden_batch(), golden_batch()
+    penalised.kl_rewards_BT = torch.where(plain.mask_BT, -0.25, float("nan"))
+    left_BT = plain.mask_BT.flip(-1).cumsum(-1).flip(-1)
+    expected_BT = Capo()(plain).advantages_BT - torch.where(plain.mask_BT, 0.25 * left_BT, 0.0)
+    torch.testing.assert_close(Capo()(penalised).advantages_BT, expected_BT, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("rule", "name"), [("intersection", "intersection"), ("majority", "majority_ge_half"), ("union", "union")]
 )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from apportion.algorithms import registry
+from apportion.algorithms.credit.gae import explained_variance
 from apportion.algorithms.interface import Credit, CreditInput, judged_method
 from apportion.algorithms.kl import kl_estimates, kl_rewards
 from apportion.algorithms.reductions import TokenMean
@@ -135,12 +136,15 @@ class CreditWorker(ActorBase):
             kl = kl_estimates(inputs.old_logprobs_BT, inputs.reference_logprobs_BT, "k3")[inputs.mask_BT]
             metrics["policy/kl_reference"] = float(kl.mean()) if kl.numel() else 0.0
         if self.spec.kl_in_reward:
-            inputs = replace(inputs, token_rewards_BT=inputs.token_rewards_BT + self._kl_reward(inputs, kl_coefficient))
+            kl_BT = self._kl_reward(inputs, kl_coefficient)
+            inputs = replace(inputs, token_rewards_BT=inputs.token_rewards_BT + kl_BT, kl_rewards_BT=kl_BT)
         if "token_ends" in self.credit_method.needs:
             inputs = self._with_token_ends(inputs, batch)
         result: Credit = self.credit_method(inputs)
         metrics |= {n if "/" in n else f"credit/{n}": v for n, v in result.metrics.items()}
-        metrics |= self._value_metrics(result, inputs)
+        if result.returns_BT is not None and inputs.values_BT is not None:
+            explained = explained_variance(inputs.values_BT, result.returns_BT, inputs.mask_BT)
+            metrics["critic/explained_variance"] = explained
         return self._with_credit(batch, result, inputs.mask_BT), metrics
 
     def _with_token_ends(self, inputs: CreditInput, batch: Batch) -> CreditInput:
@@ -162,14 +166,6 @@ class CreditWorker(ActorBase):
         return kl_rewards(
             inputs.old_logprobs_BT, inputs.reference_logprobs_BT, inputs.mask_BT, coefficient, self.spec.kl_estimator
         )
-
-    def _value_metrics(self, result: Credit, inputs: CreditInput) -> dict[str, float]:
-        if result.returns_BT is None or inputs.values_BT is None or not inputs.mask_BT.any():
-            return {}
-        returns, values = result.returns_BT[inputs.mask_BT], inputs.values_BT[inputs.mask_BT]
-        spread = float(returns.var(correction=0))
-        unexplained = float((returns - values).var(correction=0))
-        return {"critic/explained_variance": 1 - unexplained / spread} if spread > 0 else {}
 
     def _with_credit(self, batch: Batch, result: Credit, mask: Tensor) -> Batch:
         assert batch.minibatch_ids is not None

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from apportion.algorithms.credit.gae import returns_to_go
 from apportion.algorithms.interface import CreditInput
-from apportion.algorithms.statistics import at_last_token, masked
+from apportion.algorithms.statistics import masked
 
 ESTIMATORS = ("k1", "k2", "k3", "abs")
 EXPONENT_LIMIT = 20.0  # of k3's exponent, so that it stays finite
@@ -83,20 +83,10 @@ def kl_rewards(
 
 
 def kl_reward_returns(batch: CreditInput, gamma: float = 1.0) -> Tensor:
-    """[B, T]: what outcome methods add for a KL in the reward, each token's KL penalty and the discounted later ones.
-
-    The penalty is what token rewards hold beyond the outcome at the last token. It is told from dense task rewards,
-    which an outcome method sums into `rewards_B` and does not read, by the rows' sums: task rewards add up to
-    `rewards_B`, so where every row does there is no KL and this is 0.
-    """
-    mask_BT = batch.mask_BT
-    rewards_BT = masked(batch.token_rewards_BT, mask_BT)
-    outcome_BT = at_last_token(batch.rewards_B.to(rewards_BT.dtype), mask_BT)
-    task_only_B = (rewards_BT - outcome_BT).sum(-1).abs() <= 1e-5 * (1 + rewards_BT.abs().sum(-1))
-    plain = bool((rewards_BT == outcome_BT).all())
-    if plain or bool(task_only_B.all()):
-        return torch.zeros_like(rewards_BT)
-    return returns_to_go(rewards_BT - outcome_BT, mask_BT, gamma)
+    """[B, T]: what outcome methods add for a KL in the reward, each token's KL penalty and the discounted later ones."""
+    if batch.kl_rewards_BT is None:
+        return torch.zeros_like(batch.token_rewards_BT)
+    return returns_to_go(batch.kl_rewards_BT.to(batch.token_rewards_BT.dtype), batch.mask_BT, gamma)
 
 
 @dataclass

@@ -7,7 +7,7 @@ k critiques of a response name wrong steps and vote; with r the outcome of respo
 
 No critic. A group whose answers are all right still carries a signal where a step is wrong; without wrong steps this
 is GRPO with statistics pooled over tokens. Assumes W_whole > W_process: a right answer with a wrong step beats a wrong
-answer.
+answer. A KL in the reward is added afterwards, as each token's returns-to-go.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from apportion.algorithms.interface import Credit, CreditInput
+from apportion.algorithms.kl import kl_reward_returns
 from apportion.algorithms.statistics import check_variance, group_statistics, masked
 
 VOTES = ("intersection", "majority", "union")
@@ -122,7 +123,7 @@ class Capo:
             metrics = {"credit/groups": float(pool.groups), "credit/constant_groups": float(pool.constant_groups)}
         metrics["credit/wrong_token_share"] = float(wrong_BT.sum()) / max(1, int(mask_BT.sum()))
         metrics["credit/penalised_share"] = float(wrong_BT.any(-1).sum()) / max(1, len(mask_BT))
-        return Credit(advantages_BT, metrics=metrics)
+        return Credit(advantages_BT + kl_reward_returns(batch), metrics=metrics)
 
     def _wrong(self, batch: CreditInput) -> Tensor:
         if batch.step_ids_BT is None or batch.wrong_steps is None:

@@ -123,6 +123,5 @@ class Gae:
             metrics={
                 "credit/raw_advantage_mean": float(masked_mean(raw_BT, mask_BT)),
                 "credit/raw_advantage_std": float(masked_variance(raw_BT, mask_BT).sqrt()),
-                "critic/explained_variance": explained_variance(values_BT, returns_BT, mask_BT),
             },
         )

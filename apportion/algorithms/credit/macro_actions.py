@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from apportion.algorithms.credit.boundaries import Rule, build_rule, number_segments
-from apportion.algorithms.credit.gae import Gae, explained_variance, required_values
+from apportion.algorithms.credit.gae import Gae
 from apportion.algorithms.interface import Credit, CreditInput, CreditMethod
 from apportion.algorithms.registry import build
 from apportion.algorithms.statistics import check_variance, last_token, masked, whiten
@@ -104,12 +104,14 @@ def macro_batch(batch: CreditInput, axis: MacroAxis, sigma_BT: Tensor, reward_ag
     def total(values_BT: Tensor | None) -> Tensor | None:
         return None if values_BT is None else axis.total(values_BT)
 
-    rewards_BN = (mean if reward_aggregation == "mean" else total)(batch.token_rewards_BT)
+    earned = mean if reward_aggregation == "mean" else total
+    rewards_BN = earned(batch.token_rewards_BT)
     assert rewards_BN is not None
     return replace(
         batch,
         mask_BT=axis.mask_BN,
         token_rewards_BT=rewards_BN,
+        kl_rewards_BT=earned(batch.kl_rewards_BT),
         turn_ids_BT=axis.first(batch.turn_ids_BT),
         token_ids_BT=None,
         old_logprobs_BT=total(batch.old_logprobs_BT),
@@ -185,9 +187,6 @@ class MacroActions:
         metrics = {**credit.metrics, **counted, "credit/macro_action_length": _mean_size(axis)}
         if self.estimator is None:
             advantages_BT = whiten(advantages_BT, batch.mask_BT, self.whiten)
-        if returns_BT is not None:
-            values_BT = required_values(batch)
-            metrics["credit/explained_variance"] = explained_variance(values_BT, returns_BT, batch.mask_BT)
         return Credit(advantages_BT, returns_BT, segment_ids_BT, metrics)
 
 

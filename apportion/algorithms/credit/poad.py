@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from apportion.algorithms.credit.boundaries import number_segments, turn_starts
-from apportion.algorithms.credit.gae import bootstrap_values, explained_variance, gae_on_tokens, required_values
+from apportion.algorithms.credit.gae import bootstrap_values, gae_on_tokens, required_values
 from apportion.algorithms.credit.macro_actions import MacroAxis
 from apportion.algorithms.interface import Credit, CreditInput
 from apportion.algorithms.statistics import check_variance, masked, masked_mean, masked_variance, whiten
@@ -80,7 +80,6 @@ class Poad:
             metrics={
                 "credit/raw_advantage_mean": float(masked_mean(raw_BT, mask_BT)),
                 "credit/raw_advantage_std": float(masked_variance(raw_BT, mask_BT).sqrt()),
-                "credit/explained_variance": explained_variance(values_BT, returns_BT, mask_BT),
                 "credit/actions_per_response": float(turns.mask_BN.sum()) / max(1, len(mask_BT)),
             },
         )
