@@ -270,7 +270,9 @@ def compose_config(overrides: list[str], base: Path | None = None, stage: str | 
     `stage` a preference stage's name, None for training."""
     from hydra import compose, initialize_config_module
 
-    with _explained(stage), initialize_config_module("apportion.conf", version_base="1.3"):
+    from apportion.conf.overrides import whole_mappings
+
+    with _explained(stage), whole_mappings(), initialize_config_module("apportion.conf", version_base="1.3"):
         return compose(_register(base, stage), overrides=_with_lora(overrides))
 
 
@@ -361,6 +363,8 @@ def _with_hydra(command: str, words: list[str], run: Run, base: Path | None = No
     import hydra
     from hydra.core.global_hydra import GlobalHydra
 
+    from apportion.conf.overrides import whole_mappings
+
     switches, overrides = _split(command, words)
     codes: list[int] = []
 
@@ -373,7 +377,7 @@ def _with_hydra(command: str, words: list[str], run: Run, base: Path | None = No
     argv = sys.argv
     sys.argv = [f"apportion {command}", *switches, *_with_lora(overrides)]
     try:
-        with _explained(stage):
+        with _explained(stage), whole_mappings():
             hydra.main(version_base="1.3", config_path="conf", config_name=_register(base, stage))(task)()
     except SystemExit as stop:  # how argparse and --help end
         codes.append(stop.code if isinstance(stop.code, int) else FAILED)

@@ -98,6 +98,49 @@ def test_a_list_of_sources_is_replaced_not_merged():
     assert composed("experiment=quickstart", "data.train=my.jsonl").data.train == "my.jsonl"
 
 
+def test_a_mapping_replaces_the_whole_part_and_its_key_one_value_of_it():
+    thr = "algorithm.credit={name: hidden_reward, base: {name: rloo}, p: 0.5}"
+    replaced = composed("experiment=tiny_grpo", thr).algorithm
+    assert replaced.credit == {"name": "hidden_reward", "base": {"name": "rloo"}, "p": 0.5}
+    inner = composed("experiment=tiny_grpo", thr, "algorithm.credit.base={name: grpo}", "algorithm.credit.p=0.25")
+    assert inner.algorithm.credit == {"name": "hidden_reward", "base": {"name": "grpo"}, "p": 0.25}
+    one = composed("experiment=tiny_grpo", "algorithm.credit.eps=1e-3").algorithm.credit
+    assert one == {"name": "grpo", "normalize": "std", "eps": 1e-3}
+    assert composed("experiment=tiny_grpo", "+algorithm.credit={eps: 1e-3}").algorithm.credit == one
+    assert composed("experiment=tiny_grpo", "data.chat_template_kwargs={a: 1}").data.chat_template_kwargs == {"a": 1}
+    kl = composed("experiment=tiny_grpo", "algorithm.kl={place: loss, coefficient: 0.1}").algorithm.kl
+    assert kl == schema.KlConfig(place="loss", coefficient=0.1)
+
+
+def test_a_mapping_may_take_the_place_of_null():
+    distilled = ("experiment=tiny_grpo", "algorithm=aligndistil", "algorithm.distillation=null")
+    back = composed(*distilled, "algorithm.surrogate={name: ppo_clip}").algorithm
+    assert (back.surrogate, back.distillation) == ({"name": "ppo_clip"}, None)
+    added = composed(*distilled, "+algorithm.surrogate={name: ppo_clip}").algorithm
+    assert added.surrogate == {"name": "ppo_clip"}
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        (
+            "algorithm.surrogate={name: ppo_clip}",
+            "algorithm.surrogate: got one beside algorithm.distillation, expected null",
+        ),
+        (
+            "algorithm.surrogate.name=ppo_clip",
+            "algorithm.surrogate.name: got a value of algorithm.surrogate, which is null, expected "
+            "algorithm.surrogate={name: ...}",
+        ),
+        ("algorithm.surrogat={name: ppo_clip}", "algorithm.surrogat: got an unknown key, expected a key of algorithm"),
+    ],
+)
+def test_a_mapping_where_it_has_no_place_is_one_line(override, line):
+    with pytest.raises(ConfigError) as error:
+        composed("experiment=tiny_grpo", "algorithm=aligndistil", override)
+    assert str(error.value).startswith(line) and "\n" not in str(error.value)
+
+
 def test_one_value_of_lora_switches_it_on_with_the_others_as_they_are():
     assert composed("experiment=quickstart").policy.lora is None
     lora = composed("experiment=quickstart", "policy.lora.rank=4").policy.lora

@@ -30,7 +30,8 @@ the recipe that is chosen, `apportion train experiment=NAME --cfg job` the whole
 
 A value is set as `KEY=VALUE` on the command line, or in a recipe (a YAML file below `apportion/conf/experiment`, or in
 `experiment/` of a folder of your own, given with `--config-dir FOLDER`). The command line goes before the recipe, the recipe before the default.
-`???` has to be given. A misspelt key, a wrong type or a combination that cannot run is refused in one line before anything starts.
+A mapping on the command line is the whole value (`algorithm.credit={name: rloo}` leaves nothing of the recipe's credit), its key alone changes one
+of its values (`algorithm.credit.eps=1e-4`). `???` has to be given. A misspelt key, a wrong type or a combination that cannot run is refused in one line before anything starts.
 """
 
 PREFERENCE = """# Preference stages

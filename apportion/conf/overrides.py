@@ -1,0 +1,62 @@
+"""A mapping on the command line is the whole value: `algorithm.credit={name: rloo}` leaves nothing of the recipe's credit.
+
+Hydra would merge it, so that the recipe's parameters stay beside those of another part. One value of a part is changed
+by its own key: `algorithm.credit.eps=1e-4`. Sections with a fixed set of keys are merged as ever.
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from omegaconf import DictConfig, Node, OmegaConf
+
+from apportion.platform.errors import ConfigError
+
+
+@contextmanager
+def whole_mappings() -> Iterator[None]:
+    """Within it, Hydra composes as described above. Hydra has no switch for this; its version is pinned."""
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+
+    one_by_one = ConfigLoaderImpl._apply_overrides_to_config
+
+    def apply(overrides: list[Any], config: DictConfig) -> None:
+        for override in overrides:
+            if override.package is not None or not _replaced(override, config):
+                one_by_one([override], config)
+
+    ConfigLoaderImpl._apply_overrides_to_config = staticmethod(apply)
+    try:
+        yield
+    finally:
+        ConfigLoaderImpl._apply_overrides_to_config = staticmethod(one_by_one)
+
+
+def _replaced(override: Any, config: DictConfig) -> bool:
+    """Whether the override was a mapping in place of a free-form one, and is done."""
+    key, value = override.key_or_group, override.value()
+    node: Any = config
+    names = key.split(".")
+    for depth, name in enumerate(names):
+        if isinstance(node, DictConfig) and node._is_none():
+            parent = ".".join(names[:depth])
+            raise ConfigError(f"{key}: got a value of {parent}, which is null, expected {parent}={{{name}: ...}}")
+        if not isinstance(node, DictConfig) or node._is_missing() or node._is_interpolation():
+            return False
+        node = node._get_node(name, validate_access=False)
+    free = isinstance(value, dict) and isinstance(node, Node) and _free_form(node)
+    if free and not override.is_delete():
+        empty = isinstance(node, DictConfig) and node._is_none()
+        if empty or not (override.is_add() or override.is_force_add()):
+            OmegaConf.update(config, key, value, merge=False, force_add=True)
+            return True
+    return False
+
+
+def _free_form(node: Node) -> bool:
+    """Typed as a mapping of any keys, or not typed."""
+    kind = node._metadata.ref_type
+    return kind in (Any, dict) or typing.get_origin(kind) is dict
