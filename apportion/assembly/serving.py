@@ -78,6 +78,7 @@ def rollout_spec(config: Config, model: str, index: int) -> RolloutSpec:
         trust_remote_code=config.model.trust_remote_code,
         threads=threads,
         first_thread=0,
+        seeded=config.train.deterministic,
     )
     return RolloutSpec(r.engine, spec, config.seed, config.train.deterministic, _episodes(config, model))
 

@@ -64,6 +64,7 @@ class EngineSpec:
     trust_remote_code: bool
     threads: int
     first_thread: int
+    seeded: bool = False  # requests carry seeds of their own
 
 
 class RolloutEngine(Protocol):

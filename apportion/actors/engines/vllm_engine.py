@@ -36,6 +36,8 @@ class VllmEngine:
             gpu_memory_utilization=spec.gpu_memory_utilization,
             enforce_eager=not spec.compile,
             enable_prefix_caching=spec.prefix_caching,
+            # A prompt in pieces makes vLLM wind the request's generator back, which torch's CPU generator cannot do.
+            enable_chunked_prefill=False if spec.seeded else None,
             trust_remote_code=spec.trust_remote_code,
             logprobs_mode="processed_logprobs",
             disable_log_stats=True,
