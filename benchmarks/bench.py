@@ -19,7 +19,7 @@ from bench_report import Part, read_part, show, store, write_page
 
 HERE = Path(__file__).resolve().parent
 PARTS = {"rollout": 300, "update": 300, "step": 400, "credit": 400}  # seconds each may take
-PEER = {"peer": 900}
+PEER = {"peer": 1500}
 
 
 def main(names: list[str]) -> int:

@@ -9,6 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,17 @@ METHODS: dict[str, dict[str, Any]] = {
     "hidden_reward (THR)": {"name": "hidden_reward"},
     "hidden_reward (NTHR)": {"name": "hidden_reward", "variant": "nthr"},
 }
+
+
+@dataclass
+class Line:
+    """What was measured of one method: tokens/s, share of an update's time, exponents of growth."""
+
+    name: str
+    speed: float
+    share: float
+    time_growth: float
+    memory_growth: float
 
 
 def credit_input(responses: int, length: int) -> Any:
@@ -127,28 +139,64 @@ def seconds_of(spec: dict[str, Any], inputs: Any, threads: int) -> float:
 
 
 def curve(spec: dict[str, Any], threads: int) -> tuple[list[float], list[float]]:
-    """Seconds and peak MiB over the response length, a group of two responses."""
+    """Seconds and peak MiB over the response length, one group."""
     import torch
 
     from apportion.algorithms import registry
 
-    times, peaks = [], []
     torch.set_num_threads(threads)
+
+    def at(length: int) -> Callable[[], Any]:
+        method = registry.build("credit", spec)
+        # Two responses where a token costs matrix products; eight where it costs next to nothing, to see it at all.
+        responses = 2 if "influences" in method.needs else GROUP
+        inputs = credit_input(responses, length)
+        if "influences" not in method.needs:
+            return lambda: method(inputs)
+        hook = group_work(method, responses, length)
+        return lambda: (hook(), method(inputs))
+
+    return over_lengths(at)
+
+
+def over_lengths(at: Callable[[int], Callable[[], Any]]) -> tuple[list[float], list[float]]:
+    """Seconds and peak MiB of what `at` makes for each length."""
+    times, peaks = [], []
     for length in CURVE:
-        method, inputs = registry.build("credit", spec), credit_input(2, length)
-        work = lambda method=method, inputs=inputs: method(inputs)  # noqa: E731
-        if "influences" in method.needs:
-            hook = group_work(method, 2, length)
-            work = lambda method=method, inputs=inputs, hook=hook: (hook(), method(inputs))  # noqa: E731
+        work = at(length)
         work()
-        times.append(timed(work, 2))
+        times.append(timed(work, 3))
         peaks.append(peak_mib(work))
     return times, peaks
 
 
+def distillation_work(length: int) -> Callable[[], Any]:
+    """AlignDistil's divergence and its gradient for one response, from the hidden states of student and teachers on."""
+    import torch
+
+    from apportion.algorithms.distillation import AlignDistil
+
+    random = torch.Generator().manual_seed(0)
+    hidden = [torch.randn(length, HIDDEN, generator=random, dtype=torch.bfloat16) for _ in range(3)]
+    head = torch.randn(VOCABULARY, HIDDEN, generator=random, dtype=torch.bfloat16) / math.sqrt(HIDDEN)
+    heads = (lambda states: states @ head.T,) * 3
+
+    def work() -> Any:
+        student = hidden[0].detach().requires_grad_()
+        AlignDistil().losses_in_chunks(student, hidden[1], hidden[2], heads).losses.sum().backward()
+        return student.grad
+
+    return work
+
+
 def exponent(values: list[float]) -> float:
-    """Growth of a curve as a power of its length, over its last factor of 8; 0 for what is too small to be seen."""
-    return math.log(max(values[-1], 1e-9) / max(values[-4], 1e-9)) / math.log(CURVE[-1] / CURVE[-4])
+    """Growth of a curve as a power of its length: the slope of a straight line through its last four points in logarithms.
+
+    >>> round(exponent([1.0, 1.0, 4.0, 8.0, 16.0, 32.0]), 6)
+    1.0
+    """
+    lengths, found = CURVE[-4:], [max(v, 1e-9) for v in values[-4:]]
+    return statistics.linear_regression([math.log(x) for x in lengths], [math.log(v) for v in found]).slope
 
 
 def update_seconds() -> float:
@@ -171,42 +219,54 @@ def main(out: str) -> int:
     os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
     threads, tokens = os.cpu_count() or 1, RESPONSES * LENGTH
     update, inputs = update_seconds(), credit_input(RESPONSES, LENGTH)
-    rows, curves = [], []
+    lines, curves = [], []
     for name, spec in METHODS.items():
         seconds = seconds_of(spec, inputs, threads)
         times, peaks = curve(spec, threads)
-        rows.append(
-            Row(
-                f"{name}: credit time / update time", seconds / update, "", 0.05, False,
-                "The matrix products over the group's own vocabulary dominate.",
-                f"{tokens / seconds:,.0f} tokens/s, {seconds:.3f} s",
-            )
-        )  # fmt: skip
-        # Where 32k tokens take a few milliseconds, fixed costs hide growth; a quadratic cost would show all the same.
-        rows.append(
-            Row(
-                f"{name}: growth of time, as a power of the length", exponent(times), "", LINEAR, False,
-                "Time grows faster than the tokens.", f"{CURVE[-4]:,} to {CURVE[-1]:,} tokens a response",
-            )
-        )  # fmt: skip
-        rows.append(Row(f"{name}: growth of peak memory, as a power of the length", exponent(peaks), "", LINEAR, False,
-                        "Memory grows faster than the tokens."))  # fmt: skip
+        lines.append(Line(name, tokens / seconds, seconds / update, exponent(times), exponent(peaks)))
         curves.append([name, *(f"{1e3 * t:,.1f} / {m:,.1f}" for t, m in zip(times, peaks, strict=True))])
-    rows.append(Row("one update of the same batch", update, "s", detail=f"{SLICE} responses timed, scaled"))
-    table = Table(
-        "Time in ms / peak memory in MiB over the response length (two responses)",
-        ["method", *(f"{length // 1024}k" for length in CURVE)],
-        curves,
-    )
+    times, peaks = over_lengths(distillation_work)
+    distillation = Line("AlignDistil's divergence", 0.0, 0.0, exponent(times), exponent(peaks))
+    curves.append([distillation.name, *(f"{1e3 * t:,.1f} / {m:,.1f}" for t, m in zip(times, peaks, strict=True))])
+    growth = f"over {CURVE[-4]:,} to {CURVE[-1]:,} tokens a response; 1 is linear, 2 quadratic; the largest: "
+    most = lambda field: max([*lines, distillation], key=lambda line: getattr(line, field))  # noqa: E731
+    share, time_growth, memory_growth = most("share"), most("time_growth"), most("memory_growth")
+    rows = [
+        Row("credit time / update time, the costliest method", share.share, "", 0.05, False,
+            f"{share.name} takes that much of an update.", share.name),
+        Row("credit time, growth as a power of the length", time_growth.time_growth, "", LINEAR, False,
+            f"{time_growth.name} grows faster than its tokens.", growth + time_growth.name),
+        Row("credit memory, growth as a power of the length", memory_growth.memory_growth, "", LINEAR, False,
+            f"{memory_growth.name} grows faster than its tokens.", growth + memory_growth.name),
+        Row("one update of the same batch", update, "s", detail=f"{SLICE} responses timed, scaled"),
+    ]  # fmt: skip
+    tables = [
+        Table(
+            "Each method",
+            ["method", "tokens/s", "credit / update time", "growth of time", "growth of memory"],
+            [
+                [x.name, f"{x.speed:,.0f}", f"{x.share:.5f}", f"{x.time_growth:.2f}", f"{x.memory_growth:.2f}"]
+                for x in lines
+            ]
+            + [[distillation.name, "", "", f"{distillation.time_growth:.2f}", f"{distillation.memory_growth:.2f}"]],
+        ),
+        Table(
+            f"Time in ms / peak memory in MiB over the response length ({GROUP} responses; THR, NTHR 2; AlignDistil 1)",
+            ["method", *(f"{length // 1024}k" for length in CURVE)],
+            curves,
+        ),
+    ]
     method = (
         f"{RESPONSES} responses of {LENGTH} tokens in groups of {GROUP}, every token the policy's own. Credit runs as it "
         "does in a run: one thread in the credit actor; the influences behind THR and NTHR on the policy rank with all "
         f"cores, from hidden states of width {HIDDEN} and a group vocabulary of {VOCABULARY} (the forward pass that "
         "makes the hidden states is the one that makes old log-probs, and is not counted). "
         f"The update is `PolicyWorker.update` with SmolLM2-135M bf16 on {SLICE} of the responses, times {RESPONSES // SLICE}. "
+        "AlignDistil has no credit actor; its divergence and gradient are timed from the hidden states of the three models "
+        f"on, with {VOCABULARY} tokens of vocabulary (beside the update: see there). "
         "A critique's own generation is a rollout of the judge and is not credit computation."
     )
-    write_part(out, Part("credit", "Credit", method, rows, [table]), started)
+    write_part(out, Part("credit", "Credit", method, rows, tables), started)
     return 0
 
 

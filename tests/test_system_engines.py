@@ -41,8 +41,8 @@ class Engine(ActorBase):
 
 
 class Engines:
-    def __init__(self, actors: dict) -> None:
-        self.actors = actors
+    def __init__(self, cluster: Cluster, actors: dict) -> None:
+        self.cluster, self.actors = cluster, actors
 
     def call(self, name: str, method: str, *arguments):
         return gather([self.actors[name].call(method, *arguments)], 120, "a test")[0]
@@ -51,17 +51,21 @@ class Engines:
         return self.call(name, "generate", asked, sampling)
 
 
+def spec_of(model: str) -> EngineSpec:
+    return EngineSpec(
+        model=model, dtype="float32", seed=0, max_model_len=128, max_sequences=16, tensor_parallel_size=1,
+        gpu_memory_utilization=0.5, kv_cache_gib=1.0, compile=False, prefix_caching=True, trust_remote_code=False,
+        threads=2, first_thread=0, seeded=True,
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def engines(tiny, tmp_path_factory):
-    spec = EngineSpec(
-        model=tiny, dtype="float32", seed=0, max_model_len=128, max_sequences=16, tensor_parallel_size=1,
-        gpu_memory_utilization=0.5, kv_cache_gib=1.0, compile=False, prefix_caching=True, trust_remote_code=False,
-        threads=2, first_thread=0,
-    )  # fmt: skip
+    spec = spec_of(tiny)
     cluster = Cluster(None, "engines", 2, tmp_path_factory.mktemp("logs"), 0.2)
     try:
         actors = cluster.start([ActorRequest(name, Engine, (name, spec), 1) for name in BOTH], 240)
-        yield Engines(dict(zip(BOTH, actors, strict=True)))
+        yield Engines(cluster, dict(zip(BOTH, actors, strict=True)))
     finally:
         cluster.shutdown()
 
@@ -270,3 +274,32 @@ def test_a_prompt_keeps_its_ids_and_its_responses_their_version(synced, prompts,
     for index in range(6):
         assert batch.sequence(index)[: batch.prompt_lengths[index]].tolist() == prompts[index // 2].tolist()
     assert batch.sequence(0).tolist() != batch.sequence(1).tolist()
+
+
+def test_seeds_decide_the_samples_also_where_prompts_exceed_what_one_pass_takes_in(synced):
+    """96 prompts of 96 tokens: vLLM takes in 4,096 to 8,192 tokens at a time, and must not cut a prompt there."""
+    rng = np.random.default_rng(3)
+    asked = [Request(rng.integers(5, 250, 96).astype(np.int32), seed=i) for i in range(96)]
+    sampling = Sampling(1.0, max_tokens=4)
+    together = synced.answers("vllm", asked, sampling)
+    alone = synced.answers("vllm", asked[60:62], sampling)
+    for one, other in zip(alone, together[60:62], strict=True):
+        np.testing.assert_array_equal(one.token_ids, other.token_ids)
+
+
+def test_an_engine_cut_over_two_workers_holds_its_shares_of_the_weights_and_samples_from_them(
+    engines, tiny, trained, bundle, prompts
+):
+    spec = replace(spec_of(tiny), tensor_parallel_size=2)
+    [actor] = engines.cluster.start([ActorRequest("parallel", Engine, ("vllm", spec), 0)], 240)
+    engines.actors["parallel"] = actor
+    receipt = engines.call("parallel", "load", bundle, True)
+    prove([receipt], bundle.entries, 1)
+    assert receipt.checked_live >= len(bundle.entries)  # both workers' parts; fused layers count once in each
+    assert receipt.wrong == []
+    plain = Sampling(1.0, max_tokens=8)
+    samples = engines.answers("parallel", [Request(p, seed=0) for p in prompts], plain)
+    for sample, prompt in zip(samples, prompts, strict=True):
+        right = distribution(trained, np.concatenate([prompt, sample.token_ids]), len(prompt), plain)
+        expected = right.gather(1, torch.from_numpy(sample.token_ids.astype(np.int64))[:, None])[:, 0]
+        np.testing.assert_allclose(sample.logprobs, expected.numpy(), atol=2e-3)
