@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 # ninja, with which DeepSpeed compiles, is looked for there.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help quickstart test unit check format bench bench-peer clean
+.PHONY: help quickstart test unit check format bench bench-peer study clean
 
 help:
 	@echo "make quickstart   train a small model on arithmetic and show what it learned (10 minutes)"
@@ -16,6 +16,7 @@ help:
 	@echo "make format       let ruff mend what it can"
 	@echo "make bench        speed against bare vLLM and bare torch, side by side"
 	@echo "make bench-peer   speed against TRL, in an environment of its own"
+	@echo "make study        what the five credit methods' papers claim, on tiny models (25 minutes)"
 	@echo "REQUIREMENTS=cuda make ...   the same with CUDA builds, on a machine with NVIDIA GPUs"
 	@echo "make clean        remove .venv and caches (not runs/)"
 
@@ -47,6 +48,9 @@ bench: $(INSTALLED)
 
 bench-peer: $(INSTALLED)
 	$(BIN)/python benchmarks/bench_peer.py
+
+study: $(INSTALLED)
+	$(BIN)/python -m benchmarks.credit.run
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .coverage build
