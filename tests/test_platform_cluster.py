@@ -1,5 +1,6 @@
 """Waiting for actors: who is late, who died and why. On a real, embedded Ray, and without any."""
 
+import importlib
 import os
 import signal
 import sys
@@ -7,9 +8,9 @@ import time
 
 import pytest
 
-from apportion.platform.cluster import Actor, ActorRequest, Call, Cluster, gather
+from apportion.platform.cluster import Actor, ActorRequest, Call, Cluster, gather, module_folders, python_path
 from apportion.platform.errors import ActorError, CheckpointError, ConfigError, RewardError
-from apportion.platform.process import ActorBase, find_environment_programs, tail
+from apportion.platform.process import ActorBase, find_environment_programs, find_user_modules, tail
 
 
 class Patient(ActorBase):
@@ -35,6 +36,9 @@ class Patient(ActorBase):
     def die(self) -> None:
         print("the last words", flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
+
+    def imports(self, name: str) -> str:
+        return str(importlib.import_module(name).__file__)
 
     def programs(self) -> str:
         return os.environ["PATH"].split(os.pathsep)[0]
@@ -93,6 +97,16 @@ def test_an_actor_finds_the_programs_of_its_own_environment(actors):
 
 
 @pytest.mark.system
+def test_a_users_module_is_imported_and_hides_nothing_that_is_installed(cluster, tmp_path, monkeypatch):
+    (tmp_path / "mine_alone.py").write_text("")
+    (tmp_path / "numpy.py").write_text("raise RuntimeError('a file of the user')")
+    monkeypatch.chdir(tmp_path)
+    [actor] = cluster.start([ActorRequest("importing-0", Patient)], 60)
+    mine, numpy = gather([actor.call("imports", "mine_alone"), actor.call("imports", "numpy")], 60, "a test")
+    assert mine == str(tmp_path / "mine_alone.py") and numpy.endswith("numpy/__init__.py")
+
+
+@pytest.mark.system
 def test_a_killed_actor_is_named_with_its_cause_and_last_words(cluster):
     [victim] = cluster.start([ActorRequest("victim-0", Patient)], 60)
     with pytest.raises(ActorError) as caught:
@@ -124,6 +138,26 @@ def test_the_environments_folder_comes_first_on_the_path_once(monkeypatch):
     find_environment_programs()
     find_environment_programs()
     assert os.environ["PATH"] == f"{os.path.dirname(sys.executable)}{os.pathsep}/bin"
+
+
+def test_folders_of_the_users_modules_come_last_on_an_actors_path_once(tmp_path, monkeypatch):
+    installed = next(p for p in sys.path if p.endswith("site-packages"))
+    monkeypatch.setattr(sys, "path", ["/mine/scripts", *sys.path, "/mine/modules"])
+    monkeypatch.chdir(tmp_path)
+    folders = module_folders().split(os.pathsep)
+    assert folders[0] == "/mine/scripts" and folders[-2:] == ["/mine/modules", str(tmp_path)]
+    assert installed not in folders
+    monkeypatch.setenv("APPORTION_MODULES", os.pathsep.join(["/mine/scripts", installed, "/mine/more"]))
+    before = list(sys.path)
+    find_user_modules()
+    find_user_modules()
+    assert sys.path == [*before, "/mine/more"]
+
+
+def test_only_what_an_actors_class_needs_goes_before_what_is_installed(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/given")
+    assert python_path(Patient) == os.pathsep.join([os.path.dirname(__file__), "/given"])
+    assert python_path(dict) == python_path(pytest.Item) == "/given"
 
 
 def test_the_last_lines_of_a_log_are_read_from_its_end(tmp_path):

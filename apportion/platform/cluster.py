@@ -99,7 +99,8 @@ class Cluster:
         actors = []
         for request in requests:
             log = str((self.log_folder / f"{request.name}.log").resolve())
-            variables = {"APPORTION_LOG": log, "PYTHONPATH": _python_path(), **(request.environment or {})}
+            paths = {"PYTHONPATH": python_path(request.cls), "APPORTION_MODULES": module_folders()}
+            variables = {"APPORTION_LOG": log, **paths, **(request.environment or {})}
             options = {"num_cpus": request.cpus, "num_gpus": request.gpus, "runtime_env": {"env_vars": variables}}
             handle = ray.remote(request.cls).options(**options).remote(*request.arguments)
             actors.append(Actor(request.name, handle, log))
@@ -221,12 +222,23 @@ def _last_lines(actor: Actor) -> str:
     return f"; last lines of {actor.log}:\n" + "\n".join(f"    {line}" for line in lines.splitlines())
 
 
-def _python_path() -> str:
-    """Actors import what the driver can: the user's own modules, wherever the driver found them.
-
-    What belongs to the Python installation is left out: a worker has its own.
-    """
-    installed = tuple(os.path.join(os.path.realpath(p), "") for p in (sys.prefix, sys.base_prefix))
-    own = [p for p in sys.path if p and not os.path.realpath(p).startswith(installed)]
-    entries = [*own, os.getcwd(), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+def python_path(cls: type) -> str:
+    """What an actor must find before it can say anything: its own class, where that is not installed; and what the
+    driver was given in PYTHONPATH. It goes before what is installed."""
+    top = sys.modules[cls.__module__.partition(".")[0]]
+    file = Path(getattr(top, "__file__", None) or "")
+    root = str(file.parent.parent if hasattr(top, "__path__") else file.parent)
+    needed = [root] if root in _own_folders() else []
+    entries = [*needed, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     return os.pathsep.join(dict.fromkeys(e for e in entries if e))
+
+
+def module_folders() -> str:
+    """Where the driver finds the user's own modules, for `process.find_user_modules`."""
+    return os.pathsep.join(dict.fromkeys([*_own_folders(), os.getcwd()]))
+
+
+def _own_folders() -> list[str]:
+    """The driver's path without what belongs to the Python installation: a worker has its own."""
+    installed = tuple(os.path.join(os.path.realpath(p), "") for p in (sys.prefix, sys.base_prefix))
+    return [p for p in sys.path if os.path.isabs(p) and not os.path.realpath(p).startswith(installed)]

@@ -23,6 +23,7 @@ class ActorBase:
     def __new__(cls, *args: object, **kwargs: object) -> ActorBase:
         log_to_file()  # before the constructor, which is where most things go wrong
         find_environment_programs()
+        find_user_modules()
         return super().__new__(cls)
 
     def describe(self) -> ProcessInfo:
@@ -52,6 +53,13 @@ def find_environment_programs() -> None:
     own, path = str(Path(sys.executable).parent), os.environ.get("PATH", "")
     if own not in path.split(os.pathsep):
         os.environ["PATH"] = f"{own}{os.pathsep}{path}"
+
+
+def find_user_modules() -> None:
+    """Put the folders named in APPORTION_MODULES last on this process's path: nothing of theirs hides what is installed."""
+    for folder in os.environ.get("APPORTION_MODULES", "").split(os.pathsep):
+        if folder and folder not in sys.path:
+            sys.path.append(folder)
 
 
 def log_to_file() -> None:
