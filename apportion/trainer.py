@@ -55,6 +55,7 @@ class Trainer:
         self._scores = Totals()
         self._first_traceback: str | None = None
         self._told_of_judge: set[str] = set()
+        self._failed_critique: str | None = None  # the first of the step
         self._started = time.perf_counter()
 
     # the run
@@ -77,7 +78,7 @@ class Trainer:
 
     def step(self) -> dict[str, float]:
         """One step; its metrics are logged once, when it is whole."""
-        self._timing, self._scores = {}, Totals()
+        self._timing, self._scores, self._failed_critique = {}, Totals(), None
         start = time.perf_counter()
         experience = self._collect()
         shards, cut = self._cut(experience)
@@ -190,6 +191,7 @@ class Trainer:
 
     def _count_critiques(self, report: JudgeReport) -> None:
         self._scores.merge(report.totals())
+        self._failed_critique = self._failed_critique or report.first_failure
         for problem in (report.first_failure, report.cache_problem):
             kind = "" if problem is None else problem.partition(":")[0]
             if problem is not None and kind not in self._told_of_judge:
@@ -197,12 +199,12 @@ class Trainer:
                 self.tracker.warn(f"judge: {problem}")
 
     def _check_judge(self) -> None:
-        """Stop rather than train without critiques when the run asked for that."""
+        """Stop rather than train without critiques when too many of them failed."""
         share, limit = self._scores.means().get("judge/failed_share", 0.0), self.settings.max_failed_critiques
         if share > limit:
             raise ApportionError(
                 f"judge: {share:.0%} of this step's critiques failed, expected at most {limit:.0%} "
-                "(judge.max_failed_share); metrics judge/failed/... say why"
+                f"(judge.max_failed_share); the first: {self._failed_critique}"
             )
 
     def _count_scores(self, report: ScoreReport) -> None:

@@ -664,8 +664,12 @@ def test_the_loop_goes_on_without_a_judge_that_is_down_and_stops_where_the_run_a
     assert warned == ["judge: a critique is down, has no vote and is counted: http://h/v1: ConnectError"]
     assert trainer._scores.means()["judge/unjudged_share"] == 1.0
     trainer, _ = loop(monkeypatch, down, limit=0.5)
-    with pytest.raises(ApportionError, match="judge: 100% of this step's critiques failed, expected at most 50%"):
+    with pytest.raises(ApportionError, match="judge: 100% of this step's critiques failed") as stopped:
         trainer._collect()
+    assert str(stopped.value) == (
+        "judge: 100% of this step's critiques failed, expected at most 50% (judge.max_failed_share); "
+        "the first: a critique is down, has no vote and is counted: http://h/v1: ConnectError"
+    )
 
 
 def test_the_actor_spells_with_the_policys_tokenizer_and_takes_every_second_trajectory(oracle):

@@ -134,7 +134,7 @@ class JudgeConfig:
     concurrency: int = 16  # critiques under way at a time, in each worker
     workers: int = 1
     cache_folder: str | None = None  # null: `critiques` in the run's folder
-    max_failed_share: float = 1.0  # of a step's critiques; above it the run stops
+    max_failed_share: float = 0.5  # of a step's critiques; above it the run stops; 1 goes on without any
     engine: str = "vllm"
     dtype: str = "bfloat16"
     tensor_parallel_size: int = 1

@@ -48,7 +48,7 @@ class LoopSettings:
     checkpoint_every: int
     checkpoint_final: bool
     seeds: dict[str, int]
-    max_failed_critiques: float = 1.0  # share of a step's critiques
+    max_failed_critiques: float  # share of a step's critiques
 
 
 @dataclass
