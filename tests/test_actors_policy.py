@@ -148,7 +148,25 @@ def test_a_batch_without_any_credit_makes_no_pass_and_a_loss_of_zero(model, cred
     report = worker.update(replace(credited, advantages=np.zeros_like(credited.advantages)), 2, 0.0)
     assert worker.engine.passes == [[], []]
     assert [float(loss) for loss in worker.engine.losses] == [0.0, 0.0]
-    assert report.totals.sums == {}
+    assert {name.partition("/")[0] for name in report.totals.sums} == {"mismatch"}
+
+
+def test_a_batch_without_any_credit_still_says_how_far_the_engine_is_from_the_trainer(model, credited):
+    """By the old log-probs where they are known, else by those of one micro-batch: here rows 2 and 0, the longest."""
+    bare = replace(LOSS, kl_in_loss=False, entropy_coefficient=0.0)
+    idle = replace(credited, advantages=np.zeros_like(credited.advantages))
+    means = worker_of(model, bare).update(idle, 2, 0.0).totals.means()
+    difference = (credited.old_logprobs - credited.behavior_logprobs)[credited.action_mask]
+    assert means["mismatch/abs_logprob_diff"] == pytest.approx(np.abs(difference).mean(), rel=1e-5)
+    assert means["mismatch/max"] == pytest.approx(np.abs(difference).max(), rel=1e-5)
+
+    worker = worker_of(model, bare)
+    now = worker.signals(credited)[1].old_logprobs
+    totals = worker.update(replace(idle, old_logprobs=None), 2, 0.0).totals
+    first = np.concatenate([(now - credited.behavior_logprobs)[credited.response_slice(row)] for row in (0, 2)])
+    assert totals.weights["mismatch/kl"] == 21 and worker.engine.passes == [[], []]
+    assert totals.means()["mismatch/kl"] == pytest.approx(-first.mean(), abs=1e-4)
+    assert totals.maxima["mismatch/max"] == pytest.approx(np.abs(first).max(), abs=1e-4)
 
 
 def test_idle_passes_count_for_nothing(model, credited):

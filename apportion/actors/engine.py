@@ -149,7 +149,7 @@ class DeepSpeedEngine:
         engine, rate = self._engine, learning_rate_at(self.optimizer_steps, self.total_steps, self.settings)
         for group in engine.optimizer.param_groups:
             group["lr"] = rate
-        passes = self._most_passes(len(micro_batches))
+        passes = max(1, self._most_passes(len(micro_batches)))
         engine.train()
         for index in range(passes):
             real = index < len(micro_batches)
@@ -177,8 +177,8 @@ class DeepSpeedEngine:
 
     def _most_passes(self, own: int) -> int:
         if self.world.size == 1:
-            return max(own, 1)
-        count = torch.tensor([max(own, 1)], device=self.device)
+            return own
+        count = torch.tensor([own], device=self.device)
         torch.distributed.all_reduce(count, op=torch.distributed.ReduceOp.MAX)
         return int(count.item())
 

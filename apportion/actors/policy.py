@@ -144,6 +144,7 @@ class PolicyWorker(ActorBase):
         report = UpdateReport(Totals())
         assert shard.minibatch_ids is not None
         start, teaching = time.perf_counter(), self._teaching(shard)
+        self._watch(shard, teaching, report.totals)
         for _ in range(self.spec.loss.epochs):
             for step in range(minibatches):
                 chosen = np.flatnonzero((shard.minibatch_ids == step) & teaching)
@@ -164,6 +165,36 @@ class PolicyWorker(ActorBase):
             return np.ones(len(shard), bool)
         advantages = _packed(shard, "advantages")
         return np.array([bool(advantages[shard.response_slice(i)].any()) for i in range(len(shard))], bool)
+
+    def _watch(self, shard: Batch, teaching: np.ndarray, totals: Totals) -> None:
+        """How far the rollout engine is from these weights, where no row of this rank teaches and so none is passed
+        over: from the log-probs that are there, or else of one micro-batch."""
+        idle = not teaching.any()
+        if shard.old_logprobs is not None:
+            if idle:
+                old, behavior = (torch.from_numpy(x.copy()) for x in (shard.old_logprobs, shard.behavior_logprobs))
+                self._count_mismatch(totals, old, behavior, torch.from_numpy(shard.action_mask.copy()))
+            return
+        rows = np.arange(len(shard) if idle else 0)
+        micros = cut(shard, rows, self.spec.settings.micro_batch_tokens, self.spec.share_prompts)[:1]
+        extra = self.engine.extra_passes(len(micros))
+        self.engine.module().eval()
+        with torch.no_grad():
+            for micro in micros:
+                moved = micro.to(self.engine.device)
+                old = moved.spread(self._forward(moved)[0])
+                behavior = moved.gather(shard.behavior_logprobs, self.engine.device)
+                self._count_mismatch(totals, old, behavior, moved.mask)
+            for _ in range(extra):
+                self._forward(nothing().to(self.engine.device))
+
+    def _count_mismatch(self, totals: Totals, old: Tensor, behavior: Tensor, mask: Tensor) -> None:
+        count = float(mask.sum())
+        for name, mean in mismatch_metrics(old, behavior, mask, self.spec.loss.mismatch_bound).items():
+            if name == "mismatch/max":
+                totals.maximum(name, mean)
+            else:
+                totals.add(name, mean * count, count)
 
     def _loss(self, micro: MicroBatch, shard: Batch, kl_coefficient: float, totals: Totals) -> Tensor:
         if self._distillation is not None:
@@ -219,11 +250,7 @@ class PolicyWorker(ActorBase):
             totals.add(f"policy/{shown}", float(values.detach()[mask].sum()), count)
             if name == "ratio":
                 totals.maximum("policy/ratio_max", float(values.detach()[mask].max()))
-        for name, mean in mismatch_metrics(old, behavior, mask, self.spec.loss.mismatch_bound).items():
-            if name == "mismatch/max":
-                totals.maximum(name, mean)
-            else:
-                totals.add(name, mean * count, count)
+        self._count_mismatch(totals, old, behavior, mask)
         if correction is not None:
             totals.add("mismatch/correction_mean", float(correction[mask].sum()), count)
 
