@@ -7,6 +7,7 @@ imported before a configuration has been found sound.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -286,6 +287,13 @@ def _schema(stage: str | None) -> type:
     return STAGES[stage]
 
 
+@functools.cache
+def _register_schema(stage: str | None) -> None:
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(name=f"schema_of_{stage}" if stage else "schema", node=_schema(stage))
+
+
 def _register(base: Path | None, stage: str | None) -> str:
     """Make the schema (and a run's own configuration) known to Hydra; the name of the primary configuration to use."""
     from hydra.core.config_store import ConfigStore
@@ -293,7 +301,7 @@ def _register(base: Path | None, stage: str | None) -> str:
 
     # A whole number of something's share, at least 1: ${share:${rollout.max_response_tokens},0.2}
     OmegaConf.register_new_resolver("share", lambda whole, part: max(1, int(whole * part)), replace=True)
-    ConfigStore.instance().store(name=f"schema_of_{stage}" if stage else "schema", node=_schema(stage))
+    _register_schema(stage)
     if base is None:
         return f"preference/{stage}" if stage else "config"
     ConfigStore.instance().store(name="saved_run", node=OmegaConf.load(base), package="_global_")
