@@ -144,6 +144,7 @@ def _spec(config: PreferenceConfig, objective: Objective, model: str, steps: int
         reference_model=resolve_model(reference) if reference else None,
         total_optimizer_steps=steps,
         seed=config.seed,
+        packing=config.data.packing,
     )
 
 

@@ -52,11 +52,15 @@ class MicroBatch:
         """b"""
         return self.input_ids.shape[0] if self.tree is None else self.tree.trajectories
 
+    @property
+    def members(self) -> Tensor:
+        """[r] int64, trajectory (0 to b - 1) of each action token"""
+        return self.rows if self.tree is None else self.tree.members
+
     def spread(self, values: Tensor) -> Tensor:
         """[r] to [b, T], 0 where no action token stands; keeps the gradient."""
         out = values.new_zeros(self.trajectories, self.width)
-        rows = self.rows if self.tree is None else self.tree.members
-        return out.index_put((rows, self.steps), values)
+        return out.index_put((self.members, self.steps), values)
 
     def gather(self, packed: np.ndarray, device: torch.device | str) -> Tensor:
         """Values on the shard's R axis to [b, T], 0 where no action token stands."""

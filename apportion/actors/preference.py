@@ -22,6 +22,7 @@ from apportion.actors.loading import load_causal_lm, save_huggingface
 from apportion.actors.lora import merged_weights
 from apportion.actors.microbatch import MicroBatch, make, plan_rows
 from apportion.actors.modules import CausalLMLogprobs, base_causal_lm
+from apportion.actors.packing import make_packed, plan_bins
 from apportion.actors.score_model import ScoreModel, load_score_model, save_score_model
 from apportion.algorithms.preference import (
     SEQUENCE_SCORES,
@@ -49,6 +50,7 @@ class PreferenceSpec:
     reference_model: str | None  # None: the starting weights
     total_optimizer_steps: int
     seed: int
+    packing: bool = False  # a micro-batch is one row of sequences, not a row for each
 
 
 @dataclass
@@ -89,7 +91,8 @@ class _Part:
 
     micro: MicroBatch
     rows: np.ndarray  # [b] int64 in the data's batch
-    last: np.ndarray  # [b] int64, column of each row's last token
+    last_rows: np.ndarray  # [b] int64, where each sequence's last token stands
+    last_columns: np.ndarray
     weights: np.ndarray | None = None  # [pairs] or [r], as in StepShare
     margins: np.ndarray | None = None  # [pairs]
     reference: np.ndarray | None = None  # [b]
@@ -222,27 +225,29 @@ class PreferenceWorker(ActorBase):
     def _row_outputs(self, forward: Callable, part: _Part) -> Tensor:
         """[b] sums of the answers' log-probs, or scores. float32"""
         if self.objective.reads == SEQUENCE_SCORES:
-            return forward(
-                part.micro.input_ids.to(self.engine.device), torch.from_numpy(part.last).to(self.engine.device)
-            )
+            m = part.micro.to(self.engine.device)
+            return forward(m.input_ids, self._tensor(part.last_rows), self._tensor(part.last_columns), tree=_tree(m))
         logprobs = self._logprobs(forward, part.micro)
-        return logprobs.new_zeros(len(part.rows)).index_add(0, part.micro.rows.to(logprobs.device), logprobs)
+        return logprobs.new_zeros(len(part.rows)).index_add(0, part.micro.members.to(logprobs.device), logprobs)
 
     def _logprobs(self, forward: Callable, micro: MicroBatch) -> Tensor:
         """[r] at temperature 1."""
         m = micro.to(self.engine.device)
-        return forward(m.input_ids, m.rows, m.columns, m.targets)[0]
+        return forward(m.input_ids, m.rows, m.columns, m.targets, tree=_tree(m))[0]
 
     def _parts(
         self, data: PreferenceData, examples: np.ndarray, scale: int, weights: np.ndarray | None = None
     ) -> list[_Part]:
-        """Micro-batches of whole examples of similar length; `scale` times the tokens where there is no backward."""
+        """Micro-batches of whole examples, of similar length or packed; `scale` times the tokens where there is no backward."""
         if not len(examples):
             return []
         batch, answers = data.batch, 2 if data.pairs else 1
         totals = (batch.prompt_lengths.astype(np.int64) + batch.response_lengths)[data.rows(examples)]
-        longest = totals.reshape(-1, answers).max(1)
-        plans = plan_rows(longest, scale * self.spec.settings.micro_batch_tokens // answers)
+        tokens = scale * self.spec.settings.micro_batch_tokens
+        if self.spec.packing:
+            plans = plan_bins(totals.reshape(-1, answers).sum(1), tokens)
+        else:
+            plans = plan_rows(totals.reshape(-1, answers).max(1), tokens // answers)
         per_example = None if weights is None else _split_weights(data, examples, weights)
         return [
             self._part(data, examples[plan], None if per_example is None else [per_example[i] for i in plan])
@@ -251,9 +256,12 @@ class PreferenceWorker(ActorBase):
 
     def _part(self, data: PreferenceData, examples: np.ndarray, weights: list[np.ndarray] | None) -> _Part:
         batch, rows = data.batch, data.rows(examples)
-        micro = make(batch, rows)
-        part = _Part(micro, rows, (batch.prompt_lengths + batch.response_lengths)[rows].astype(np.int64) - 1)
-        part.lengths = np.bincount(micro.rows.numpy(), minlength=len(rows))
+        lengths = (batch.prompt_lengths + batch.response_lengths)[rows].astype(np.int64)
+        if self.spec.packing:
+            part = _Part(make_packed(batch, rows), rows, np.zeros_like(rows), np.cumsum(lengths) - 1)
+        else:
+            part = _Part(make(batch, rows), rows, np.arange(len(rows)), lengths - 1)
+        part.lengths = np.bincount(part.micro.members.numpy(), minlength=len(rows))
         if weights is not None:
             part.weights = np.concatenate(weights)
         if data.margins is not None:
@@ -311,6 +319,10 @@ class PreferenceWorker(ActorBase):
         for name, tensor in merged_weights(self.engine.named_weights(), self.spec.lora):
             if not (tied and name == "lm_head.weight"):
                 yield name, tensor
+
+
+def _tree(micro: MicroBatch) -> tuple[Tensor, Tensor] | None:
+    return (micro.tree.positions, micro.tree.visible) if micro.tree else None
 
 
 def _count_pairs(totals: Totals, prefix: str, objective: Objective, pairs: PairInput, out: PairOutput) -> None:

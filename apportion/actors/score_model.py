@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from apportion.actors.modules import base_causal_lm
+from apportion.actors.modules import base_causal_lm, final_hidden
 
 HEAD = "score"
 
@@ -24,11 +24,13 @@ class ScoreModel(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor, last: Tensor) -> Tensor:
-        """[b, S] right-padded ids and the columns [b] of their last tokens to float32 scores [b]."""
+    def forward(
+        self, input_ids: Tensor, rows: Tensor, columns: Tensor, tree: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """Ids [rows, S], and where the last token of each sequence [b] stands, to float32 scores [b]; `tree` as in
+        `CausalLMLogprobs`."""
         classifier = base_causal_lm(self.model)
-        hidden = classifier.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-        picked = hidden[torch.arange(len(last), device=last.device), last]
+        picked = final_hidden(self.model, input_ids, *(tree or ()))[rows, columns]
         return getattr(classifier, HEAD)(picked).squeeze(-1).float()
 
 

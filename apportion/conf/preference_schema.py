@@ -38,6 +38,7 @@ class PairDataConfig:
     max_prompt_tokens: int = 512
     max_tokens: int = 1024  # prompt and one answer
     too_long: str = "skip"  # skip (counted), error, or truncate_prompt (from its beginning; answers are never cut)
+    packing: bool = False  # sequences one behind the other in one row, none of which sees another, instead of padding
     on_bad_row: str = "error"
     shuffle: bool = True
     limit: int | None = None  # rows of each training source
@@ -201,6 +202,10 @@ def check(config: PreferenceConfig) -> None:
         raise ConfigError(
             f"policy.micro_batch_tokens: got {policy.micro_batch_tokens}, expected at least {needed} = {answers} x "
             f"data.max_tokens{both}; raise it or lower data.max_tokens"
+        )
+    if data.packing and config.model.attention != "sdpa":
+        raise ConfigError(
+            f"data.packing: got true with model.attention={config.model.attention}, expected model.attention=sdpa"
         )
     if config.train.batch_size < config.cluster.policy_ranks:
         raise ConfigError(
