@@ -103,6 +103,28 @@ def test_the_loss_is_the_weighted_sum_over_tokens_and_its_gradient_reaches_every
     assert report.tokens == credited.tokens
 
 
+def test_a_straight_through_kl_has_the_value_of_its_estimator_and_the_gradient_of_k2(model, credited):
+    """Beside a surrogate without advantages; the reference is 0.1 away from the policy, so that no estimate is cut."""
+    bare = replace(LOSS, entropy_coefficient=0.0, correction_method="none")
+    now = worker_of(model).signals(credited)[1].old_logprobs
+    shifted = (now + np.where(credited.action_mask, 0.1, 0)).astype(np.float32)
+    batch = replace(credited, advantages=np.zeros_like(now), reference_logprobs=shifted)
+    values, gradients = {}, {}
+    for name, estimator, through in (("k2", "k2", False), ("k3", "k3", False), ("k3+", "k3", True)):
+        worker = worker_of(model, replace(bare, kl_estimator=estimator, kl_straight_through=through))
+        worker.update(batch, 2, 0.3)
+        values[name] = [float(loss) for loss in worker.engine.losses]
+        model.zero_grad()
+        sum(worker.engine.losses).backward()
+        gradients[name] = {n: p.grad.clone() for n, p in model.named_parameters()}
+    assert values["k3"] == pytest.approx([0.3 * (np.exp(0.1) - 1.1)] * 2, rel=1e-2)
+    assert values["k3+"] == pytest.approx(values["k3"], rel=1e-6)
+    for name, gradient in gradients["k2"].items():
+        torch.testing.assert_close(gradients["k3+"][name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+    difference = max(float((gradients["k3"][n] - g).abs().max()) for n, g in gradients["k2"].items())
+    assert difference > 1e-5
+
+
 def test_what_is_reported_are_means_over_the_batchs_action_tokens(model, credited):
     report = worker_of(model).update(credited, 2, 0.3)
     mask = credited.action_mask

@@ -41,6 +41,7 @@ class LossSpec:
     correction_cap: float
     mismatch_bound: float
     epochs: int
+    kl_straight_through: bool = False
 
 
 @dataclass
@@ -223,7 +224,7 @@ class PolicyWorker(ActorBase):
             losses = losses * correction
         if loss.kl_in_loss:
             reference = moved.gather(_packed(shard, "reference_logprobs"), device)
-            kl = kl_losses(policy, reference, moved.mask, loss.kl_estimator)
+            kl = kl_losses(policy, reference, moved.mask, loss.kl_estimator, loss.kl_straight_through)
             totals.add("policy/kl_reference", float(kl.detach().sum()), float(moved.mask.sum()))
             losses = losses + kl_coefficient * kl
         if loss.entropy_coefficient > 0:

@@ -23,6 +23,7 @@ def policy_requests(config: Config, model: str) -> list[ActorRequest]:
         temperature=config.rollout.temperature,
         kl_in_loss=a.kl.place == "loss",
         kl_estimator=a.kl.estimator,
+        kl_straight_through=a.kl.straight_through,
         entropy_coefficient=a.entropy_coefficient,
         correction_method=a.correction.method,
         correction_level=a.correction.level,

@@ -16,6 +16,7 @@ class KlConfig:
     place: str = "none"
     coefficient: float = 0.0
     estimator: str = "k3"
+    straight_through: bool = False  # of a KL in the loss: the estimator's value with k2's gradient, that of the reverse KL
     target: float | None = None  # with a horizon: the adaptive coefficient
     horizon: int = 10000
 
@@ -24,6 +25,10 @@ class KlConfig:
         one_of("algorithm.kl.estimator", self.estimator, ("k1", "k2", "k3", "abs"))
         at_least("algorithm.kl.coefficient", self.coefficient, 0)
         at_least("algorithm.kl.horizon", self.horizon, 1)
+        if self.straight_through and self.place != "loss":
+            raise ConfigError(
+                f"algorithm.kl.straight_through: got true with place={self.place}, which has no gradient, expected place=loss"
+            )
         if self.target is not None and self.place == "none":
             raise ConfigError("algorithm.kl.target: got a value with place=none, expected place=reward or place=loss")
 
