@@ -12,7 +12,7 @@ from apportion.cli import compose_config, to_config
 from apportion.conf import schema
 from apportion.conf.explain import config_keys
 from apportion.conf.models import read_model
-from apportion.conf.parts import check_parts, parts_of
+from apportion.conf.parts import check_parts, group_relative, parts_of
 from apportion.plan import make_plan
 from apportion.platform.errors import ConfigError
 
@@ -181,15 +181,20 @@ def test_a_part_that_cannot_be_built_is_one_line(override, line):
     assert str(error.value) == line
 
 
-def test_credit_of_ones_own_is_asked_for_its_needs(tmp_path, monkeypatch):
+def test_credit_of_ones_own_is_asked_for_its_needs_and_whether_it_compares(tmp_path, monkeypatch):
     (tmp_path / "mine_of_my_own.py").write_text(
         "from dataclasses import dataclass\n\n@dataclass\nclass Mine:\n    scale: float = 1.0\n"
-        "    needs = frozenset({'values', 'entropies'})\n    def __call__(self, batch): return None\n"
+        "    needs = frozenset({'values', 'entropies'})\n    group_relative_with = {'scale': 2.0}\n"
+        "    def __call__(self, batch): return None\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     config = composed("experiment=quickstart")
     config.algorithm.credit = {"name": "mine_of_my_own:Mine", "scale": 2.0}
     assert check_parts(config.algorithm) == {"values", "entropies"}
+    assert group_relative(config.algorithm)
+    config.algorithm.credit = {"name": "macro_actions", "estimator": {"name": "mine_of_my_own:Mine", "scale": 1.0}}
+    assert check_parts(config.algorithm) == {"values", "entropies"}
+    assert not group_relative(config.algorithm)
 
 
 def test_every_key_says_what_it_takes():
@@ -220,6 +225,10 @@ def test_every_key_says_what_it_takes():
         (
             lambda: schema.KlConfig(target=0.1),
             "algorithm.kl.target: got a value with place=none, expected place=reward or place=loss",
+        ),
+        (
+            lambda: schema.KlConfig(place="reward", straight_through=True),
+            "algorithm.kl.straight_through: got true with place=reward, which has no gradient, expected place=loss",
         ),
     ],
 )

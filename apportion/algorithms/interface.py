@@ -60,6 +60,9 @@ class Credit:
 
 @runtime_checkable
 class CreditMethod(Protocol):
+    """A method that learns only from how the responses to one prompt differ says so, with the parameters that make it
+    such: `group_relative_with: ClassVar[dict[str, Any]]`, {} for always. A group of one is then refused beforehand."""
+
     needs: ClassVar[frozenset[str]]  # a subset of SIGNALS; read it from the instance: a wrapped method adds its own
 
     def __call__(self, batch: CreditInput) -> Credit: ...

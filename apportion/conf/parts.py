@@ -13,12 +13,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from apportion.algorithms.registry import KINDS, build
+from apportion.algorithms.registry import KINDS, build, resolve
 from apportion.conf.schema import AlgorithmConfig
 from apportion.platform.errors import ConfigError
 
-# Credits that compare a trajectory with the others of its group; a group of one teaches them nothing.
-_GROUP_RELATIVE: dict[str, dict[str, str]] = {"grpo": {}, "rloo": {}, "reinforce_pp": {"baseline": "group"}}
+_ABSENT = object()
 
 
 def check_parts(algorithm: AlgorithmConfig) -> frozenset[str]:
@@ -29,9 +28,9 @@ def check_parts(algorithm: AlgorithmConfig) -> frozenset[str]:
             raise ConfigError(f"algorithm.{kind}: got {spec!r}, expected a mapping with a name and its parameters")
         if not any(_same(spec, known) for known in shipped[kind]):
             _built(kind, spec)
-    needs = _declared_needs(algorithm.credit)
-    if needs is None:
-        needs = frozenset(_built("credit", algorithm.credit).needs)
+    needs = _declared(algorithm.credit, "needs")
+    if not isinstance(needs, frozenset) or algorithm.credit["name"] not in KINDS["credit"]:
+        needs = frozenset(_built("credit", algorithm.credit).needs)  # a wrapped method adds its own
     return needs | ({"reference_logprobs"} if algorithm.kl.place != "none" else frozenset())
 
 
@@ -50,8 +49,8 @@ def group_relative(algorithm: AlgorithmConfig) -> bool:
 
 
 def _group_relative(credit: Mapping[str, Any]) -> bool:
-    conditions = _GROUP_RELATIVE.get(str(credit["name"]))
-    if conditions is None:
+    conditions = _declared(credit, "group_relative_with")
+    if conditions is _ABSENT:
         return any(_group_relative(part) for part in credit.values() if isinstance(part, Mapping) and "name" in part)
     return all(key in credit and credit[key] == value for key, value in conditions.items())
 
@@ -90,28 +89,31 @@ def _same(spec: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
     return True
 
 
-def _declared_needs(spec: Mapping[str, Any]) -> frozenset[str] | None:
-    """`needs` as the credit's class declares it in its source; None where that is no literal or not one of ours."""
+def _declared(spec: Mapping[str, Any], name: str) -> Any:
+    """A class variable of the credit's class: read from its source where it is one of ours, from the class where not;
+    `_ABSENT` where there is none, or none that is a literal."""
     path = KINDS["credit"].get(str(spec["name"]))
     if path is None:
-        return None
+        return getattr(resolve("credit", spec["name"]), name, _ABSENT)
     module, _, class_name = path.partition(":")
     file = Path(__file__).parents[2] / (module.replace(".", "/") + ".py")
     if not file.is_file():
-        return None
+        return _ABSENT
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ClassDef) and node.name == class_name:
-            return _literal_needs(node)
-    return None
+            return _literal(node, name)
+    return _ABSENT
 
 
-def _literal_needs(node: ast.ClassDef) -> frozenset[str] | None:
+def _literal(node: ast.ClassDef, name: str) -> Any:
     for line in node.body:
-        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and line.target.id == "needs":
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and line.target.id == name:
             value = line.value
-            if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "frozenset":
-                try:
-                    return frozenset(ast.literal_eval(value.args[0])) if value.args else frozenset()
-                except ValueError:
-                    return None
-    return None
+            wrapped = isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "frozenset"
+            try:
+                if isinstance(value, ast.Call):
+                    return frozenset(ast.literal_eval(value.args[0]) if value.args else ()) if wrapped else _ABSENT
+                return _ABSENT if value is None else ast.literal_eval(value)
+            except ValueError:
+                return _ABSENT
+    return _ABSENT

@@ -11,7 +11,7 @@ it is not divided by the group's spread (the form of OpenRLHF).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -45,6 +45,7 @@ class Grpo:
     normalize: str = "std"
     eps: float = 1e-6
     needs: ClassVar[frozenset[str]] = frozenset()
+    group_relative_with: ClassVar[dict[str, Any]] = {}
 
     def __post_init__(self) -> None:
         if self.normalize not in ("std", "none"):

@@ -10,7 +10,7 @@ before whitening where a group's rewards are all alike, and discounts the KL onl
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from apportion.algorithms.credit.gae import returns_to_go
 from apportion.algorithms.credit.grpo import centred_outcomes, on_every_token
@@ -26,6 +26,7 @@ class ReinforcePlusPlus:
     gamma: float = 1.0
     whiten: str = "sample"
     needs: ClassVar[frozenset[str]] = frozenset()
+    group_relative_with: ClassVar[dict[str, Any]] = {"baseline": "group"}
 
     def __post_init__(self) -> None:
         if self.baseline not in ("none", "group"):

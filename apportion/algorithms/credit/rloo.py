@@ -9,7 +9,7 @@ as each token's returns-to-go.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from apportion.algorithms.credit.grpo import centred_outcomes, on_every_token
 from apportion.algorithms.interface import Credit, CreditInput
@@ -20,6 +20,7 @@ class Rloo:
     """Rewards [1, 0, 0] of one group give [1, -0.5, -0.5]."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    group_relative_with: ClassVar[dict[str, Any]] = {}
 
     def __call__(self, batch: CreditInput) -> Credit:
         outcomes_B, groups = centred_outcomes(batch)
