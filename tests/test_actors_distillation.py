@@ -118,6 +118,33 @@ def test_loss_and_gradient_are_the_formula_at_the_positions_that_predict_the_res
     assert all(p.grad is None and not p.requires_grad for m in teachers.values() for p in m.parameters())
 
 
+def test_responses_behind_one_copy_of_their_prompt_have_the_loss_and_gradient_of_rows_of_their_own(
+    student, teachers, shard
+):
+    """Rows 0 and 2 become responses to one prompt, whose three tokens are then read once by all three models."""
+    ids = shard.token_ids.copy()
+    offsets = shard.token_offsets
+    together = replace(shard, prompt_lengths=np.array([3, 2, 3], np.int32), group_ids=np.array([0, 1, 0]))
+    ids[offsets[2] : offsets[2] + 3] = ids[:3]
+    keep = np.r_[0 : offsets[2] + 3, offsets[2] + 5 : offsets[3]]
+    together = replace(together, token_ids=ids[keep], prompt_ids=["p0", "p1", "p0"])
+    outcomes = []
+    for share in (False, True):
+        micros = cut(together, np.arange(3), 32, share)
+        student.zero_grad()
+        loss = sum(distillation().loss(Engine(student), m, together, Totals()) for m in micros)
+        loss.backward()
+        outcomes.append((float(loss.detach()), [p.grad.clone() for p in student.parameters()]))
+        assert sum(m.input_ids.shape[0] for m in micros) == (2 if share else 3)
+    assert outcomes[1][0] == pytest.approx(outcomes[0][0], rel=1e-5) and outcomes[0][0] > 1e-3
+    for shared, alone in zip(outcomes[1][1], outcomes[0][1], strict=True):
+        torch.testing.assert_close(shared, alone, rtol=1e-4, atol=1e-6)
+
+
+def test_sharing_prompts_is_not_refused_with_a_distillation(cache):
+    assert planned(*TINY, "policy.share_prompts=true").value("trajectories a step") > 0
+
+
 def test_what_it_reports_are_means_over_action_tokens(student, teachers, shard):
     totals = Totals()
     for micro in cut(shard, np.arange(3), 16):

@@ -118,8 +118,6 @@ def _check_algorithm(config: Config) -> None:
         )
     if config.policy.offload_optimizer and config.policy.zero_stage == 0:
         raise ConfigError("policy.offload_optimizer: got true with policy.zero_stage=0, expected zero_stage 1, 2 or 3")
-    if config.policy.share_prompts and config.algorithm.distillation is not None:
-        raise ConfigError("policy.share_prompts: got true with algorithm.distillation, expected share_prompts=false")
 
 
 def _check_rollout(config: Config, model: ModelFacts | None) -> None:
