@@ -3,6 +3,8 @@ VENV := .venv
 REQUIREMENTS ?= cpu# or cuda
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# Tests that start nothing run beside each other; those that start Ray one after the other.
+SIDE_BY_SIDE := -n 2 --dist loadfile
 # ninja, with which DeepSpeed compiles, is looked for there.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
@@ -28,10 +30,13 @@ quickstart: $(INSTALLED)
 	$(BIN)/apportion train experiment=quickstart
 
 test: $(INSTALLED)
-	$(BIN)/pytest --cov=apportion --cov-report=term
+	@failed=0; \
+	$(BIN)/pytest -m "not system" $(SIDE_BY_SIDE) --cov=apportion --cov-report= || failed=1; \
+	$(BIN)/pytest -m system --cov=apportion --cov-append --cov-report=term || failed=1; \
+	exit $$failed
 
 unit: $(INSTALLED)
-	$(BIN)/pytest -m "not system"
+	$(BIN)/pytest -m "not system" $(SIDE_BY_SIDE)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

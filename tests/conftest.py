@@ -1,5 +1,10 @@
 """What many tests share: the tiny model's folder, a batch that is credited and ready for an update."""
 
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; read when numpy and torch are imported
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import numpy as np
 import pytest
 

@@ -93,6 +93,7 @@ def test_a_build_that_fails_leaves_nothing_that_looks_finished(tmp_path):
     assert os.listdir(folder.parent) == [".m-1.lock"]
 
 
+@pytest.mark.system
 def test_smollm2_splits_numbers_into_digits_as_it_was_trained():
     from transformers import AutoTokenizer
 

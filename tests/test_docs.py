@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 import types
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,11 @@ def test_readme_shows_a_reward_data_and_a_recipe():
 # --- commands ---
 
 
+@cache
+def saved_run():
+    return yaml.safe_dump(to_config(compose_config(["experiment=tiny_grpo"]))[1])
+
+
 @pytest.fixture
 def ready(tmp_path, monkeypatch):
     """A folder in which the pages' commands can be composed: the examples, a model, a run named first. Nothing starts:
@@ -79,7 +85,7 @@ def ready(tmp_path, monkeypatch):
         (tmp_path / teacher).symlink_to(tmp_path / "my-model")
     run = tmp_path / "runs" / "first"
     run.mkdir(parents=True)
-    run.joinpath("config.yaml").write_text(yaml.safe_dump(to_config(compose_config(["experiment=tiny_grpo"]))[1]))
+    run.joinpath("config.yaml").write_text(saved_run())
     calls = []
     module = types.ModuleType("apportion.build")
     module.train = lambda config, resolved: calls.append(config) or 0

@@ -83,7 +83,7 @@ def test_the_service_answers_what_the_program_asks():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     server = ThreadingHTTPServer(("127.0.0.1", 0), module.Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
         source = ServiceSource(RewardEntry(function=f"http://127.0.0.1:{server.server_port}", timeout_seconds=10))
         assert source.score(call(["Rome", "it is paris"], ["Paris", "Paris"])) == [0.0, 1.0]

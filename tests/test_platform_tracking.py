@@ -232,6 +232,7 @@ def test_tensorboard_holds_what_was_logged(tmp_path):
     assert [(e.step, e.value) for e in events.Scalars("reward/mean")] == [(1, 0.25), (2, 0.5)]
 
 
+@pytest.mark.system
 def test_wandb_offline_writes_a_run_and_a_resume_takes_the_same_id(tmp_path):
     settings = WandbSettings("offline", "apportion", "test-run")
     first = WandbTracker(tmp_path, settings, {"seed": 1})
