@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -69,23 +70,27 @@ def plot(results: Results, metrics: Sequence[str], across: str, arms: Sequence[s
     figure, axes = plt.subplots(1, len(metrics), figsize=(4.6 * len(metrics), 3.4), squeeze=False)
     for axis, metric in zip(axes[0], metrics, strict=True):
         for arm, colour in zip(arms or results.arms, COLOURS, strict=False):
-            values, places = results.curves(arm, metric), results.places(arm)
-            bands = [Interval.of(column) for column in values.T]
-            axis.plot(places, values.mean(0), color=colour, label=arm, linewidth=1.6)
-            axis.fill_between(places, [b.low for b in bands], [b.high for b in bands], color=colour, alpha=0.13)
+            draw(axis, results.places(arm), results.curves(arm, metric), arm, colour)
         axis.set_title(metric, fontsize=10)
         axis.set_xlabel(across, fontsize=9)
-        axis.tick_params(labelsize=8)
-        axis.grid(alpha=0.25)
     axes[0][0].legend(fontsize=7, framealpha=0.8)
     return saved(figure, results.name, f"{', '.join(metrics)} of each arm over {across}")
 
 
-def saved(figure: object, name: str, description: str) -> str:
+def draw(axis: Any, places: np.ndarray, values: np.ndarray, label: str, colour: str) -> None:
+    """Mean over seeds of values [seeds, places] with its interval."""
+    bands = [Interval.of(column) for column in values.T]
+    axis.plot(places, values.mean(0), color=colour, label=label, linewidth=1.6)
+    axis.fill_between(places, [b.low for b in bands], [b.high for b in bands], color=colour, alpha=0.13)
+    axis.tick_params(labelsize=8)
+    axis.grid(alpha=0.25)
+
+
+def saved(figure: Any, name: str, description: str) -> str:
     import matplotlib.pyplot as plt
 
     PLOTS.mkdir(parents=True, exist_ok=True)
-    figure.tight_layout()  # type: ignore[attr-defined]
-    figure.savefig(PLOTS / f"{name}.png", dpi=110)  # type: ignore[attr-defined]
-    plt.close(figure)  # type: ignore[arg-type]
+    figure.tight_layout()
+    figure.savefig(PLOTS / f"{name}.png", dpi=110)
+    plt.close(figure)
     return f"![{description}](credit-study/{name}.png)"

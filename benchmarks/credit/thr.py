@@ -105,8 +105,9 @@ Before: greedy {Interval.of(results.first("GRPO", "greedy")).shown()}, pass@16 {
 
 {comparisons_table(compared)}
 
-Held-out questions come from the table that training teaches, so greedy accuracy and pass@k rise together here; the paper
-trains models that knew most answers before, where a gain of one costs the other.
+What this does not show: held-out questions rest on the table that training teaches, so greedy accuracy and pass@k rise
+together here. The paper trains large models that can answer most questions in some of their samples already, where
+sharpening costs variety; that trade is what p is to steer, and it hardly arises here.
 """
     short = (
         f"**THR**: p = 0.5 raises greedy accuracy over p = 0: {verdicts['greedy: p = 0.5 less p = 0']}; p = -0.5 raises pass@16: "
