@@ -15,6 +15,7 @@ from math import ceil
 
 from apportion.actors.reward_check import check_functions
 from apportion.conf.combinations import Machine, check_combinations, longest_sampled, this_machine
+from apportion.conf.companions import check_companions
 from apportion.conf.environment import check_environment
 from apportion.conf.judges import check_judge, own_model
 from apportion.conf.models import VALUE_BYTES, ModelFacts, read_model
@@ -109,6 +110,7 @@ def make_plan(config: Config, machine: Machine | None = None) -> Plan:
     actors[0].memory.update(_teacher_memory(config, teachers))
     gpus = sum(actor.count * actor.gpus for actor in actors)
     check_combinations(config, needs, model, here, gpus)
+    check_companions(config, needs, model)
     if "critiques" in needs:
         check_judge(config, joined)
     check_environment(config)

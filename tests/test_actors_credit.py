@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from apportion.actors.credit import CreditSpec, CreditWorker, deal
-from apportion.batch import Batch, Signals
+from apportion.batch import Batch, Signals, Trajectory
 
 
 def worker(**changes) -> CreditWorker:
@@ -43,6 +43,49 @@ def test_a_trajectory_whose_reward_failed_is_left_out_and_not_averaged(scored):
     means = report.totals.means()
     assert means["reward/mean"] == pytest.approx(6 / 5)
     assert means["rollout/response_tokens_mean"] == pytest.approx(58 / 8)
+
+
+@pytest.mark.parametrize(
+    ("credit", "expected"),
+    [
+        ({"name": "grpo", "normalize": "none"}, [0.0, 0.0, 0.0, 0.5, -0.5]),
+        ({"name": "rloo"}, [0.0, 0.0, 0.0, 1.0, -1.0]),
+        # THR: what is left of groups 0 and 1 are right answers alone, so they keep the base's credit of 0.
+        (
+            {"name": "hidden_reward", "base": {"name": "rloo"}, "p": 0.5, "tau": -1.0, "correct_at": 1.5},
+            [0.0, 0.0, 0.0, 1.5, -0.5],
+        ),
+    ],
+)
+def test_groups_that_lost_members_are_compared_over_who_is_left(scored, credit, expected):
+    """Rows 1, 4 and 5 are lost: group 0 has one left, group 1 two that are alike, group 2 none."""
+    failed = replace(
+        scored,
+        rewards=np.array([1.0, np.nan, 1.0, 1.0, np.nan, np.nan, 2.0, 1.0]),
+        sample_mask=np.array([True, False, True, True, False, False, True, True]),
+    )
+    own = worker(credit=credit)
+    _, kept = own.admit(failed)
+    _, shard = own.cut(4, 1, 1, kept)
+    influences = np.ones(int(shard.response_lengths.sum()), np.float32)
+    credited, metrics = own.assign(replace(shard, influences=influences), 0.0)
+    firsts = [float(credited.advantages[credited.response_slice(row)][0]) for row in range(5)]
+    assert credited.group_ids.tolist() == [0, 1, 1, 3, 3] and firsts == pytest.approx(expected)
+    assert (metrics["credit/groups"], metrics["credit/singleton_groups"]) == (3, 1)
+    assert float(credited.loss_weights.sum()) == pytest.approx(1.0)
+
+
+def test_a_reward_for_a_turn_without_tokens_has_no_place_and_is_refused_unless_it_is_nothing():
+    def trajectory(rewards):
+        mask = np.array([True, True, False, True])
+        ids, turns = np.arange(5, dtype=np.int32), np.array([0, 0, -1, 2], np.int32)
+        logprobs = np.where(mask, -1.0, np.nan).astype(np.float32)
+        return Trajectory("p", 0, 0, ids, 1, mask, turns, logprobs, 0, "stop", "", turn_rewards=np.array(rewards))
+
+    batch = Batch.from_trajectories([trajectory([0.5, 0.0, 2.0])])
+    assert batch.token_rewards.tolist() == [0.0, 0.5, 0.0, 2.0] and batch.rewards.tolist() == [2.5]
+    with pytest.raises(ValueError, match=r"turn 1 of prompt p has reward 1.0 but no action token"):
+        Batch.from_trajectories([trajectory([0.5, 1.0, 2.0])])
 
 
 def test_selection_drops_groups_and_says_how_many(scored):

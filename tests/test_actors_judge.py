@@ -289,6 +289,7 @@ def text(question, steps, answer): return "0"
 def fails(question, steps, answer): raise RuntimeError("no idea")
 async def awaited(question, steps, answer): return [len(steps) - 1]
 def noisy(question, steps, answer, critique): return [critique % 2]
+def wild(question, steps, answer, critique): return [99] if critique == 0 else [2]
 def picky(question, steps, answer, bad): return [steps.index(bad)]
 """
 
@@ -320,6 +321,16 @@ def test_a_function_that_gives_no_verdict_has_no_vote(oracle, name, failure):
     [critique] = asked(oracle(name, 0.1))
     assert critique.wrong_steps is None and critique.failure == failure
     assert ("no idea" in critique.detail) == (name == "fails")
+
+
+def test_a_critique_that_names_step_99_of_4_has_no_vote_is_counted_and_leaves_the_others_theirs(oracle):
+    judge = judge_with(oracle("wild"), credit={"name": "capo", "voting": "intersection"}, critiques=3)
+    report, marks = judge.judge(batch_of("a\n\nb\n\nc\n\nd"), [prompt()], [0])
+    assert [c.failure for c in marks.critiques[0]] == ["out_of_range", "", ""]
+    assert marks.wrong_steps == [[2]] and set(marks.step_ids[0].tolist()) == {0, 1, 2, 3}
+    assert dict(report.failed) == {"out_of_range": 1} and report.unjudged == 0
+    means = report.totals().means()
+    assert means["judge/failed_share"] == pytest.approx(1 / 3) and means["judge/failed/out_of_range"] == 1.0
 
 
 def test_a_function_is_not_asked_after_the_batchs_time(oracle):
@@ -771,6 +782,7 @@ def test_a_run_with_a_judge_model_of_its_own_keeps_its_critiques_beside_the_traj
         "judge.max_tokens=8",
         "judge.critiques=2",
         "judge.concurrency=8",
+        "judge.max_failed_share=1",
         "train.steps=1",
         "train.prompts_per_step=2",
     ]

@@ -1,5 +1,6 @@
 """Arithmetic, placement, memory and refusals of `apportion plan`. A machine is described, never measured."""
 
+import json
 from functools import cache
 
 import pytest
@@ -279,6 +280,25 @@ def test_a_group_of_one_is_fine_where_nothing_is_compared():
     assert planned("algorithm=reinforce_pp", "rollout.responses_per_prompt=1").value("trajectories a step") == 8
     baseline = refusal("algorithm=reinforce_pp_baseline", "rollout.responses_per_prompt=1")
     assert baseline.startswith("rollout.responses_per_prompt: got 1 with credit reinforce_pp, ")
+
+
+@pytest.mark.parametrize(("key", "algorithm"), [("critic.model", "ppo"), ("reference.model", "ppo")])
+def test_a_model_beside_the_policy_that_could_not_read_its_sequences_is_refused(tmp_path, key, algorithm):
+    def own(**changes):
+        sizes = {"hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 49152, "num_attention_heads": 4}
+        sizes |= {"intermediate_size": 64, "max_position_embeddings": 120}
+        (tmp_path / "config.json").write_text(json.dumps(sizes | changes))
+        return [f"algorithm={algorithm}", f"{key}={tmp_path}"]
+
+    assert planned(*own()).value("tokens a trajectory") == 120
+    assert refusal(*own(max_position_embeddings=119)) == (
+        f"{key}: got {tmp_path} with a context of 119 tokens, expected at least 120 = data.max_prompt_tokens=96 + "
+        "rollout.max_response_tokens=24, or shorter responses"
+    )
+    assert refusal(*own(vocab_size=49151)) == (
+        f"{key}: got {tmp_path} with 49151 tokens, expected at least the 49152 of builtin:smollm2-135m-instruct, with "
+        "the same tokenizer: it reads the policy's token ids"
+    )
 
 
 def test_a_cache_too_small_for_one_sequence_is_refused(tmp_path):
