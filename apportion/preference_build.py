@@ -11,6 +11,7 @@ from apportion.actors.engine import World
 from apportion.actors.preference import PreferenceSpec, PreferenceWorker
 from apportion.algorithms import registry
 from apportion.algorithms.preference import Dpo, Objective, RewardModel, Sft
+from apportion.assembly.hosts import cores_environment
 from apportion.conf.preference_schema import DpoRunConfig, PreferenceConfig, RewardModelRunConfig, SftRunConfig
 from apportion.data.builtin import resolve_model
 from apportion.data.pair_tokens import EncodedExample, ExampleEncoder, PreferenceData, encode_sources, hold_out, pack
@@ -152,7 +153,7 @@ def _ranks(config: PreferenceConfig, cluster: Cluster, spec: PreferenceSpec) -> 
     """Ranks that train together. The first says where it can be met, then all of them load and join."""
     c = config.cluster
     threads = c.threads or os.cpu_count() or 1
-    environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    environment = cores_environment(threads)
     if c.gpus_per_policy_rank == 0:
         environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     if not cluster.joined:

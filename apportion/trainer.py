@@ -274,12 +274,16 @@ class Trainer:
 
     def _sync(self) -> None:
         """Every engine gets the trainer's weights and proves it; only then does the version count."""
-        version = self.progress.policy_version
+        version, check = self.progress.policy_version, self.settings.sync_check
         with self._timed("sync"):
             sent = self._gather([a.call("weights", version) for a in self.actors.policy], "sync")[0]
             entries, bundle = sent
-            calls = [a.call("load_weights", bundle, self.settings.sync_check) for a in self.actors.rollout]
-            receipts: list[SyncReceipt] = self._gather(calls, "sync")
+            if bundle is None:  # over the channel, from rank 0 to all at once
+                send = [self.actors.policy[0].call("send_weights")]
+                calls = [a.call("receive_weights", entries, version, check) for a in self.actors.rollout]
+            else:
+                send, calls = [], [a.call("load_weights", bundle, check) for a in self.actors.rollout]
+            receipts: list[SyncReceipt] = self._gather(send + calls, "sync")[len(send) :]
             prove(receipts, entries, version)
         self._weight_bytes = sum(e.size for e in entries)
 

@@ -115,7 +115,7 @@ def test_receipts_of_workers_join_so_that_one_wrong_worker_shows():
     right = {e.name: e.checksum for e in bundle.entries}
     wrong = right | {"b": "0" * 16}
     for answers in ([(right, 2, []), (wrong, 2, ["a"])], [(wrong, 2, ["a"]), (right, 2, [])]):
-        receipt = merge_receipts(answers, bundle, "rollout-1")
+        receipt = merge_receipts(answers, bundle.entries, bundle.version, "rollout-1")
         assert (receipt.engine, receipt.version, receipt.checked_live, receipt.wrong) == ("rollout-1", 4, 4, ["a"])
         assert receipt.checksums == wrong
 

@@ -219,8 +219,14 @@ REFUSALS = [
         "expected place=reward or place=loss, or a coefficient of 0",
     ),
     (
-        ["rollout.tensor_parallel_size=2"],
-        "cluster.gpus_per_rollout_engine: got 0 with rollout.tensor_parallel_size=2, expected 2, a GPU for each part",
+        ["rollout.tensor_parallel_size=2", "cluster.gpus_per_rollout_engine=1"],
+        "cluster.gpus_per_rollout_engine: got 1 with rollout.tensor_parallel_size=2, expected 2, a GPU for each part, "
+        "or 0 for parts on the CPU",
+    ),
+    (
+        ["cluster.weight_transfer=broadcast", "cluster.gpus_per_policy_rank=1"],
+        "cluster.weight_transfer: got broadcast with gpus_per_policy_rank=1 and gpus_per_rollout_engine=0, "
+        "expected whole GPUs for both or none for both; otherwise take object_store",
     ),
     (
         ["rollout.tensor_parallel_size=2", "rollout.engine=transformers"],

@@ -265,7 +265,8 @@ def starved(folder, started, reward_model):
     failing = started(
         "train", "experiment=tiny_grpo", *QUICK, f"reward.functions={folder}/rewards.py:fragile", "train.steps=4",
         "reward.max_failed_share=0.5", "cluster.policy_ranks=2", "cluster.rollout_engines=2", "policy.zero_stage=3",
-        "policy.gradient_checkpointing=true", "lora=default", f"runs_folder={folder}/runs", "run_name=failing",
+        "policy.gradient_checkpointing=true", "lora=default", "cluster.weight_transfer=broadcast",
+        f"runs_folder={folder}/runs", "run_name=failing",
     )  # fmt: skip
     words = [
         "train", "experiment=tiny_grpo", *QUICK, "checkpoint.final=true", f"reward.functions=model:{reward_model}",
@@ -362,8 +363,9 @@ def submitted(started, head: Head, words: list[str]) -> Run:
 def interrupted(folder, started, head):
     """Ctrl-C in the middle of a run with vLLM; beside it a job submitted to a cluster, and one that may not join it."""
     endless = started(
-        "train", "experiment=tiny_grpo", *COMMON, "train.steps=100000", f"runs_folder={folder}/runs", "run_name=endless"
-    )
+        "train", "experiment=tiny_grpo", *COMMON, "train.steps=100000", "cluster.weight_transfer=broadcast",
+        f"runs_folder={folder}/runs", "run_name=endless",
+    )  # fmt: skip
     words = [APPORTION, "train", "experiment=tiny_grpo", *QUICK, "train.steps=1", f"runs_folder={folder}/runs"]
     job = submitted(started, head, [*words, "run_name=job"])
     stranger = started(*words[1:], "run_name=stranger", f"cluster.address={head.address}")

@@ -22,6 +22,7 @@ from apportion.algorithms.correction import ImportanceCorrection, mismatch_metri
 from apportion.algorithms.interface import Surrogate, SurrogateInput
 from apportion.algorithms.kl import kl_losses
 from apportion.batch import Batch, Signals, Totals
+from apportion.platform.channel import ChannelAddress, WeightChannel
 from apportion.platform.process import ActorBase
 from apportion.platform.random_states import load_random_states, save_random_states
 from apportion.platform.weights import WeightBundle
@@ -73,6 +74,7 @@ class PolicyWorker(ActorBase):
     def __init__(self, spec: PolicySpec) -> None:
         self.spec = spec
         self._room: np.ndarray | None = None  # what the last weights were packed into
+        self._channel: WeightChannel | None = None
 
     def setup(self, world: World) -> None:
         """Load the model and join the other ranks."""
@@ -258,7 +260,8 @@ class PolicyWorker(ActorBase):
     # weights and checkpoints
 
     def weights(self, version: int) -> tuple[list, Any] | None:
-        """Rank 0: the bundle's index and a reference to its bytes in the object store. Other ranks only take part."""
+        """Rank 0: the bundle's index, and a reference to its bytes in the object store unless a channel takes them. Other
+        ranks only take part."""
         import ray
 
         named = self._huggingface_weights()
@@ -268,7 +271,16 @@ class PolicyWorker(ActorBase):
             return None
         bundle = WeightBundle.pack(named, version, self._room)
         self._room = bundle.data  # the object store has its own copy
-        return bundle.entries, ray.put(bundle)
+        return bundle.entries, None if self._channel else ray.put(bundle)
+
+    def join_channel(self, address: ChannelAddress) -> None:
+        """Rank 0: become the member that `send_weights` broadcasts from."""
+        self._channel = WeightChannel(address, 0, self.engine.device if address.backend == "nccl" else "cpu")
+
+    def send_weights(self) -> None:
+        """Broadcast what `weights` packed last; every engine must be receiving."""
+        assert self._channel is not None and self._room is not None
+        self._channel.broadcast(torch.from_numpy(self._room).to(self._channel.device))
 
     def _huggingface_weights(self):
         """(name, tensor) as a Hugging Face checkpoint names them; adapters merged into what they adapt."""

@@ -13,9 +13,10 @@ from apportion.actors.engines.given_responses import GivenResponses
 from apportion.actors.environment_client import RemoteEnvironments
 from apportion.actors.episodes import EpisodeRunner, EpisodeSpec, Seeds
 from apportion.batch import Batch, Prompt, Trajectory
+from apportion.platform.channel import ChannelAddress
 from apportion.platform.cluster import Actor
 from apportion.platform.process import ActorBase
-from apportion.platform.weights import SyncReceipt, WeightBundle
+from apportion.platform.weights import SyncReceipt, TensorEntry, WeightBundle
 
 
 @dataclass
@@ -121,6 +122,16 @@ class RolloutWorker(ActorBase):
     def load_weights(self, bundle: WeightBundle, check: bool) -> SyncReceipt:
         receipt = self._engine.load(bundle, self._name, check)
         self._version = bundle.version
+        return receipt
+
+    def join_channel(self, address: ChannelAddress, first_member: int) -> None:
+        """From now on weights may come over this channel; its workers are members from `first_member` on."""
+        self._engine.join(address, first_member)
+
+    def receive_weights(self, entries: list[TensorEntry], version: int, check: bool) -> SyncReceipt:
+        """As `load_weights`, with the bytes that the trainer broadcasts meanwhile."""
+        receipt = self._engine.receive(entries, version, self._name, check)
+        self._version = version
         return receipt
 
     def set_version(self, version: int) -> None:

@@ -16,8 +16,15 @@ def thread_count(config: Config) -> int:
 
 
 def threads_environment(config: Config) -> dict[str, str]:
-    # Ray would set it to num_cpus; compute actors take turns on all cores.
-    return {"OMP_NUM_THREADS": str(thread_count(config)), "TOKENIZERS_PARALLELISM": "false"}
+    return cores_environment(thread_count(config))
+
+
+def cores_environment(threads: int) -> dict[str, str]:
+    """For compute actors, which take turns on all cores; Ray would set their threads to num_cpus. Passive: threads that
+    wait for each other sleep. By default they spin, and two actors at work at once (policy and critic), or anything else
+    on the machine, then make a step several times as long."""
+    policy = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
+    return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": policy, "TOKENIZERS_PARALLELISM": "false"}
 
 
 def training_environment(config: Config, gpus: float) -> dict[str, str]:

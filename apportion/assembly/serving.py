@@ -9,7 +9,7 @@ from apportion.actors.episodes import EpisodeLimits, EpisodeSpec
 from apportion.actors.judge import JudgeWorker
 from apportion.actors.reward import RewardWorker
 from apportion.actors.rollout import RolloutSpec, RolloutWorker
-from apportion.assembly.hosts import thread_count, threads_environment
+from apportion.assembly.hosts import joins, thread_count, threads_environment
 from apportion.assembly.needs import Needs
 from apportion.conf.judges import judge_spec, own_model
 from apportion.conf.schema import Config
@@ -21,9 +21,12 @@ def serving_requests(config: Config, model: str, needs: Needs | None = None) -> 
     """Rollout engines, reward workers and the credit worker."""
     reward, c = config.reward, config.cluster
     gpus = c.gpus_per_rollout_engine
+    environment = threads_environment(config)
+    if not joins(config):
+        environment["GLOO_SOCKET_IFNAME"] = "lo"  # a Ray of our own: whoever they speak to is on this machine
     rollouts = [
         ActorRequest(f"rollout-{i}", RolloutWorker, (rollout_spec(config, model, i), f"rollout-{i}"), 1, gpus,
-                     threads_environment(config))
+                     environment)
         for i in range(c.rollout_engines)
     ]  # fmt: skip
     arguments = (reward.functions, reward.timeout_seconds, reward.clip, model)

@@ -7,6 +7,7 @@ from apportion.actors.environment_client import share
 from apportion.assembly.hosts import thread_count
 from apportion.conf.schema import Config
 from apportion.loop.state import Actors
+from apportion.platform.channel import ChannelAddress
 from apportion.platform.cluster import Actor, ActorRequest, Call, Cluster, gather
 
 
@@ -18,6 +19,8 @@ def start(config: Config, cluster: Cluster, requests: dict[str, list[ActorReques
         engines = started["rollout"]
         joining += [a.call("connect", share(environments, i, len(engines))) for i, a in enumerate(engines)]
     joining += [actor.call("prepare") for actor in started["credit"]]
+    if config.cluster.weight_transfer == "broadcast" and started.get("policy"):
+        joining += _channel(config, cluster, started["policy"][0], started["rollout"])
     everyone = [actor for actors in started.values() for actor in actors]
     cluster.ready(everyone, config.cluster.start_timeout_seconds, joining)
     [credit] = started.pop("credit")
@@ -28,11 +31,25 @@ def _join(config: Config, cluster: Cluster, actors: list[Actor]) -> list[Call]:
     """The first rank says where it can be met, then all of them load and join: the calls under way."""
     if not actors:
         return []
-    [(address, port)] = gather(
-        [actors[0].call("free_port", not cluster.joined)], config.cluster.start_timeout_seconds, "start of actors"
-    )
+    address, port = _meeting_point(config, cluster, actors[0])
     worlds = [
         World(rank, len(actors), address, port, thread_count(config), config.seed, config.train.deterministic)
         for rank in range(len(actors))
     ]
     return [actor.call("setup", world) for actor, world in zip(actors, worlds, strict=True)]
+
+
+def _channel(config: Config, cluster: Cluster, trainer: Actor, engines: list[Actor]) -> list[Call]:
+    """The trainer's first rank and every worker of every engine join one channel for the weights: the calls under way."""
+    workers = config.rollout.tensor_parallel_size
+    host, port = _meeting_point(config, cluster, trainer)
+    backend = "nccl" if config.cluster.gpus_per_policy_rank else "gloo"
+    address = ChannelAddress(host, port, 1 + workers * len(engines), backend, config.cluster.call_timeout_seconds)
+    calls = [trainer.call("join_channel", address)]
+    return calls + [a.call("join_channel", address, 1 + workers * i) for i, a in enumerate(engines)]
+
+
+def _meeting_point(config: Config, cluster: Cluster, actor: Actor) -> tuple[str, int]:
+    """An address and a free port of an actor's node."""
+    call = actor.call("free_port", not cluster.joined)
+    return gather([call], config.cluster.start_timeout_seconds, "start of actors")[0]

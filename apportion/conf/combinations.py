@@ -127,10 +127,10 @@ def _check_rollout(config: Config, model: ModelFacts | None) -> None:
             f"rollout.tensor_parallel_size: got {parallel} with rollout.engine={config.rollout.engine}, "
             "expected 1, or rollout.engine=vllm"
         )
-    if parallel > 1 and (gpus < parallel or gpus % parallel):
+    if parallel > 1 and gpus and (gpus < parallel or gpus % parallel):
         raise ConfigError(
             f"cluster.gpus_per_rollout_engine: got {gpus:g} with rollout.tensor_parallel_size={parallel}, "
-            f"expected {parallel}, a GPU for each part"
+            f"expected {parallel}, a GPU for each part, or 0 for parts on the CPU"
         )
     prompts, engines = config.train.prompts_per_step, config.cluster.rollout_engines
     if engines > prompts:
@@ -162,6 +162,8 @@ def _check_devices(config: Config, machine: Machine | None, gpus: float) -> None
             "model.attention: got flash_attention_2 with cluster.gpus_per_policy_rank=0, "
             "expected sdpa or eager, or a GPU"
         )
+    if cluster.weight_transfer == "broadcast":
+        _check_broadcast(cluster.gpus_per_policy_rank, cluster.gpus_per_rollout_engine)
     if config.policy.share_prompts and config.model.attention != "sdpa":
         raise ConfigError(
             f"policy.share_prompts: got true with model.attention={config.model.attention}, expected model.attention=sdpa"
@@ -177,6 +179,15 @@ def _check_devices(config: Config, machine: Machine | None, gpus: float) -> None
         raise ConfigError(
             f"cluster.threads: got {cluster.threads}, expected at most {machine.cores}, the cores of this machine, "
             "or null for all"
+        )
+
+
+def _check_broadcast(policy: float, rollout: float) -> None:
+    """NCCL joins devices, each with one member; gloo joins processes without any."""
+    if (policy == 0) != (rollout == 0) or 0 < policy < 1 or 0 < rollout < 1:
+        raise ConfigError(
+            f"cluster.weight_transfer: got broadcast with gpus_per_policy_rank={policy:g} and gpus_per_rollout_engine="
+            f"{rollout:g}, expected whole GPUs for both or none for both; otherwise take object_store"
         )
 
 

@@ -63,12 +63,14 @@ class ClusterConfig:
     start_timeout_seconds: float = 600.0
     call_timeout_seconds: float = 1800.0  # no wait on an actor is longer
     object_store_gib: float | None = None
+    weight_transfer: str = "object_store"  # or broadcast: NCCL between GPUs, gloo without
 
     def __post_init__(self) -> None:
         for name in ("policy_ranks", "rollout_engines", "reference_ranks"):
             at_least(f"cluster.{name}", getattr(self, name), 1)
         for name in ("start_timeout_seconds", "call_timeout_seconds", "threads"):
             at_least(f"cluster.{name}", getattr(self, name), 1)
+        one_of("cluster.weight_transfer", self.weight_transfer, ("object_store", "broadcast"))
         for name in (
             "gpus_per_policy_rank",
             "gpus_per_rollout_engine",

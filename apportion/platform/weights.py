@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -25,6 +26,10 @@ class TensorEntry:
     offset: int  # in bytes
     size: int
     checksum: str
+
+    def view(self, raw: Tensor) -> Tensor:
+        """Its bytes [size] uint8 as the tensor they are."""
+        return raw.view(getattr(torch, self.dtype)).view(self.shape)
 
 
 @dataclass
@@ -61,7 +66,7 @@ class WeightBundle:
 
     def tensor(self, entry: TensorEntry) -> Tensor:
         raw = self.data[entry.offset : entry.offset + entry.size]
-        return torch.frombuffer(raw, dtype=torch.uint8).view(getattr(torch, entry.dtype)).view(entry.shape)
+        return entry.view(torch.frombuffer(raw, dtype=torch.uint8))
 
     @property
     def nbytes(self) -> int:
@@ -70,6 +75,26 @@ class WeightBundle:
     def verify(self) -> list[str]:
         """Names of tensors whose bytes are not those that were packed."""
         return [e.name for e in self.entries if checksum(self.data[e.offset : e.offset + e.size]) != e.checksum]
+
+
+class Receiver(Protocol):
+    device: torch.device
+
+    def broadcast(self, tensor: Tensor) -> None: ...
+
+
+def receive(channel: Receiver, entries: list[TensorEntry]) -> tuple[Tensor, Iterator[tuple[str, Tensor]]]:
+    """The bytes [n] uint8 of a bundle with these entries, sent over `channel`, and the tensors in them; both on its device."""
+    flat = torch.empty(sum(e.size for e in entries), dtype=torch.uint8, device=channel.device)
+    channel.broadcast(flat)
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for entry in entries:
+            raw = flat[entry.offset : entry.offset + entry.size]
+            # A wider number may not begin just anywhere.
+            yield entry.name, entry.view(raw.clone() if entry.offset % 8 else raw)
+
+    return flat, tensors()
 
 
 @dataclass

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from apportion.platform.weights import SyncReceipt, WeightBundle
+from apportion.platform.channel import ChannelAddress
+from apportion.platform.weights import SyncReceipt, TensorEntry, WeightBundle
 
 ENGINES = {
     "vllm": "apportion.actors.engines.vllm_engine:VllmEngine",
@@ -72,6 +73,14 @@ class RolloutEngine(Protocol):
 
     def load(self, bundle: WeightBundle, name: str, check: bool) -> SyncReceipt:
         """Take new weights, and with `check` prove that the live model holds them."""
+        ...
+
+    def join(self, address: ChannelAddress, first_member: int) -> None:
+        """Make each worker a member of the channel that `receive` takes weights from."""
+        ...
+
+    def receive(self, entries: list[TensorEntry], version: int, name: str, check: bool) -> SyncReceipt:
+        """As `load`, with the bytes from the channel."""
         ...
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from apportion.actors.engines import EngineSpec, Request, Sample, Sampling
-from apportion.platform.weights import SyncReceipt, WeightBundle, as_bytes, checksum
+from apportion.platform.channel import ChannelAddress, WeightChannel
+from apportion.platform.weights import SyncReceipt, TensorEntry, WeightBundle, as_bytes, checksum, receive
 
 
 class TransformersEngine:
@@ -97,6 +98,13 @@ class TransformersEngine:
     def _pad_id(self) -> int:
         pad = self._tokenizer.pad_token_id
         return pad if pad is not None else min(self._end_ids())
+
+    def join(self, address: ChannelAddress, first_member: int) -> None:
+        self._channel = WeightChannel(address, first_member, self._device)
+
+    def receive(self, entries: list[TensorEntry], version: int, name: str, check: bool) -> SyncReceipt:
+        flat, _ = receive(self._channel, entries)
+        return self.load(WeightBundle(version, entries, flat.cpu().numpy()), name, check)
 
     def load(self, bundle: WeightBundle, name: str, check: bool) -> SyncReceipt:
         live = dict(self._model.named_parameters())

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import tempfile
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from apportion.actors.engines import EngineSpec, Request, Sample, Sampling
-from apportion.platform.weights import SyncReceipt, WeightBundle
+from apportion.actors.engines.vllm_worker import index_of
+from apportion.platform.channel import ChannelAddress
+from apportion.platform.weights import SyncReceipt, TensorEntry, WeightBundle
 
 
 class VllmEngine:
@@ -72,10 +75,18 @@ class VllmEngine:
                 path = Path(folder) / "weights.bin"
                 bundle.data.tofile(path)
                 answers = self._llm.collective_rpc(
-                    "apportion_load_file", args=(str(path), _index(bundle), bundle.version, check)
+                    "apportion_load_file", args=(str(path), index_of(bundle.entries), bundle.version, check)
                 )
         self._llm.reset_prefix_cache()
-        return merge_receipts(answers, bundle, name)
+        return merge_receipts(answers, bundle.entries, bundle.version, name)
+
+    def join(self, address: ChannelAddress, first_member: int) -> None:
+        self._llm.collective_rpc("apportion_join", args=(astuple(address), first_member))
+
+    def receive(self, entries: list[TensorEntry], version: int, name: str, check: bool) -> SyncReceipt:
+        answers = self._llm.collective_rpc("apportion_receive", args=(index_of(entries), version, check))
+        self._llm.reset_prefix_cache()
+        return merge_receipts(answers, entries, version, name)
 
 
 def thread_binding(spec: EngineSpec, allowed: list[int]) -> str:
@@ -92,15 +103,15 @@ def thread_binding(spec: EngineSpec, allowed: list[int]) -> str:
 
 
 def merge_receipts(
-    answers: list[tuple[dict[str, str], int, list[str]]], bundle: WeightBundle, name: str
+    answers: list[tuple[dict[str, str], int, list[str]]], entries: list[TensorEntry], version: int, name: str
 ) -> SyncReceipt:
     """One receipt for all tensor-parallel workers: a tensor is right only if it is right in each of them."""
     checksums: dict[str, str] = {}
-    sent = {e.name: e.checksum for e in bundle.entries}
+    sent = {e.name: e.checksum for e in entries}
     for received, _, _ in answers:
         checksums.update({n: c for n, c in received.items() if n not in checksums or sent.get(n) != c})
     wrong = sorted({n for _, _, bad in answers for n in bad})
-    return SyncReceipt(name, bundle.version, checksums, sum(a[1] for a in answers), wrong)
+    return SyncReceipt(name, version, checksums, sum(a[1] for a in answers), wrong)
 
 
 def _sample(output: Any) -> Sample:
@@ -110,10 +121,6 @@ def _sample(output: Any) -> Sample:
     )
     reason = output.finish_reason if output.finish_reason in ("stop", "length") else "abort"
     return Sample(ids, logprobs, reason, output.text)
-
-
-def _index(bundle: WeightBundle) -> list[tuple[str, str, list[int], int, int, str]]:
-    return [(e.name, e.dtype, list(e.shape), e.offset, e.size, e.checksum) for e in bundle.entries]
 
 
 def _shared_memory() -> str | None:

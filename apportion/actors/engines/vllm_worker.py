@@ -9,14 +9,15 @@ weights, or got another's, is found at once, a single wrong number within `TURNS
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from apportion.platform.weights import TensorEntry, WeightBundle, checksum
+from apportion.platform.channel import ChannelAddress, WeightChannel
+from apportion.platform.weights import TensorEntry, WeightBundle, checksum, receive
 
 Answer = tuple[dict[str, str], int, list[str]]  # checksums of what was received, parameters checked live, wrong ones
 COLUMNS_AT_A_TIME = 256  # of a repacked matrix read back
@@ -28,7 +29,11 @@ class WeightReceiver:
 
     def apportion_load(self, bundle: WeightBundle, check: bool) -> Answer:
         """Load, and with `check` prove it."""
-        self.reload_weights(weights_iterator=bundle.tensors())  # type: ignore[attr-defined]
+        return self.apportion_take(bundle, bundle.tensors(), check)
+
+    def apportion_take(self, bundle: WeightBundle, tensors: Iterable[tuple[str, Tensor]], check: bool) -> Answer:
+        """As `apportion_load`, from `tensors` that hold the bundle's bytes on any device."""
+        self.reload_weights(weights_iterator=tensors)  # type: ignore[attr-defined]
         repack_shared(self.model_runner.get_model())  # type: ignore[attr-defined]
         if not check:
             return {e.name: e.checksum for e in bundle.entries}, 0, []
@@ -38,9 +43,22 @@ class WeightReceiver:
 
     def apportion_load_file(self, path: str, index: list[tuple], version: int, check: bool) -> Answer:
         """As `apportion_load`, where the worker is a process of its own: the bytes lie in a file in shared memory."""
-        entries = [TensorEntry(n, d, tuple(s), o, z, c) for n, d, s, o, z, c in index]
+        entries = entries_of(index)
         data = np.memmap(path, np.uint8, mode="r")
         return self.apportion_load(WeightBundle(version, entries, data), check)
+
+    def apportion_join(self, address: tuple, first_member: int) -> None:
+        """Become a member of the channel that `apportion_receive` takes weights from."""
+        from vllm.distributed import get_tensor_model_parallel_rank
+
+        member = first_member + get_tensor_model_parallel_rank()
+        self.apportion_channel = WeightChannel(ChannelAddress(*address), member, self.device)  # type: ignore[attr-defined]
+
+    def apportion_receive(self, index: list[tuple], version: int, check: bool) -> Answer:
+        """As `apportion_load`, with the bytes from the channel."""
+        entries = entries_of(index)
+        flat, tensors = receive(self.apportion_channel, entries)
+        return self.apportion_take(WeightBundle(version, entries, flat.cpu().numpy()), tensors, check)
 
     def apportion_compare(self, bundle: WeightBundle, turn: int | None = None) -> tuple[int, list[str]]:
         """The live model against a bundle, without loading it. `turn`: see `compare_live`."""
@@ -48,6 +66,15 @@ class WeightReceiver:
 
         share = (get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size())
         return compare_live(self.model_runner.get_model(), dict(bundle.tensors()), share, turn)  # type: ignore[attr-defined]
+
+
+def entries_of(index: list[tuple]) -> list[TensorEntry]:
+    """What `index_of` was made from, on the other side of a process boundary."""
+    return [TensorEntry(n, d, tuple(s), o, z, c) for n, d, s, o, z, c in index]
+
+
+def index_of(entries: Iterable[TensorEntry]) -> list[tuple[str, str, list[int], int, int, str]]:
+    return [(e.name, e.dtype, list(e.shape), e.offset, e.size, e.checksum) for e in entries]
 
 
 @torch.no_grad()
