@@ -124,7 +124,8 @@ How many times faster than PPO (geometric mean over seeds; a seed that never got
 
 {table(["arm", "until", "times faster (95 % interval)", "seeds that never got there"], speeds)}
 
-The paper's models take hundreds of tokens to a response, ours {LIMIT}; what a longer lambda gives here, macro actions share.
+What this does not show: the paper's responses have hundreds of tokens, ours at most {LIMIT}; and within so few steps the critic
+comes to explain little of the returns (right panel), which favours whatever carries the reward further back.
 """
     short = (
         f"**MA-RLHF**: {macro} comes to PPO's final reward {speeds[0][2]} times as fast (the paper: 1.7 to 2); PPO with a lambda "

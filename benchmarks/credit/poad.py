@@ -23,7 +23,7 @@ from benchmarks.credit.kitchen import (
 from benchmarks.credit.learner import Learner, Settings, recipe
 from benchmarks.credit.model import TinyLM
 from benchmarks.credit.protocol import Curve, Interval, Outcome, Results, Scale
-from benchmarks.credit.report import COLOURS, Comparison, comparisons_table, draw, saved, table
+from benchmarks.credit.report import COLOURS, Comparison, arms_table, comparisons_table, draw, saved
 
 LENGTHS = (2, 6, 16)
 SUPERVISED, STEPS, EVERY = 200, 40, 4
@@ -71,11 +71,6 @@ def train(start: TinyLM, name: str, kitchen: Kitchen, seed: int, scale: Scale, b
 def report(results: Results) -> tuple[str, str]:
     """The section of the page, and its line in the summary."""
     metrics = ("return", "success", "left")
-    rows = [
-        [arm, *(Interval.of(results.last(arm, m, LAST)).shown() for m in metrics)]
-        + [Interval.of(results.course(arm, "return")).shown()]
-        for arm in results.arms
-    ]
     compared = []
     for other in ("NTPO", "action-level PPO"):
         for length in LENGTHS:
@@ -109,7 +104,7 @@ Theory says where NTPO must fail: it discounts tokens, so at the start success i
 
 {plot_lengths(results)}
 
-{table(["arm", *metrics, "return, mean of the course"], rows)}
+{arms_table(results, metrics, LAST, course="return")}
 
 The end is the mean of the last {LAST} measurements ({EVERY} steps apart), each over {EVALUATED} episodes.
 
