@@ -9,7 +9,7 @@ import time
 import pytest
 
 from apportion.platform.cluster import Actor, ActorRequest, Call, Cluster, gather, module_folders, python_path
-from apportion.platform.errors import ActorError, CheckpointError, ConfigError, RewardError
+from apportion.platform.errors import ActorError, ApportionError, CheckpointError, ConfigError, RewardError
 from apportion.platform.process import ActorBase, find_environment_programs, find_user_modules, tail
 
 
@@ -131,6 +131,19 @@ def test_an_actor_that_cannot_be_made_says_why_in_its_first_line(cluster):
 def test_a_cluster_that_cannot_be_reached_is_refused_in_one_line(cluster, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"^cluster\.address: cannot reach 127\.0\.0\.1:1: "):
         Cluster("127.0.0.1:1", "nowhere", 1, tmp_path, None)
+
+
+def test_a_ray_that_does_not_start_is_said_in_one_line(tmp_path, monkeypatch):
+    import ray
+
+    def late(**options):
+        raise Exception("The current node timed out during startup.\nMore of it.")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", late)
+    with pytest.raises(ApportionError, match="Ray did not start on this machine: The current node timed out") as error:
+        Cluster(None, "late", 1, tmp_path, 0.1)
+    assert "\n" not in str(error.value)
 
 
 def test_the_environments_folder_comes_first_on_the_path_once(monkeypatch):

@@ -91,6 +91,11 @@ class Cluster:
         except (ConnectionError, RuntimeError, ValueError) as error:
             where = address or os.environ.get("RAY_ADDRESS", "a local Ray")
             raise ConfigError(f"cluster.address: cannot reach {where}: {str(error).splitlines()[0]}") from error
+        except Exception as error:  # Ray has no class of its own for a node that is late
+            raise ApportionError(
+                f"Ray did not start on this machine: {str(error).splitlines()[0]} Its logs are under /tmp/ray/session_latest/logs; "
+                "a busy or full machine may only need another try"
+            ) from error
 
     def launch(self, requests: Sequence[ActorRequest]) -> list[Actor]:
         """Start actors side by side without waiting for them; `ready` does."""
