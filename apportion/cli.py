@@ -103,9 +103,11 @@ def _report(error: ApportionError) -> int:
 
 def _train(words: list[str]) -> int:
     def run(config: Config, resolved: dict[str, Any]) -> int:
+        from apportion.before import run_before
         from apportion.plan import make_plan
 
         make_plan(config)  # what cannot run is refused before anything heavy is imported
+        run_before(config)
         from apportion.build import train
 
         return train(config, resolved)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from apportion.conf.before import stages
 from apportion.conf.models import ModelFacts, read_model
 from apportion.conf.schema import Config
 from apportion.data.builtin import PREFIX
@@ -30,16 +31,17 @@ def teacher_paths(config: Config) -> dict[str, str]:
                 f"{key}: got null with algorithm.distillation, expected a model: a folder, a name or a run that "
                 "`apportion dpo` made (dpo.reverse=true for teachers.other)"
             )
-        paths[key] = _model_of(path, config.runs_folder)
+        paths[key] = _model_of(path, config)
     return paths
 
 
-def _model_of(path: str, runs_folder: str) -> str:
-    """The model of a run's newest checkpoint; any other path or name unchanged."""
-    for folder in (Path(path).expanduser(), Path(runs_folder) / path):
+def _model_of(path: str, config: Config) -> str:
+    """The model of a run's newest checkpoint; any other path or name unchanged. A stage that is still to be run first
+    stands for a model like the policy's."""
+    for folder in (Path(path).expanduser(), Path(config.runs_folder) / path):
         if (folder / "checkpoints").is_dir():
-            return str(find_checkpoint(str(folder), runs_folder).path / "model")
-    return path
+            return str(find_checkpoint(str(folder), config.runs_folder).path / "model")
+    return config.model.path if path in [stage.run_name for stage in stages(config)] else path
 
 
 def check_distillation(config: Config, model: ModelFacts | None) -> dict[str, ModelFacts | None]:

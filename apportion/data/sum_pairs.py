@@ -1,6 +1,10 @@
 """Pairs of answers to the quickstart's training sums: the right equation, and a wrong one or talk around the question."""
 
+from __future__ import annotations
+
 import random
+from collections.abc import Iterator
+from typing import Any
 
 from apportion.data.tasks import Arithmetic
 
@@ -12,7 +16,7 @@ TALK = (
 )
 
 
-def pairs(high=30, eval_pairs=128, seed=0):
+def pairs(high: int = 30, eval_pairs: int = 128, seed: int = 0) -> Iterator[dict[str, Any]]:
     """Rows with prompt, chosen and rejected; the sums that the quickstart holds out do not occur."""
     rng = random.Random(seed)
     for row in Arithmetic(high=high, eval_pairs=eval_pairs).rows("train"):

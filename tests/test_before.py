@@ -1,0 +1,68 @@
+"""Stages that a recipe runs first: what a line must be, what is done already, and what a failure says."""
+
+import pytest
+
+from apportion.before import run_before
+from apportion.cli import compose_config, to_config
+from apportion.conf.before import stages
+from apportion.conf.teachers import teacher_paths
+from apportion.platform.errors import ApportionError, ConfigError
+
+
+def config_of(tmp_path, *lines, recipe="tiny_grpo"):
+    config, _ = to_config(compose_config([f"experiment={recipe}", f"runs_folder={tmp_path}"]))
+    if lines:
+        config.before = list(lines)
+    return config
+
+
+def test_a_line_is_words_as_a_shell_reads_them(tmp_path):
+    [stage] = stages(config_of(tmp_path, "reward-model run_name=judge data.train='[{source: a b.jsonl}]'"))
+    assert stage.words == ["reward-model", "run_name=judge", "data.train=[{source: a b.jsonl}]"]
+    assert stage.run_name == "judge"
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("train run_name=x", "expected it to begin with one of sft, reward-model, dpo"),
+        ("", "expected it to begin with one of sft, reward-model, dpo"),
+        ("dpo data.train=x.jsonl", "expected one run_name=NAME in it"),
+        ("dpo run_name=a run_name=b", "expected one run_name=NAME in it"),
+    ],
+)
+def test_any_other_line_is_refused(tmp_path, line, expected):
+    with pytest.raises(ConfigError, match=expected):
+        stages(config_of(tmp_path, line))
+
+
+def test_a_stage_whose_run_has_a_checkpoint_is_not_run_again(tmp_path):
+    (tmp_path / "teacher/checkpoints/step-000016").mkdir(parents=True)
+    run_before(config_of(tmp_path, "dpo run_name=teacher data.train=nowhere.jsonl"))  # it would fail if it ran
+
+
+def test_what_an_unfinished_stage_left_is_not_taken_for_its_result(tmp_path):
+    (tmp_path / "teacher").mkdir()
+    with pytest.raises(ConfigError, match=r"teacher is there without a checkpoint.*remove that folder"):
+        run_before(config_of(tmp_path, "dpo run_name=teacher data.train=nowhere.jsonl"))
+
+
+def test_a_failing_stage_stops_the_run_after_its_own_message(tmp_path, capfd):
+    line = "dpo run_name=teacher model.path=builtin:tiny data.train=nowhere.jsonl"
+    with pytest.raises(ApportionError, match=r"before: `apportion dpo run_name=teacher \.\.\.` ended with exit code"):
+        run_before(config_of(tmp_path, line))
+    assert "error: nowhere.jsonl: no such file" in capfd.readouterr().err
+
+
+def test_teachers_that_are_still_to_be_trained_stand_for_models_like_the_policys(tmp_path):
+    config = config_of(tmp_path, recipe="aligndistil")
+    own = config.model.path
+    assert teacher_paths(config) == {"teachers.dpo": own, "teachers.other": own}
+    config.before = []
+    assert teacher_paths(config)["teachers.dpo"] == "aligndistil-dpo"
+
+
+def test_a_resumed_run_runs_nothing_first(tmp_path):
+    config = config_of(tmp_path, "dpo run_name=teacher data.train=nowhere.jsonl")
+    config.resume = "some-run"
+    run_before(config)
