@@ -12,19 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from apportion.actors.credit import AdmitReport, CreditReport, CutReport, EvaluationReport
-from apportion.actors.judge import JudgeReport
 from apportion.actors.policy import UpdateReport
 from apportion.actors.rollout import RolloutReport
-from apportion.actors.scoring import ScoreReport
 from apportion.algorithms.kl import KlCoefficient
 from apportion.batch import Prompt, Totals
 from apportion.loop.calls import deal, with_refs
 from apportion.loop.evaluation import Evaluator
+from apportion.loop.failures import Failures
 from apportion.loop.metrics import StepReports, speed_metrics, step_metrics
 from apportion.loop.state import Actors, Experience, LoopSettings, Progress, PromptSource
 from apportion.platform.checkpoint import CheckpointStore, RunState
 from apportion.platform.cluster import Call, gather
-from apportion.platform.errors import ApportionError, RewardError
+from apportion.platform.errors import ApportionError
 from apportion.platform.tracking import Tracker
 from apportion.platform.weights import SyncReceipt, prove
 
@@ -52,10 +51,7 @@ class Trainer:
         self.progress = Progress()
         self.evaluator: Evaluator | None = None
         self._timing: dict[str, float] = {}
-        self._scores = Totals()
-        self._first_traceback: str | None = None
-        self._told_of_judge: set[str] = set()
-        self._failed_critique: str | None = None  # the first of the step
+        self.failures = Failures(settings.max_failed_share, settings.max_failed_critiques, tracker.warn)
         self._started = time.perf_counter()
 
     # the run
@@ -78,7 +74,8 @@ class Trainer:
 
     def step(self) -> dict[str, float]:
         """One step; its metrics are logged once, when it is whole."""
-        self._timing, self._scores, self._failed_critique = {}, Totals(), None
+        self._timing = {}
+        self.failures.new_step()
         start = time.perf_counter()
         experience = self._collect()
         shards, cut = self._cut(experience)
@@ -124,8 +121,12 @@ class Trainer:
                     self._admit(experience, report, ref)
             if experience.groups >= wanted:
                 break
-        self._check_judge()
-        self._check_rewards(experience)
+        self.failures.check()
+        if not experience.groups:
+            raise ApportionError(
+                "selection: no group of this step is left to train on, expected at least one; rewards may all be equal: "
+                "look at samples.jsonl, or change the task's difficulty or algorithm.selection"
+            )
         return experience
 
     def _rollout(self, chunks: list[list[Prompt]], first_group: int, experience: Experience) -> list[Any]:
@@ -144,16 +145,8 @@ class Trainer:
         experience.totals.add("rollout/trajectories", sum(r.trajectories for r in reports), 1)
         experience.totals.add("rollout/prompts", sum(map(len, chunks)), 1)
         if self.actors.environment:
-            self._count_environments(reports, experience)
+            self.failures.count_episodes(reports)
         return [ref for _, ref in answers]
-
-    def _count_environments(self, reports: list[RolloutReport], experience: Experience) -> None:
-        experience.totals.add("rollout/environment_failures", sum(r.environment_failures for r in reports), 1)
-        experience.totals.add("rollout/environment_seconds", max(r.environment_seconds for r in reports), 1)
-        first = next((r.first_failure for r in reports if r.first_failure), None)
-        if first and self._first_traceback is None:
-            self._first_traceback = first
-            self.tracker.warn(f"an environment failed; its episodes are masked and counted:\n{first}")
 
     def _score(self, batches: list[Any], chunks: list[list[Prompt]]) -> list[Any]:
         workers = self.actors.reward
@@ -164,7 +157,7 @@ class Trainer:
         with self._timed("score"):
             answers = self._call_all(calls)
         for report, _ in answers:
-            self._count_scores(report)
+            self.failures.count_rewards(report)
         return [ref for _, ref in answers]
 
     def _start_judging(self, batches: list[Any], chunks: list[list[Prompt]]) -> list[list[Call]]:
@@ -186,35 +179,8 @@ class Trainer:
             mine = [next(answers) for _ in calls]
             marks.append([ref for _, ref in mine])
             for report, _ in mine:
-                self._count_critiques(report)
+                self.failures.count_critiques(report)
         return marks
-
-    def _count_critiques(self, report: JudgeReport) -> None:
-        self._scores.merge(report.totals())
-        self._failed_critique = self._failed_critique or report.first_failure
-        for problem in (report.first_failure, report.cache_problem):
-            kind = "" if problem is None else problem.partition(":")[0]
-            if problem is not None and kind not in self._told_of_judge:
-                self._told_of_judge.add(kind)
-                self.tracker.warn(f"judge: {problem}")
-
-    def _check_judge(self) -> None:
-        """Stop rather than train without critiques when too many of them failed."""
-        share, limit = self._scores.means().get("judge/failed_share", 0.0), self.settings.max_failed_critiques
-        if share > limit:
-            raise ApportionError(
-                f"judge: {share:.0%} of this step's critiques failed, expected at most {limit:.0%} "
-                f"(judge.max_failed_share); the first: {self._failed_critique}"
-            )
-
-    def _count_scores(self, report: ScoreReport) -> None:
-        self._scores.add("reward/failed_share", sum(report.failed.values()), report.samples)
-        if len(report.component_sums) > 1:
-            for name, total in report.component_sums.items():
-                self._scores.add(f"reward/{name}", total, report.component_counts[name])
-        if report.first_traceback and self._first_traceback is None:
-            self._first_traceback = report.first_traceback
-            self.tracker.warn(f"a reward failed; its samples are masked and counted:\n{report.first_traceback}")
 
     def _admit(self, experience: Experience, report: AdmitReport, ref: Any) -> None:
         experience.totals.merge(report.totals)
@@ -222,20 +188,6 @@ class Trainer:
         experience.groups += report.groups_kept
         if report.groups_kept:
             experience.admitted.append(ref)
-
-    def _check_rewards(self, experience: Experience) -> None:
-        """Stop rather than train on what is left when too many rewards failed or no group is usable."""
-        share = self._scores.means()["reward/failed_share"]
-        if share > self.settings.max_failed_share:
-            raise RewardError(
-                f"reward: {share:.0%} of this step's samples failed, expected at most "
-                f"{self.settings.max_failed_share:.0%} (reward.max_failed_share); the first failure:\n{self._first_traceback}"
-            )
-        if not experience.groups:
-            raise ApportionError(
-                "selection: no group of this step is left to train on, expected at least one; rewards may all be equal: "
-                "look at samples.jsonl, or change the task's difficulty or algorithm.selection"
-            )
 
     def _cut(self, experience: Experience) -> tuple[list[Any], CutReport]:
         shards, wanted = len(self.actors.policy), self.settings.prompts_per_step
@@ -376,7 +328,7 @@ class Trainer:
         critic: list[UpdateReport],
     ) -> StepReports:
         totals = experience.totals
-        totals.merge(self._scores)
+        totals.merge(self.failures.totals)
         return StepReports(totals, credit.metrics, cut.trajectories, experience.seconds_sampling, policy, critic)
 
     def _metrics(self, reports: StepReports) -> dict[str, float]:

@@ -662,9 +662,9 @@ def test_the_loop_hands_each_engines_batch_to_all_judges_and_their_marks_to_sele
     # Every step 0 is wrong, so each group, though all right, has tokens that earn differently: one round is enough.
     assert [judge.called for judge in trainer.actors.judge] == [["judge"] * 2] * 2
     assert experience.groups == 2 and [b.wrong_steps for b in experience.admitted] == [[[0], [0]]] * 2
-    means = trainer._scores.means()
+    means = trainer.failures.totals.means()
     assert means["judge/failed_share"] == 0.0 and means["judge/wrong_step_share"] == pytest.approx(4 / 6)
-    assert trainer._scores.sums["judge/critiques"] == 4 and warned == [] and "judge" in trainer._timing
+    assert trainer.failures.totals.sums["judge/critiques"] == 4 and warned == [] and "judge" in trainer._timing
 
 
 def test_the_loop_goes_on_without_a_judge_that_is_down_and_stops_where_the_run_asked_for_that(monkeypatch):
@@ -673,7 +673,7 @@ def test_the_loop_goes_on_without_a_judge_that_is_down_and_stops_where_the_run_a
     with pytest.raises(ApportionError, match="no group of this step is left"):  # all right and unjudged: all alike
         trainer._collect()
     assert warned == ["judge: a critique is down, has no vote and is counted: http://h/v1: ConnectError"]
-    assert trainer._scores.means()["judge/unjudged_share"] == 1.0
+    assert trainer.failures.totals.means()["judge/unjudged_share"] == 1.0
     trainer, _ = loop(monkeypatch, down, limit=0.5)
     with pytest.raises(ApportionError, match="judge: 100% of this step's critiques failed") as stopped:
         trainer._collect()
