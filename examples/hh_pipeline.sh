@@ -41,4 +41,4 @@ stage reward-model reward model.path="$tuned" policy.learning_rate=2e-5
 stage dpo dpo model.path="$tuned" policy.learning_rate=1e-5
 stage dpo reverse model.path="$tuned" policy.learning_rate=1e-5 dpo.reverse=true
 learn ma_rlhf critic.warmup_steps_without_policy=2
-learn aligndistil teachers.dpo="$(model_of "$prefix-dpo")" teachers.other="$(model_of "$prefix-reverse")"
+learn aligndistil before=[] teachers.dpo="$(model_of "$prefix-dpo")" teachers.other="$(model_of "$prefix-reverse")"
