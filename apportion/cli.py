@@ -82,6 +82,7 @@ def _usage() -> str:
         "  apportion train experiment=quickstart -m algorithm=grpo,rloo seed=0,1",
         "  apportion plan experiment=quickstart cluster.policy_ranks=2",
         "  apportion evaluate runs/NAME evaluation.samples=8 evaluation.k=[1,8]",
+        "  apportion show NAME",
         "  apportion dpo model.path=MODEL data.train=pairs.jsonl.gz data.eval_share=0.05 dpo.beta=0.1",
         "",
         "apportion train --help lists every value; --cfg job prints the composed configuration",
@@ -151,6 +152,19 @@ def _evaluate(words: list[str]) -> int:
     return _with_hydra("evaluate", overrides, run, base)
 
 
+def _show(words: list[str]) -> int:
+    if len(words) != 1 or words[0].startswith("-"):
+        print("usage: apportion show RUN")
+        return 0 if words in (["-h"], ["--help"]) else USAGE
+    saved = saved_config(words[0])
+    if saved is None:
+        raise _no_such_run("show", words[0], "runs")
+    from apportion.platform.token_page import write_token_page
+
+    print(write_token_page(saved.parent))
+    return 0
+
+
 def _doctor(words: list[str]) -> int:
     if words:
         raise ConfigError(f"doctor: got {words[0]!r}, expected nothing after it")
@@ -182,6 +196,7 @@ COMMANDS: dict[str, Command] = {
     "train": Command("train a model", _train),
     "evaluate": Command("measure a checkpoint or a run on held-out prompts", _evaluate),
     "plan": Command("print batch sizes, placement and memory of a run without starting it", _plan),
+    "show": Command("write a page of a run's samples with each token's credit", _show),
     "sft": Command("fine-tune a model on demonstrations", _stage("sft")),
     "reward-model": Command("train a reward model on pairs of answers", _stage("reward_model")),
     "dpo": Command("train a model on pairs of answers directly", _stage("dpo")),

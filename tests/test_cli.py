@@ -166,7 +166,7 @@ def test_an_unknown_algorithm_lists_those_there_are(build, capsys):
 
 def test_an_unknown_command_names_the_nearest(capsys):
     assert main(["trian"]) == 2
-    expected = "error: command: got 'trian', expected one of train, evaluate, plan, sft, reward-model, dpo, doctor (did you mean 'train'?)\n"
+    expected = "error: command: got 'trian', expected one of train, evaluate, plan, show, sft, reward-model, dpo, doctor (did you mean 'train'?)\n"
     assert capsys.readouterr().err == expected
 
 
@@ -465,3 +465,19 @@ def test_composing_twice_in_one_process_gives_the_same():
     assert first == second
     with pytest.raises(ConfigError, match="experiment: got 'x'"):
         compose_config(["experiment=x"])
+
+
+def test_show_writes_a_page_of_a_runs_samples_and_says_where(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "runs" / "first"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("seed: 0\n")
+    assert main(["show", "first"]) == 1
+    assert "got no samples" in capsys.readouterr().err
+    line = '{"step": 1, "prompt": "p", "reward": 1, "finish_reason": "stop", "policy_version": 0, "tokens": [], "advantages": []}'
+    (run / "samples.jsonl").write_text(line + "\n")
+    assert main(["show", "first"]) == 0
+    assert capsys.readouterr().out.strip() == "runs/first/tokens.html"
+    assert (run / "tokens.html").is_file()
+    assert main(["show", "secnd"]) == 2
+    assert main(["show"]) == 2
