@@ -86,6 +86,9 @@ def ready(tmp_path, monkeypatch):
     run = tmp_path / "runs" / "first"
     run.mkdir(parents=True)
     run.joinpath("config.yaml").write_text(saved_run())
+    sample = {"step": 1, "prompt": "", "reward": 1, "finish_reason": "stop", "policy_version": 0, "tokens": []}
+    run.joinpath("samples.jsonl").write_text(json.dumps(sample) + "\n")
+    monkeypatch.setattr("apportion.before.run_before", lambda config: None)
     calls = []
     module = types.ModuleType("apportion.build")
     module.train = lambda config, resolved: calls.append(config) or 0
@@ -102,7 +105,7 @@ def test_a_command_in_the_pages_is_one_that_can_run(page, line, ready, capsys):
     if words[0] == "doctor":
         return
     assert main(words) == 0, capsys.readouterr().err
-    if words[0] != "plan" and "--cfg" not in words:
+    if words[0] not in ("plan", "show") and "--cfg" not in words:
         assert len(ready) == (4 if "-m" in words else 1)
 
 
