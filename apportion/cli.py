@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from apportion import __version__
 from apportion.platform.errors import ApportionError, ConfigError, nearest
+from apportion.saved import chooses, no_such_run, refuse_other_stage, resumed, saved_config, value_of
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from apportion.conf.schema import Config
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
-_SAVED_NAME = "config.yaml"  # what a run's folder keeps its configuration under
 _SWITCHES = ("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m")
 _SWITCHES_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-name", "-cn", "--info", "-i")
 _LORA_VALUES = ("policy.lora.", "+policy.lora.", "++policy.lora.", "policy.lora={")
@@ -113,7 +113,7 @@ def _train(words: list[str]) -> int:
 
         return train(config, resolved)
 
-    return _with_hydra("train", words, run, base=_resumed(words))
+    return _with_hydra("train", words, run, base=resumed(words))
 
 
 def _plan(words: list[str]) -> int:
@@ -123,7 +123,7 @@ def _plan(words: list[str]) -> int:
         print(make_plan(config).render())
         return 0
 
-    return _with_hydra("plan", words, run, base=_resumed(words))
+    return _with_hydra("plan", words, run, base=resumed(words))
 
 
 def _evaluate(words: list[str]) -> int:
@@ -134,15 +134,15 @@ def _evaluate(words: list[str]) -> int:
         got = repr(words[0]) if words else "nothing"
         raise ConfigError(f"evaluate: got {got}, expected apportion evaluate CHECKPOINT_OR_RUN [KEY=VALUE ...]")
     checkpoint, overrides = words[0], words[1:]
-    runs = _value_of("runs_folder", overrides) or "runs"
+    runs = value_of("runs_folder", overrides) or "runs"
     if not Path(checkpoint).exists() and not (Path(runs) / checkpoint).exists():
-        raise _no_such_run("checkpoint", checkpoint, runs)
-    base = None if _chooses(overrides) else saved_config(checkpoint, runs)
+        raise no_such_run("checkpoint", checkpoint, runs)
+    base = None if chooses(overrides) else saved_config(checkpoint, runs)
     if base is None and not overrides:
-        raise _no_such_run("checkpoint", checkpoint, runs)
+        raise no_such_run("checkpoint", checkpoint, runs)
 
     if base is not None:
-        _refuse_other_stage("checkpoint", checkpoint, base, None)
+        refuse_other_stage("checkpoint", checkpoint, base, None)
 
     def run(config: Config, resolved: dict[str, Any]) -> int:
         from apportion.build import evaluate
@@ -158,7 +158,7 @@ def _show(words: list[str]) -> int:
         return 0 if words in (["-h"], ["--help"]) else USAGE
     saved = saved_config(words[0])
     if saved is None:
-        raise _no_such_run("show", words[0], "runs")
+        raise no_such_run("show", words[0], "runs")
     from apportion.platform.token_page import write_token_page
 
     print(write_token_page(saved.parent))
@@ -187,7 +187,7 @@ def _stage(stage: str) -> Callable[[list[str]], int]:
 
             return train(config, resolved)
 
-        return _with_hydra(stage.replace("_", "-"), words, run, base=_resumed(words, stage), stage=stage)
+        return _with_hydra(stage.replace("_", "-"), words, run, base=resumed(words, stage), stage=stage)
 
     return command
 
@@ -202,64 +202,6 @@ COMMANDS: dict[str, Command] = {
     "dpo": Command("train a model on pairs of answers directly", _stage("dpo")),
     "doctor": Command("check this machine and say how to mend what is wrong", _doctor),
 }
-
-
-# --- a run's own configuration ---
-
-
-def _value_of(key: str, words: list[str]) -> str | None:
-    """The last value that the command line gives a key."""
-    values = [word.partition("=")[2] for word in words if word.partition("=")[0] == key]
-    return values[-1].strip("'\"") if values else None
-
-
-def _chooses(words: list[str]) -> bool:
-    return any(word.startswith(("experiment=", "algorithm=")) for word in words)
-
-
-def _resumed(words: list[str], stage: str | None = None) -> Path | None:
-    """The saved configuration that `resume=` continues from, unless the command line names a recipe itself."""
-    resume = _value_of("resume", words)
-    if resume in (None, "", "null") or _chooses(words):
-        return None
-    runs = _value_of("runs_folder", words) or "runs"
-    saved = saved_config(str(resume), runs)
-    if saved is None:
-        raise _no_such_run("resume", str(resume), runs)
-    _refuse_other_stage("resume", str(resume), saved, stage)
-    return saved
-
-
-def _refuse_other_stage(what: str, got: str, saved: Path, stage: str | None) -> None:
-    """ConfigError where the run was started by another command than the one that takes it up (None: train)."""
-    import yaml
-
-    from apportion.conf.preference_schema import STAGES
-
-    keys = yaml.safe_load(saved.read_text(encoding="utf-8")) or {}
-    found = next((name for name in STAGES if name in keys), None)
-    if found != stage:
-        started, wanted = ((name or "train").replace("_", "-") for name in (found, stage))
-        raise ConfigError(f"{what}: got {got!r}, a run of `apportion {started}`, expected one of `apportion {wanted}`")
-
-
-def saved_config(path: str, runs_folder: str = "runs") -> Path | None:
-    """The configuration kept by the run that `path` is, names, or lies in; None where there is none."""
-    for start in (Path(path), Path(runs_folder) / path):
-        if start.exists():
-            for folder in (start, *start.resolve().parents[:3]):
-                if (folder / _SAVED_NAME).is_file():
-                    return folder / _SAVED_NAME
-    return None
-
-
-def _no_such_run(what: str, got: str, runs_folder: str) -> ConfigError:
-    folder = Path(runs_folder)
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
-    return ConfigError(
-        f"{what}: got {got!r}, expected a run's folder, its name under {runs_folder}/, or one of its checkpoints"
-        f"{nearest(Path(got).name, names)}"
-    )
 
 
 # --- hydra ---

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from apportion.cli import compose_config, main, saved_config, to_config
+from apportion.cli import compose_config, main, to_config
 from apportion.conf import schema
 from apportion.platform.errors import ActorError, ConfigError
+from apportion.saved import saved_config
 
 EXPERIMENTS = ", ".join(sorted(file.stem for file in (Path(schema.__file__).parent / "experiment").glob("*.yaml")))
 WHOLE = ["model.path=m", "data.train=t.jsonl", "reward.functions=numeric_match"]

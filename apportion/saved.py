@@ -1,0 +1,64 @@
+"""Runs that the command line names: the configuration each keeps, and what to say where there is none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from apportion.platform.errors import ConfigError, nearest
+
+SAVED_NAME = "config.yaml"  # what a run's folder keeps its configuration under
+
+
+def value_of(key: str, words: list[str]) -> str | None:
+    """The last value that the command line gives a key."""
+    values = [word.partition("=")[2] for word in words if word.partition("=")[0] == key]
+    return values[-1].strip("'\"") if values else None
+
+
+def chooses(words: list[str]) -> bool:
+    return any(word.startswith(("experiment=", "algorithm=")) for word in words)
+
+
+def resumed(words: list[str], stage: str | None = None) -> Path | None:
+    """The saved configuration that `resume=` continues from, unless the command line names a recipe itself."""
+    resume = value_of("resume", words)
+    if resume in (None, "", "null") or chooses(words):
+        return None
+    runs = value_of("runs_folder", words) or "runs"
+    saved = saved_config(str(resume), runs)
+    if saved is None:
+        raise no_such_run("resume", str(resume), runs)
+    refuse_other_stage("resume", str(resume), saved, stage)
+    return saved
+
+
+def refuse_other_stage(what: str, got: str, saved: Path, stage: str | None) -> None:
+    """ConfigError where the run was started by another command than the one that takes it up (None: train)."""
+    import yaml
+
+    from apportion.conf.preference_schema import STAGES
+
+    keys = yaml.safe_load(saved.read_text(encoding="utf-8")) or {}
+    found = next((name for name in STAGES if name in keys), None)
+    if found != stage:
+        started, wanted = ((name or "train").replace("_", "-") for name in (found, stage))
+        raise ConfigError(f"{what}: got {got!r}, a run of `apportion {started}`, expected one of `apportion {wanted}`")
+
+
+def saved_config(path: str, runs_folder: str = "runs") -> Path | None:
+    """The configuration kept by the run that `path` is, names, or lies in; None where there is none."""
+    for start in (Path(path), Path(runs_folder) / path):
+        if start.exists():
+            for folder in (start, *start.resolve().parents[:3]):
+                if (folder / SAVED_NAME).is_file():
+                    return folder / SAVED_NAME
+    return None
+
+
+def no_such_run(what: str, got: str, runs_folder: str) -> ConfigError:
+    folder = Path(runs_folder)
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
+    return ConfigError(
+        f"{what}: got {got!r}, expected a run's folder, its name under {runs_folder}/, or one of its checkpoints"
+        f"{nearest(Path(got).name, names)}"
+    )
