@@ -21,10 +21,9 @@ from benchmarks.credit.model import TinyLM
 from benchmarks.credit.protocol import Curve, Interval, Outcome, Results, Scale
 from benchmarks.credit.report import Comparison, arms_table, comparisons_table, plot
 from benchmarks.credit.sums import (
+    ENDING,
     EVERYTHING,
     LETTER,
-    LIMIT,
-    STOP,
     TERMS,
     draw_prompts,
     same,
@@ -56,6 +55,9 @@ class FallibleJudge:
     def __init__(self, error: float, same: bool, random: np.random.Generator) -> None:
         self.error, self.random, self.same = error, random, same
         self._turned: dict[tuple[str, ...], bool] = {}
+
+    def close(self) -> None:
+        """It holds nothing."""
 
     def content(self, case: Case) -> str:
         return case.prompt()
@@ -97,7 +99,7 @@ def questions(prompts: Tensor) -> list[Prompt]:
 
 
 def scored(model: TinyLM, prompts: Tensor, generator: torch.Generator) -> Batch:
-    batch = rollout(model, prompts, GROUP, LIMIT, STOP, generator, spell)
+    batch = rollout(model, prompts, GROUP, ENDING, generator, spell)
     batch.rewards = same(responses(batch), worked(prompts).repeat_interleave(GROUP, 0), LETTER)
     return batch
 

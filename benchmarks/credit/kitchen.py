@@ -146,9 +146,15 @@ def batch_of(episodes: list[Episode]) -> Batch:
     return Batch.from_trajectories([episode.trajectory(number) for number, episode in enumerate(episodes)])
 
 
-def start_model(seed: int, kitchen: Kitchen, steps: int) -> TinyLM:
-    """The supervised phase."""
+def start_model(seed: int, kitchen: Kitchen, episodes: int, steps: int) -> TinyLM:
+    """The supervised phase, on so many episodes."""
     torch.manual_seed(seed)
     random, model = np.random.default_rng([seed, 1]), TinyLM(VOCABULARY, limit=kitchen.limit)
-    supervise(model, lambda step: kitchen.demonstrations(32, random), steps, Settings(learning_rate=3e-3))
+    ids, mask = kitchen.demonstrations(episodes, random)
+
+    def draw(step: int) -> tuple[Tensor, Tensor]:
+        rows = random.integers(0, len(ids), 24)
+        return ids[rows], mask[rows]
+
+    supervise(model, draw, steps, Settings(learning_rate=3e-3))
     return model

@@ -28,7 +28,7 @@ from apportion.actors.policy import LossSpec, PolicySpec, PolicyWorker
 from apportion.algorithms import registry
 from apportion.algorithms.correction import ImportanceCorrection
 from apportion.batch import Batch, Marks, Signals, Trajectory
-from benchmarks.credit.model import TinyLM, generate
+from benchmarks.credit.model import Ending, TinyLM, generate
 
 RECIPES = Path(apportion.conf.__file__ or "").parent / "algorithm"
 
@@ -44,13 +44,22 @@ def recipe(name: str, **changes: Any) -> dict[str, Any]:
 
 @dataclass
 class Settings:
-    """What the actors read of an engine's settings."""
+    """An engine's settings; those that only DeepSpeed reads are here because the actors' specs ask for all."""
 
     learning_rate: float = 1e-3
     max_grad_norm: float = 1.0
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    min_lr_ratio: float = 1.0
+    zero_stage: int = 0
+    offload_optimizer: bool = False
+    gradient_checkpointing: bool = False
     micro_batch_tokens: int = 2**16
     logits_chunk_tokens: int = 2**16
-    zero_stage: int = 0
 
 
 class PlainEngine:
@@ -60,7 +69,12 @@ class PlainEngine:
         self.device, self.optimizer_steps = torch.device("cpu"), 0
         self._module, self._settings = module, settings
         self._optimizer = torch.optim.AdamW(
-            module.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, foreach=True
+            module.parameters(),
+            lr=settings.learning_rate,
+            betas=(settings.adam_beta1, settings.adam_beta2),
+            eps=settings.adam_eps,
+            weight_decay=settings.weight_decay,
+            foreach=True,
         )
 
     def module(self) -> nn.Module:
@@ -205,18 +219,17 @@ def rollout(
     model: TinyLM,
     prompts: Tensor,
     group: int,
-    tokens: int,
-    stop: int,
+    ending: Ending,
     generator: torch.Generator,
     spell: Callable[[Sequence[int]], str] = lambda ids: "",
 ) -> Batch:
-    """`group` responses to each of the prompts [b, P]; a response that `stop` did not end was cut by the limit."""
+    """`group` responses to each of the prompts [b, P]; a response without the stop token was cut by the limit."""
     repeated = prompts.repeat_interleave(group, 0)
-    ids, logprobs, lengths = (x.numpy() for x in generate(model, repeated, tokens, stop, generator))
+    ids, logprobs, lengths = (x.numpy() for x in generate(model, repeated, ending, generator))
     start = repeated.numpy()
     trajectories = []
     for row, length in enumerate(lengths.tolist()):
-        ended = bool(ids[row, length - 1] == stop)
+        ended = bool(ids[row, length - 1] == ending.stop)
         trajectories.append(
             Trajectory(
                 prompt_id=str(row // group),

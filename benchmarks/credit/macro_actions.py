@@ -15,7 +15,7 @@ from benchmarks.credit.learner import Learner, Settings, recipe, responses, roll
 from benchmarks.credit.model import TinyLM
 from benchmarks.credit.protocol import Curve, Interval, Outcome, Results, Scale
 from benchmarks.credit.report import Comparison, arms_table, comparisons_table, plot, table
-from benchmarks.credit.words import LEXICON, LIMIT, STOP, TOPICS, WORDS, Language, start_model
+from benchmarks.credit.words import ENDING, LEXICON, LIMIT, TOPICS, WORDS, Language, start_model
 
 SUPERVISED, STEPS, EVERY = 250, 64, 4
 PROMPTS, TIMES = 48, 12
@@ -36,7 +36,7 @@ def algorithm_of(arm: str) -> dict[str, Any]:
 
 
 def evaluate(model: TinyLM, language: Language, prompts: Tensor, seed: int) -> dict[str, float]:
-    batch = rollout(model, prompts, 1, LIMIT, STOP, torch.Generator().manual_seed(seed))
+    batch = rollout(model, prompts, 1, ENDING, torch.Generator().manual_seed(seed))
     return {"reward": float(language.rewards(prompts, responses(batch)).mean())}
 
 
@@ -54,7 +54,7 @@ def train(start: TinyLM, arm: str, language: Language, seed: int, scale: Scale, 
     curve.add(0, before | {"explained variance": explained})
     for step in range(1, scale.of(STEPS) + 1):
         prompts = language.draw_prompts(scale.of(PROMPTS), random)
-        batch = rollout(learner.model, prompts, 1, LIMIT, STOP, generator)
+        batch = rollout(learner.model, prompts, 1, ENDING, generator)
         batch.rewards = language.rewards(prompts, responses(batch))
         explained = learner.step(batch).get("critic/explained_variance", 0.0)
         if step % EVERY == 0 or step == scale.of(STEPS):

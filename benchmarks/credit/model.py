@@ -3,6 +3,7 @@ sampling from it with cached keys and values."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -100,21 +101,29 @@ class Stream:
         self.position += 1
 
 
+@dataclass
+class Ending:
+    """How long responses may get, and the token that ends them."""
+
+    tokens: int
+    stop: int
+
+
 @torch.no_grad()
 def generate(
-    model: TinyLM, prompts: Tensor, tokens: int, stop: int, generator: torch.Generator, greedy: bool = False
+    model: TinyLM, prompts: Tensor, ending: Ending, generator: torch.Generator, greedy: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids [b, T], log-probs [b, T] and lengths [b], the `stop` token included; at most `tokens` of each row."""
+    """Ids [b, T], log-probs [b, T] and lengths [b], the stop token included."""
     model.eval()
     stream = Stream(model, prompts, generator, greedy)
     ids, logprobs = [], []
-    lengths = torch.full((len(prompts),), tokens)
-    for step in range(tokens):
+    lengths = torch.full((len(prompts),), ending.tokens)
+    for step in range(ending.tokens):
         drawn, logprob = stream.draw()
         ids.append(drawn)
         logprobs.append(logprob)
-        lengths = torch.where((drawn == stop) & (lengths == tokens), step + 1, lengths)
-        if step + 1 == tokens or bool((lengths <= step + 1).all()):
+        lengths = torch.where((drawn == ending.stop) & (lengths == ending.tokens), step + 1, lengths)
+        if step + 1 == ending.tokens or bool((lengths <= step + 1).all()):
             break
         stream.advance(drawn)
     return torch.stack(ids, 1), torch.stack(logprobs, 1), lengths

@@ -25,9 +25,9 @@ from benchmarks.credit.model import TinyLM
 from benchmarks.credit.protocol import Curve, Interval, Outcome, Results, Scale
 from benchmarks.credit.report import COLOURS, Comparison, arms_table, comparisons_table, draw, saved
 
-LENGTHS = (2, 6, 16)
-SUPERVISED, STEPS, EVERY = 200, 40, 4
-EPISODES, EVALUATED = 32, 64
+LENGTHS = (2, 6, 14)
+SUPERVISED, STEPS, EVERY = 200, 32, 4
+DEMONSTRATIONS, EPISODES, EVALUATED = 512, 32, 64
 LAST = 3  # places whose mean is the end
 POLICY, CRITIC = Settings(learning_rate=3e-4), Settings(learning_rate=1e-3)
 METHODS = {"POAD": "poad", "NTPO": "ntpo", "action-level PPO": "action_ppo"}
@@ -37,8 +37,8 @@ def arm_of(method: str, length: int) -> str:
     return f"{method}, {length} words"
 
 
-def evaluate(model: TinyLM, kitchen: Kitchen, seed: int) -> dict[str, float]:
-    episodes = play(model, kitchen, EVALUATED, torch.Generator().manual_seed(seed))
+def evaluate(model: TinyLM, kitchen: Kitchen, count: int, seed: int) -> dict[str, float]:
+    episodes = play(model, kitchen, count, torch.Generator().manual_seed(seed))
     return {
         "return": float(np.mean([sum(e.rewards) for e in episodes])),
         "success": float(np.mean([e.state == NEEDED for e in episodes])),
@@ -50,8 +50,8 @@ def run(seed: int, scale: Scale) -> Outcome:
     curves = {}
     for length in LENGTHS:
         kitchen = Kitchen(length, np.random.default_rng([seed, 0]))
-        start = start_model(seed, kitchen, scale.of(SUPERVISED))
-        before = evaluate(start, kitchen, seed)
+        start = start_model(seed, kitchen, scale.of(DEMONSTRATIONS), scale.of(SUPERVISED))
+        before = evaluate(start, kitchen, scale.of(EVALUATED), seed)
         for method, name in METHODS.items():
             curves[arm_of(method, length)] = train(start, name, kitchen, seed, scale, before)
     return Outcome(curves)
@@ -62,9 +62,9 @@ def train(start: TinyLM, name: str, kitchen: Kitchen, seed: int, scale: Scale, b
     generator, curve = torch.Generator().manual_seed(seed), Curve()
     curve.add(0, before)
     for step in range(1, scale.of(STEPS) + 1):
-        learner.step(batch_of(play(learner.model, kitchen, EPISODES, generator)))
+        learner.step(batch_of(play(learner.model, kitchen, scale.of(EPISODES), generator)))
         if step % EVERY == 0 or step == scale.of(STEPS):
-            curve.add(step, evaluate(learner.model, kitchen, seed))
+            curve.add(step, evaluate(learner.model, kitchen, scale.of(EVALUATED), seed))
     return curve
 
 

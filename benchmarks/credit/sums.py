@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.credit.learner import Settings, responses, rollout, supervise
-from benchmarks.credit.model import TinyLM
+from benchmarks.credit.model import Ending, TinyLM
 
 BASE, TERMS, LIMIT = 6, 5, 12
 CHARACTERS = "012345;LH=."
 STEP, LOW, HIGH, ASK, STOP = (CHARACTERS.index(c) for c in ";LH=.")
+ENDING = Ending(LIMIT, STOP)
 
 
 def spell(ids: Sequence[int]) -> str:
@@ -105,4 +106,4 @@ def start_model(seed: int, unsure: tuple[float, float], steps: int) -> TinyLM:
 
 
 def sampled_answers(model: TinyLM, prompts: Tensor, each: int, seed: int) -> list[list[int]]:
-    return responses(rollout(model, prompts, each, LIMIT, STOP, torch.Generator().manual_seed(seed)))
+    return responses(rollout(model, prompts, each, ENDING, torch.Generator().manual_seed(seed)))

@@ -17,7 +17,7 @@ from benchmarks.credit.learner import Learner, Settings, recipe, responses, roll
 from benchmarks.credit.model import TinyLM, generate
 from benchmarks.credit.protocol import Curve, Interval, Outcome, Results, Scale
 from benchmarks.credit.report import Comparison, arms_table, comparisons_table, plot
-from benchmarks.credit.sums import LAST_SUM, LIMIT, STOP, draw_prompts, same, sampled_answers, start_model, worked
+from benchmarks.credit.sums import ENDING, LAST_SUM, draw_prompts, same, sampled_answers, start_model, worked
 
 UNSURE = (0.12, 0.95)
 SUPERVISED, STEPS, EVERY, RATE = 400, 60, 20, 5e-4
@@ -44,10 +44,10 @@ def algorithm_of(arm: str) -> dict[str, Any]:
 @torch.no_grad()
 def evaluate(model: TinyLM, prompts: Tensor, seed: int) -> dict[str, float]:
     right = worked(prompts)
-    ids, _, lengths = generate(model, prompts, LIMIT, STOP, torch.Generator(), greedy=True)
+    ids, _, lengths = generate(model, prompts, ENDING, torch.Generator(), greedy=True)
     greedy = same([row[:n] for row, n in zip(ids.tolist(), lengths.tolist(), strict=True)], right, LAST_SUM)
     sampled = same(sampled_answers(model, prompts, SAMPLES, seed), right.repeat_interleave(SAMPLES, 0), LAST_SUM)
-    table = sampled.reshape(len(prompts), SAMPLES)
+    table = sampled.reshape(len(prompts), SAMPLES).tolist()
     return {"greedy": accuracy(greedy)} | {f"pass@{k}": mean_pass_at_k(table, k) for k in KS}
 
 
@@ -65,7 +65,7 @@ def train(start: TinyLM, arm: str, seed: int, held_out: Tensor, scale: Scale, be
     curve.add(0, before)
     for step in range(1, scale.of(STEPS) + 1):
         prompts = draw_prompts(scale.of(PROMPTS), False, random)
-        batch = rollout(learner.model, prompts, GROUP, LIMIT, STOP, generator)
+        batch = rollout(learner.model, prompts, GROUP, ENDING, generator)
         batch.rewards = same(responses(batch), worked(prompts).repeat_interleave(GROUP, 0), LAST_SUM)
         masked = learner.step(batch).get("credit/masked_share", 0.0)
         if step % EVERY == 0 or step == scale.of(STEPS):
@@ -110,8 +110,8 @@ together here. The paper trains large models that can answer most questions in s
 sharpening costs variety; that trade is what p is to steer, and it hardly arises here.
 """
     short = (
-        f"**THR**: p = 0.5 raises greedy accuracy over p = 0: {verdicts['greedy: p = 0.5 less p = 0']}; p = -0.5 raises pass@16: "
-        f"{verdicts['pass@16: p = -0.5 less p = 0']}; at the paper's 0.1: {verdicts['greedy: p = 0.1 less p = 0']} and "
-        f"{verdicts['pass@16: p = -0.1 less p = 0']}."
+        f"**THR**: greedy accuracy of p = 0.5 beyond p = 0: {verdicts['greedy: p = 0.5 less p = 0']}; pass@16 of p = -0.5 beyond "
+        f"p = 0: {verdicts['pass@16: p = -0.5 less p = 0']}; the same at the paper's 0.1: "
+        f"{verdicts['greedy: p = 0.1 less p = 0']}; {verdicts['pass@16: p = -0.1 less p = 0']}."
     )
     return text, short

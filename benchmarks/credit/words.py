@@ -1,6 +1,6 @@
 """The task of two questions: a language whose words are several letters long, and readers with tastes.
 
-A prompt names one of TOPICS; a response is words of a lexicon, each ended by a space. Each topic likes and dislikes words
+A prompt names a topic; a response is words of a lexicon, each ended by a space. Each topic likes and dislikes words
 of its own; the supervised phase teaches to spell, and leans a little towards what the topic likes. The reward of a response is
 known at its end alone: the value of its first WORDS words to the topic, a word said again 0, an unknown one
 as much as a typical disliked one, as a share of what the best words would give (so 1 is the best there is, 0 about what
@@ -16,31 +16,32 @@ import torch
 from torch import Tensor
 
 from benchmarks.credit.learner import Settings, supervise
-from benchmarks.credit.model import TinyLM
+from benchmarks.credit.model import Ending, TinyLM
 
 LETTERS, TOPICS, LEXICON, WORDS, LIMIT = 12, 6, 24, 5, 28
 LEAN = 0.6  # of the supervised phase towards words that a topic likes
 SPACE, STOP, FIRST_TOPIC = LETTERS, LETTERS + 1, LETTERS + 2
 VOCABULARY = FIRST_TOPIC + TOPICS
+ENDING = Ending(LIMIT, STOP)
 
 
 class Language:
-    def __init__(self, random: np.random.Generator) -> None:
-        self.random = random
+    def __init__(self, random: np.random.Generator, topics: int = TOPICS) -> None:
+        self.random, self.topics = random, topics
         words: dict[tuple[int, ...], None] = {}
         while len(words) < LEXICON:
             words[tuple(random.integers(0, LETTERS, random.integers(2, 7)).tolist())] = None
         self.words = list(words)
         self.number = {word: index for index, word in enumerate(self.words)}
-        self.values = random.normal(0, 1, (TOPICS, LEXICON))
+        self.values = random.normal(0, 1, (topics, LEXICON))
 
     def draw_prompts(self, count: int, random: np.random.Generator) -> Tensor:
         """[count, 1]"""
-        return torch.from_numpy(random.integers(0, TOPICS, (count, 1)) + FIRST_TOPIC)
+        return torch.from_numpy(random.integers(0, self.topics, (count, 1)) + FIRST_TOPIC)
 
     def all_prompts(self, times: int) -> Tensor:
-        """[TOPICS * times, 1]"""
-        return torch.arange(TOPICS).repeat(times)[:, None] + FIRST_TOPIC
+        """[topics * times, 1]"""
+        return torch.arange(self.topics).repeat(times)[:, None] + FIRST_TOPIC
 
     def spoken(self, prompts: Tensor) -> tuple[Tensor, Tensor]:
         """Prompts with responses as the supervised phase teaches them [b, S], and where those stand."""
