@@ -238,6 +238,21 @@ def test_rows_without_credit_are_left_out_and_change_nothing(policy, tiny, credi
         np.testing.assert_allclose(without.weights[name], weight, atol=3e-6, rtol=1e-4, err_msg=name)
 
 
+def test_a_rank_without_anything_to_learn_looks_at_its_engine_while_the_others_keep_pace(policy, tiny, credited):
+    """Row 5 is the second rank's alone, and without old log-probs it takes a pass that every ZeRO-3 rank has to make."""
+    loss = replace(LOSS, kl_in_loss=False, entropy_coefficient=0.0)
+    idle = replace(credited, advantages=credited.advantages.copy(), old_logprobs=None)
+    idle.advantages[idle.response_slice(5)] = 0
+    apart = policy.trained(policy_spec(tiny, loss=loss, zero_stage=3, **SMALL), idle, 2)
+    others = policy.trained(policy_spec(tiny, loss=loss), idle, 1)  # one rank passes over the rows that teach alone
+    span = idle.response_slice(5)
+    mask = idle.action_mask[span]
+    looked = (idle.behavior_logprobs[span] - apart.first[span])[mask]
+    assert apart.totals.weights["mismatch/kl"] == others.totals.weights["mismatch/kl"] + mask.sum()
+    expected = others.totals.sums["mismatch/kl"] + looked.sum()
+    assert apart.totals.sums["mismatch/kl"] == pytest.approx(expected, rel=1e-3, abs=1e-3)
+
+
 def test_adapters_learn_the_same_on_two_sharded_ranks_and_are_merged_saved_and_resumed(
     policy, tiny, credited, tmp_path
 ):
