@@ -16,7 +16,8 @@ class KlConfig:
     place: str = "none"
     coefficient: float = 0.0
     estimator: str = "k3"
-    straight_through: bool = False  # of a KL in the loss: the estimator's value with k2's gradient, that of the reverse KL
+    # Of a KL in the loss: the estimator's value with k2's gradient, that of the reverse KL.
+    straight_through: bool = False
     target: float | None = None  # with a horizon: the adaptive coefficient
     horizon: int = 10000
 
