@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 from apportion.conf.before import Stage, done, stages
 from apportion.conf.schema import Config
 from apportion.edges import terminated_as_interrupt
-from apportion.platform.errors import ApportionError
+from apportion.platform.errors import ApportionError, ConfigError
 
 STOP_SECONDS = 60.0  # that an interrupted stage has to stop its actors
 
@@ -17,24 +20,37 @@ def run_before(config: Config) -> None:
     """What is done already is not done again. ApportionError where a stage fails."""
     if config.resume is not None:
         return
-    for stage in stages(config):
-        if not done(stage, config.runs_folder):
-            _run(stage, config.runs_folder)
+    left = [stage for stage in stages(config) if not done(stage, config.runs_folder)]
+    if left and config.run_name is not None and (Path(config.runs_folder) / config.run_name).exists():
+        raise ConfigError(
+            f"run_name: got {config.run_name!r}, which {config.runs_folder} already has; expected a new name"
+        )
+    for stage in left:
+        _run(stage, config.runs_folder)
 
 
 def _run(stage: Stage, runs_folder: str) -> None:
     words = [*stage.words, f"runs_folder={runs_folder}"]
     print(f"first: apportion {' '.join(words)}", flush=True)
     with terminated_as_interrupt():
-        process = subprocess.Popen([sys.executable, "-m", "apportion", *words])
+        # In a session of its own it gets one signal, ours; a terminal's Ctrl-C would come twice and cut its tidying short.
+        process = subprocess.Popen([sys.executable, "-m", "apportion", *words], start_new_session=True)
         try:
-            code = process.wait()
+            code = process.wait()  # each of its own waits has a limit
         except KeyboardInterrupt:
-            process.terminate()  # a kill of this process alone has not reached it
-            process.wait(STOP_SECONDS)
+            _stop(process)
             raise
     if code:
         raise ApportionError(
             f"before: `apportion {stage.words[0]} run_name={stage.run_name} ...` ended with exit code {code}; what it said "
             "stands above"
         )
+
+
+def _stop(process: subprocess.Popen) -> None:
+    process.terminate()
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

@@ -30,7 +30,7 @@ from apportion.platform.cluster import Cluster
 from apportion.platform.errors import ConfigError
 from apportion.platform.plots import plot_run
 from apportion.platform.runs import RunFolder, find_checkpoint, make_run_folder, redacted, run_of
-from apportion.platform.token_page import write_token_page
+from apportion.platform.token_page import has_samples, write_token_page
 from apportion.platform.tracking import MultiTracker, TrackedRun, open_trackers
 from apportion.trainer import Trainer
 
@@ -65,11 +65,11 @@ def train(config: Config, resolved: dict[str, Any]) -> int:
         summary = summary_of(config, progress, memory, time.perf_counter() - started, held_out)
         folder.write_summary(summary)
         tracker.log_summary(summary)
+    print_report(summary, folder)
     if config.tracking.plots and config.tracking.jsonl:
         plot_run(folder.path)
-        if config.tracking.samples_per_step:
+        if has_samples(folder.path):
             write_token_page(folder.path)
-    print_report(summary, folder)
     return 0
 
 

@@ -153,12 +153,16 @@ def _evaluate(words: list[str]) -> int:
 
 
 def _show(words: list[str]) -> int:
-    if len(words) != 1 or words[0].startswith("-"):
-        print("usage: apportion show RUN")
-        return 0 if words in (["-h"], ["--help"]) else USAGE
-    saved = saved_config(words[0])
+    if words and words[0] in ("-h", "--help"):
+        print("usage: apportion show RUN [runs_folder=FOLDER]")
+        return 0
+    names = [word for word in words if not word.startswith(("-", "runs_folder="))]
+    if len(names) != 1 or len(words) > 2:
+        raise ConfigError(f"show: got {' '.join(words) or 'nothing'}, expected apportion show RUN [runs_folder=FOLDER]")
+    runs = value_of("runs_folder", words) or "runs"
+    saved = saved_config(names[0], runs)
     if saved is None:
-        raise no_such_run("show", words[0], "runs")
+        raise no_such_run("show", names[0], runs)
     from apportion.platform.token_page import write_token_page
 
     print(write_token_page(saved.parent))

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from math import ceil
 
 from apportion.actors.reward_check import check_functions
+from apportion.conf.before import stages
 from apportion.conf.combinations import Machine, check_combinations, longest_sampled, this_machine
 from apportion.conf.companions import check_companions
 from apportion.conf.environment import check_environment
@@ -105,6 +106,7 @@ def make_plan(config: Config, machine: Machine | None = None) -> Plan:
     here = None if joined else machine or this_machine()
     needs = check_parts(config.algorithm)
     model = read_model(config.model.path)
+    stages(config)
     teachers = check_distillation(config, model)
     actors = _actors(config, needs, model)
     actors[0].memory.update(_teacher_memory(config, teachers))

@@ -4,8 +4,8 @@
 #
 #   examples/hh_pipeline.sh pairs.jsonl.gz [MODEL]
 #
-# Pairs are in any format of docs/preference.md (the hh format among them). Run it where runs/ is to be; a stage whose
-# checkpoint is there already is not run again. The sizes fit two cores; STEPS, RL_STEPS, BATCH, PROMPT, TOKENS, LIMIT
+# Pairs are in any format of docs/preference.md (the hh format among them). Run it where runs/ is to be; a stage that has
+# ended already is not run again. The sizes fit two cores; STEPS, RL_STEPS, BATCH, PROMPT, TOKENS, LIMIT
 # and PREFIX change them.
 set -eu
 pairs=${1:?"expected a file of pairs: $0 pairs.jsonl.gz [MODEL]"}
@@ -21,14 +21,14 @@ model_of() {
 stage() {
     command=$1 name=$prefix-$2
     shift 2
-    [ -d "$(model_of "$name")" ] || apportion "$command" run_name="$name" data.train="$pairs" data.on_bad_row=skip \
+    [ -f "runs/$name/summary.json" ] || apportion "$command" run_name="$name" data.train="$pairs" data.on_bad_row=skip \
         data.eval_share=0.03 data.eval_limit=24 data.limit="$limit" data.max_prompt_tokens="$prompt" \
         data.max_tokens="$tokens" train.steps="$steps" train.batch_size="$batch" "$@"
 }
 learn() {
     recipe=$1
     shift
-    [ -d "$(model_of "$prefix-$recipe")" ] || apportion train experiment="$recipe" run_name="$prefix-$recipe" \
+    [ -f "runs/$prefix-$recipe/summary.json" ] || apportion train experiment="$recipe" run_name="$prefix-$recipe" \
         "data.train=[{source: 'function:apportion.data.pairs:prompts_of', path: '$pairs', limit: $limit}]" data.eval=null \
         data.on_bad_row=skip data.max_prompt_tokens="$prompt" rollout.max_response_tokens=$((tokens - prompt)) \
         train.steps="$rl_steps" train.prompts_per_step="$batch" model.path="$tuned" \

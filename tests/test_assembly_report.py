@@ -57,7 +57,7 @@ def test_the_end_says_accuracy_once_with_examples_and_the_folder(capsys):
         "  before: '[i]5' (reward 0)",
         "  after:  '4' (reward 1)",
         "",
-        "run folder: runs/q (summary.json, metrics.jsonl, samples.jsonl, plots, logs, checkpoints)",
+        "run folder: runs/q (summary.json, metrics.jsonl, samples.jsonl, tokens.html, plots, logs, checkpoints)",
         "",
     ]
 

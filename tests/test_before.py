@@ -1,5 +1,11 @@
 """Stages that a recipe runs first: what a line must be, what is done already, and what a failure says."""
 
+import os
+import signal
+import subprocess
+import sys
+import threading
+
 import pytest
 
 from apportion.before import run_before
@@ -29,6 +35,7 @@ def test_a_line_is_words_as_a_shell_reads_them(tmp_path):
         ("", "expected it to begin with one of sft, reward-model, dpo"),
         ("dpo data.train=x.jsonl", "expected one run_name=NAME in it"),
         ("dpo run_name=a run_name=b", "expected one run_name=NAME in it"),
+        ("dpo run_name='a", "expected words as a shell reads them"),
     ],
 )
 def test_any_other_line_is_refused(tmp_path, line, expected):
@@ -36,14 +43,21 @@ def test_any_other_line_is_refused(tmp_path, line, expected):
         stages(config_of(tmp_path, line))
 
 
-def test_a_stage_whose_run_has_a_checkpoint_is_not_run_again(tmp_path):
+def test_two_stages_of_one_name_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="got run_name=a twice"):
+        stages(config_of(tmp_path, "dpo run_name=a", "sft run_name=a"))
+
+
+def test_a_stage_whose_run_has_ended_is_not_run_again(tmp_path):
     (tmp_path / "teacher/checkpoints/step-000016").mkdir(parents=True)
+    (tmp_path / "teacher/summary.json").write_text("{}")
     run_before(config_of(tmp_path, "dpo run_name=teacher data.train=nowhere.jsonl"))  # it would fail if it ran
 
 
-def test_what_an_unfinished_stage_left_is_not_taken_for_its_result(tmp_path):
-    (tmp_path / "teacher").mkdir()
-    with pytest.raises(ConfigError, match=r"teacher is there without a checkpoint.*remove that folder"):
+@pytest.mark.parametrize("left", ["teacher", "teacher/checkpoints/step-000008"])
+def test_what_an_unfinished_stage_left_is_not_taken_for_its_result(tmp_path, left):
+    (tmp_path / left).mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"a stage that did not end.*apportion dpo resume=.*or remove that folder"):
         run_before(config_of(tmp_path, "dpo run_name=teacher data.train=nowhere.jsonl"))
 
 
@@ -66,3 +80,26 @@ def test_a_resumed_run_runs_nothing_first(tmp_path):
     config = config_of(tmp_path, "dpo run_name=teacher data.train=nowhere.jsonl")
     config.resume = "some-run"
     run_before(config)
+
+
+def test_a_name_that_is_taken_is_refused_before_a_stage_is_trained(tmp_path):
+    (tmp_path / "mine").mkdir()
+    config = config_of(tmp_path, "dpo run_name=teacher data.train=nowhere.jsonl")
+    config.run_name = "mine"
+    with pytest.raises(ConfigError, match="run_name: got 'mine'"):
+        run_before(config)
+
+
+def test_an_interruption_ends_the_stage_too(tmp_path, monkeypatch):
+    started = []
+
+    class Sleeper(subprocess.Popen):
+        def __init__(self, command, **options):
+            super().__init__([sys.executable, "-c", "import time; time.sleep(600)"], **options)
+            started.append(self)
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()  # to the run alone
+
+    monkeypatch.setattr("apportion.before.subprocess.Popen", Sleeper)
+    with pytest.raises(KeyboardInterrupt):
+        run_before(config_of(tmp_path, "dpo run_name=teacher"))
+    assert [process.returncode for process in started] == [-signal.SIGTERM]

@@ -55,6 +55,14 @@ def test_few_of_many_steps_are_shown(tmp_path):
 def test_a_run_without_samples_says_what_keeps_them(tmp_path):
     with pytest.raises(ApportionError, match=r"got no samples.*tracking.samples_per_step"):
         write_token_page(tmp_path)
-    (tmp_path / "samples.jsonl").write_text('{"step": 1}\nhalf')
-    with pytest.raises(ApportionError, match=r"samples.jsonl:2: got a line that is no JSON"):
+    (tmp_path / "samples.jsonl").write_text('half\n{"step": 1}\n')
+    with pytest.raises(ApportionError, match=r"samples.jsonl:1: got a broken line"):
         write_token_page(tmp_path)
+
+
+def test_a_killed_run_and_half_a_character_are_shown_all_the_same(tmp_path):
+    line = json.dumps(sample(tokens=["\ud83d", "b", "c"]))
+    (tmp_path / "samples.jsonl").write_text(line + '\n{"step": 2, "to')
+    page = write_token_page(tmp_path).read_text()
+    assert "\\ud83d" in page
+    assert "<h2>Step 2</h2>" not in page

@@ -160,7 +160,7 @@ class Config:
     run_name: str | None = None  # null: made from the recipe, the time and a random tail
     runs_folder: str = "runs"
     resume: str | None = None  # a run's folder or name, or one of its checkpoints
-    before: list[str] = field(default_factory=list)  # stages to run first, unless their runs have checkpoints
+    before: list[str] = field(default_factory=list)  # stages to run first, unless their runs have ended
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

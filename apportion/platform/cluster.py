@@ -79,7 +79,7 @@ class Cluster:
         # Ray would run its workers at nice 15, and so behind everything else on a machine that is also used otherwise.
         os.environ.setdefault("RAY_worker_niceness", "0")
         common = {"namespace": run_name, "log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
-        self.joined = address is not None or "RAY_ADDRESS" in os.environ
+        self.joined = bool(address or os.environ.get("RAY_ADDRESS"))
         try:
             if self.joined:
                 ray.init(address=address or os.environ["RAY_ADDRESS"], **common)
@@ -89,11 +89,11 @@ class Cluster:
                 count = max(int(cpus) + 1, os.cpu_count() or 1)
                 ray.init(address="local", num_cpus=count, include_dashboard=False, object_store_memory=memory, **common)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            where = address or os.environ.get("RAY_ADDRESS", "a local Ray")
-            raise ConfigError(f"cluster.address: cannot reach {where}: {str(error).splitlines()[0]}") from error
+            where = address or os.environ.get("RAY_ADDRESS") or "a local Ray"
+            raise ConfigError(f"cluster.address: cannot reach {where}: {_first_line(error)}") from error
         except Exception as error:  # Ray has no class of its own for a node that is late
             raise ApportionError(
-                f"Ray did not start on this machine: {str(error).splitlines()[0]} Its logs are under /tmp/ray/session_latest/logs; "
+                f"Ray did not start on this machine: {_first_line(error)} Its logs are under /tmp/ray/session_latest/logs; "
                 "a busy or full machine may only need another try"
             ) from error
 
@@ -144,6 +144,11 @@ def put(value: Any) -> Any:
     import ray
 
     return ray.put(value)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def gather(calls: Sequence[Call], timeout_seconds: float, what: str) -> list[Any]:

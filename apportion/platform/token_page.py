@@ -5,16 +5,15 @@ One file without scripts or anything loaded from elsewhere. All text of prompts,
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from apportion.platform.errors import ApportionError
+from apportion.platform.tracking import SAMPLES_FILE, read_samples
 
-SAMPLES_FILE, PAGE_FILE = "samples.jsonl", "tokens.html"
+PAGE_FILE = "tokens.html"
 STEPS_SHOWN = 5  # spread evenly over the run, the first and the last among them
 HEAD = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -35,8 +34,7 @@ as strong as the largest of its sample; point at one for the number. Tokens with
 def write_token_page(run_folder: str | Path) -> Path:
     """Write `tokens.html` into a run's folder. ApportionError where the run kept no samples."""
     folder = Path(run_folder)
-    file = folder / SAMPLES_FILE
-    samples = list(_samples(file)) if file.is_file() else []
+    samples = read_samples(folder) if has_samples(folder) else []
     if not samples:
         raise ApportionError(
             f"{folder}: got no samples, expected a run's folder with {SAMPLES_FILE}; tracking.samples_per_step says how many "
@@ -48,8 +46,14 @@ def write_token_page(run_folder: str | Path) -> Path:
         lines.append(f"<h2>Step {step}</h2>")
         lines += [_article(sample) for sample in samples if sample["step"] == step]
     page = folder / PAGE_FILE
-    page.write_text("\n".join([*lines, "</body></html>", ""]), encoding="utf-8")
+    # A model may write half of a surrogate pair, which no file can hold.
+    page.write_text("\n".join([*lines, "</body></html>", ""]), encoding="utf-8", errors="backslashreplace")
     return page
+
+
+def has_samples(folder: Path) -> bool:
+    file = folder / SAMPLES_FILE
+    return file.is_file() and file.stat().st_size > 0
 
 
 def spread_steps(steps: list[int], count: int) -> list[int]:
@@ -73,16 +77,6 @@ def colour(strength: float) -> str:
     return f"rgba({red}, {green}, {blue}, {0.7 * abs(strength):.2f})"
 
 
-def _samples(file: Path) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            yield json.loads(line)
-        except ValueError as error:
-            raise ApportionError(
-                f"{file}:{number}: got a line that is no JSON, expected one sample ({error})"
-            ) from error
-
-
 def _article(sample: dict[str, Any]) -> str:
     facts = [
         f"reward {_number(sample['reward'])}",
@@ -90,7 +84,8 @@ def _article(sample: dict[str, Any]) -> str:
         f"ended by {sample['finish_reason']}",
     ]
     facts.append(f"weights {sample['policy_version']}")
-    facts += [f"{key.replace('_', ' ')} {sample[key]}" for key in ("wrong_steps",) if key in sample]
+    if "wrong_steps" in sample:
+        facts.append(f"wrong steps {sample['wrong_steps']}")
     lines = [
         "<article>",
         f'<p class="fact">{escape(" · ".join(facts))}</p>',

@@ -334,6 +334,11 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return [line for line in _read_lines(folder / METRICS_FILE) if line is not None]
 
 
+def read_samples(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's `samples.jsonl`, as `read_metrics`."""
+    return [line for line in _read_lines(folder / SAMPLES_FILE) if line is not None]
+
+
 def _read_lines(file: Path) -> list[dict[str, Any] | None]:
     """Parsed lines; None in place of a torn last one. A broken line before it is an error that names it."""
     texts = file.read_text(encoding="utf-8").splitlines()

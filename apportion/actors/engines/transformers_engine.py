@@ -115,4 +115,5 @@ class TransformersEngine:
         sums = {e.name: e.checksum for e in bundle.entries}
         if check:
             sums = {n: checksum(as_bytes(p)) for n, p in live.items()}
-        return SyncReceipt(name, bundle.version, sums, len(live) if check else 0, [])
+        homeless = [e.name for e in bundle.entries if e.name not in live]
+        return SyncReceipt(name, bundle.version, sums, len(live) if check else 0, homeless)
