@@ -262,7 +262,9 @@ def test_a_saved_reward_model_scores_in_transformers_and_as_a_reward_what_it_sco
     batch = PAIRS.batch
     sequences = [[*batch.sequence(row).tolist(), 1] for row in range(8)]  # eos ends an answer
     with torch.no_grad():
-        expected = [module(torch.tensor([ids]), torch.tensor([0]), torch.tensor([len(ids) - 1])).item() for ids in sequences]
+        expected = [
+            module(torch.tensor([ids]), torch.tensor([0]), torch.tensor([len(ids) - 1])).item() for ids in sequences
+        ]
     save_score_model(tiny, dict(worker._huggingface_weights()), tmp_path / "model")
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", dtype=torch.float32)
     assert loaded.config.num_labels == 1

@@ -56,7 +56,9 @@ def print_report(summary: dict[str, Any], folder: RunFolder) -> None:
         print(f"\n{plain_text(old['prompt'])}")
         print(f"  before: {plain_text(old['answer'])!r} (reward {old['reward']:g})")
         print(f"  after:  {plain_text(new['answer'])!r} (reward {new['reward']:g})")
-    print(f"\nrun folder: {folder.path} (summary.json, metrics.jsonl, samples.jsonl, tokens.html, plots, logs, checkpoints)")
+    print(
+        f"\nrun folder: {folder.path} (summary.json, metrics.jsonl, samples.jsonl, tokens.html, plots, logs, checkpoints)"
+    )
 
 
 def say(text: str) -> None:
