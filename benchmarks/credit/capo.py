@@ -175,8 +175,11 @@ Before: whole {Interval.of(results.first("GRPO", "whole")).shown()}, outcome {In
 {comparisons_table(compared)}
 
 In the last rows the claim is that errors cost something. With a vote of two of four, independent errors of 10 % leave 5 %
-wrong alarms, of 30 % 35 % (and 8 % misses): alarms that fall on all steps alike shift a group's mean and cost
-little. Errors that are always the same cannot be voted away and teach what the judge believes.
+wrong alarms, of 30 % 35 % (and 8 % misses). That these cost so little is likely because alarms that fall on all steps alike
+shift a group's mean. Errors that are always the same cannot be voted away and teach what the judge believes.
+
+Other settings, one or two seeds each: with a surer teacher (0.3 to 1) GRPO itself came to 0.92 right throughout in 80 steps, CAPO to 0.98 and
+several times sooner; with a less sure one (0.1 to 0.9) GRPO stayed below 0.2 and CAPO with an exact judge came to 0.96.
 """
     short = (
         f"**CAPO**: beyond GRPO with an exact judge: {compared[0].verdict}. Responses right in every step: "

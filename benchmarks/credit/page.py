@@ -27,7 +27,11 @@ tokens and responses 10 to 60.
 every arm starts from the same model and sees the same prompts, so arms are compared seed by seed. Intervals are 95 % by
 Student's t over seeds. They say how much another seed of the *same* small task would change the mean. They are not
 corrected for the number of comparisons, and they say nothing about other tasks, larger models or better-tuned
-baselines. Within a question all arms have the same learning rates, samples and steps; none was tuned by itself.
+baselines. Within a question all arms have the same learning rates, samples and steps.
+
+**How tasks were chosen.** In trials on one or two seeds, which are among those of the study, difficulty and rates were changed until
+the baseline learned something and not everything. That choice decides how large a difference can be, and each section says
+what other settings gave. Nothing here was registered beforehand.
 
 **Claim** is what a paper's claim makes of a difference: *holds* where the whole interval lies on the claimed side of 0,
 *the opposite holds* where it lies on the other, *not told apart* where it contains 0.

@@ -111,7 +111,9 @@ The end is the mean of the last {LAST} measurements ({EVERY} steps apart), each 
 {comparisons_table(compared)}
 
 The phrase that leaves was put there to make the difference between the optima visible; without anything to be had sooner, a
-discount of tokens only makes signals smaller.
+discount of tokens only makes signals smaller. How much it is worth was chosen: in a trial with one seed where it was 0.4 (and phrases
+had 12 words), all three methods learned to leave. At a higher rate (0.0005, a trial of one seed with 16 words), action-level PPO was
+less stable, and POAD solved one of the two dishes.
 """
     parts = [
         f"{n} words {end[arm_of('POAD', n)]:.2f} against {end[arm_of('NTPO', n)]:.2f} and {end[arm_of('action-level PPO', n)]:.2f}"

@@ -107,7 +107,9 @@ Before: greedy {Interval.of(results.first("GRPO", "greedy")).shown()}, pass@16 {
 
 What this does not show: held-out questions rest on the table that training teaches, so greedy accuracy and pass@k rise
 together here. The paper trains large models that can answer most questions in some of their samples already, where
-sharpening costs variety; that trade is what p is to steer, and it hardly arises here.
+sharpening costs variety; that trade is what p is to steer, and it hardly arises here. In a trial of two seeds where the teacher
+was so unsure (0.05 to 0.75) that no arm learned much, pass@16 fell in every arm but p = 0.5 with one of the seeds: no sign of p < 0
+keeping it up either.
 """
     short = (
         f"**THR**: greedy accuracy of p = 0.5 beyond p = 0: {verdicts['greedy: p = 0.5 less p = 0']}; pass@16 of p = -0.5 beyond "
