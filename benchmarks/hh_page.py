@@ -51,7 +51,8 @@ def section(name: str, lines: list[dict[str, Any]], summary: dict[str, Any]) -> 
             facts.append(f"held-out {key.removeprefix('eval/')} {values[0]:.3f} -> {values[-1]:.3f}")
     rows = [line for line in lines if shown[0] in line]
     table = [" ".join(["step", *(f"{key:>34}" for key in shown)])]
-    table += [" ".join([f"{row['step']:>4}", *(f"{row[key]:>34.4f}" for key in shown)]) for row in rows]
+    cell = lambda row, key: f"{row[key]:>34.4f}" if key in row else f"{'':>34}"  # noqa: E731 - a critic may learn alone
+    table += [" ".join([f"{row['step']:>4}", *(cell(row, key) for key in shown)]).rstrip() for row in rows]
     return ["", f"## `apportion {command}`", "", "; ".join(facts) + ".", "", "```", *table, "```"]
 
 
@@ -79,8 +80,8 @@ def main(runs_folder: str, prefix: str) -> int:
     lines = [
         "# From pairs to token credit: one run",
         "",
-        "`examples/hh_pipeline.sh` on 2,312 pairs of human preferences about harmlessness (the hh format), SmolLM2-135M-Instruct,",
-        "two cores: fine-tuning, a reward model, DPO and reverse DPO, then MA-RLHF with that reward model and AlignDistil with",
+        "`STEPS=10 RL_STEPS=5 LIMIT=500 examples/hh_pipeline.sh pairs.jsonl.gz` on human preferences about harmlessness (the hh",
+        "format; of 500 pairs those within 128 tokens), SmolLM2-135M-Instruct, two cores: fine-tuning, a reward model, DPO and reverse DPO, then MA-RLHF with that reward model and AlignDistil with",
         "those two as its teachers. Written by `benchmarks/hh_page.py` from the runs' own metrics.",
         "",
         f"Machine: {machine()}. {minutes:.0f} minutes in all, with other work beside it. It shows that the stages fit together on",
