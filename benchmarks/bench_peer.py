@@ -16,12 +16,13 @@ from pathlib import Path
 
 from bench_report import ROOT, Part, Row, Table, show, spread, store, write_page, write_part
 from bench_step import WARM_UP, train
+from bench_work import rounds_or
 
 VENV = ROOT / ".cache" / "trl-venv"
 TORCH = "torch==2.13.0"
 PACKAGES = ("trl==1.16.0", "transformers==5.19.0", "datasets==5.2.0", "accelerate==1.15.0", "numpy==2.3.5")
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-STEPS, TOKENS, SAMPLES = 4, 32, 64
+STEPS, TOKENS, SAMPLES = WARM_UP + rounds_or(3), 32, 64
 
 
 def environment() -> Path:
@@ -89,9 +90,7 @@ def main(out: str) -> int:
     python = environment()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        own = ours(folder / "before")
-        peer = theirs(python, folder)
-        own += ours(folder / "after")  # on both sides of the other, so that a machine that slows down is no one's gain
+        own, peer = ours(folder / "runs"), theirs(python, folder)
     ratio = statistics.median(peer) / statistics.median(own)
     rows = [
         Row(
@@ -108,7 +107,7 @@ def main(out: str) -> int:
         "(one that differs in every group, so that no rows are left out), temperature 1, no KL. Ours: the quickstart's "
         f"recipe with `rollout.compile=true`, every stage of the loop. TRL {PACKAGES[0].partition('==')[2]}: model in "
         f"bf16, no reference model, no gradient checkpointing, 4 micro-batches of 16. {STEPS} steps a run, the first "
-        f"{WARM_UP} left out; ours, TRL, ours."
+        f"{WARM_UP} left out; one side after the other."
     )
     write_part(out, Part("peer", "Beside TRL", method, rows, [table]), started)
     return 0
