@@ -162,8 +162,7 @@ def main(out: str) -> int:
     }
     for update in sides.values():
         update(small)
-    facts = composed_model(model)
-    widest = widest_logits(sides["ours, ZeRO-0"], batch, *facts)
+    widest = widest_logits(sides["ours, ZeRO-0"], batch, *composed_model(model))
     speeds = in_turns(sides, batch, ROUNDS)
     del sides, first
     gc.collect()

@@ -85,8 +85,7 @@ class CriticWorker(ActorBase):
         assert shard.returns is not None and shard.values is not None and shard.value_weights is not None
         device = self.engine.device
         m = micro.to(device)
-        tree = (m.tree.positions, m.tree.visible) if m.tree else None
-        values = self.engine.forward(m.input_ids, m.rows, m.columns, tree)
+        values = self.engine.forward(m.input_ids, m.rows, m.columns, m.layout)
         index = micro.packed_index
         if not len(index):
             return values.sum() * 0.0

@@ -59,16 +59,15 @@ class Distillation:
 
     def _forward(self, engine: ForwardEngine, m: MicroBatch) -> DistillationOutput:
         """One value of each kind for each of the r action tokens."""
-        tree = (m.tree.positions, m.tree.visible) if m.tree else None
         with torch.no_grad():
-            hidden = [teacher.hidden(m.input_ids, *(tree or ()))[m.rows, m.columns] for teacher in self._teachers]
+            hidden = [teacher.hidden(m.input_ids, *(m.layout or ()))[m.rows, m.columns] for teacher in self._teachers]
 
         def work(module: CausalLMLogprobs, picked: Tensor) -> tuple[Tensor, ...]:
             heads = tuple(_head(model) for model in (module, *self._teachers))
             out = self.part.losses_in_chunks(picked, *hidden, heads)
             return tuple(getattr(out, f.name) for f in fields(DistillationOutput))
 
-        return DistillationOutput(*engine.forward(m.input_ids, m.rows, m.columns, m.targets, work=work, tree=tree))
+        return DistillationOutput(*engine.forward(m.input_ids, m.rows, m.columns, m.targets, work=work, tree=m.layout))
 
 
 def _head(model: CausalLMLogprobs) -> Any:

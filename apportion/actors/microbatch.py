@@ -57,6 +57,11 @@ class MicroBatch:
         """[r] int64, trajectory (0 to b - 1) of each action token"""
         return self.rows if self.tree is None else self.tree.members
 
+    @property
+    def layout(self) -> tuple[Tensor, Tensor] | None:
+        """What a module's `tree` takes: positions, and which each attends to; None for rows of one trajectory each."""
+        return None if self.tree is None else (self.tree.positions, self.tree.visible)
+
     def spread(self, values: Tensor) -> Tensor:
         """[r] to [b, T], 0 where no action token stands; keeps the gradient."""
         out = values.new_zeros(self.trajectories, self.width)

@@ -129,7 +129,6 @@ class PolicyWorker(ActorBase):
         return time.perf_counter() - start, Signals(old_logprobs=logprobs, entropies=entropies)
 
     def _forward(self, micro: MicroBatch, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
-        tree = (micro.tree.positions, micro.tree.visible) if micro.tree else None
         return self.engine.forward(
             micro.input_ids,
             micro.rows,
@@ -137,7 +136,7 @@ class PolicyWorker(ActorBase):
             micro.targets,
             self.spec.loss.temperature,
             entropy_grad,
-            tree=tree,
+            tree=micro.layout,
         )
 
     # update

@@ -226,14 +226,14 @@ class PreferenceWorker(ActorBase):
         """[b] sums of the answers' log-probs, or scores. float32"""
         if self.objective.reads == SEQUENCE_SCORES:
             m = part.micro.to(self.engine.device)
-            return forward(m.input_ids, self._tensor(part.last_rows), self._tensor(part.last_columns), tree=_tree(m))
+            return forward(m.input_ids, self._tensor(part.last_rows), self._tensor(part.last_columns), tree=m.layout)
         logprobs = self._logprobs(forward, part.micro)
         return logprobs.new_zeros(len(part.rows)).index_add(0, part.micro.members.to(logprobs.device), logprobs)
 
     def _logprobs(self, forward: Callable, micro: MicroBatch) -> Tensor:
         """[r] at temperature 1."""
         m = micro.to(self.engine.device)
-        return forward(m.input_ids, m.rows, m.columns, m.targets, tree=_tree(m))[0]
+        return forward(m.input_ids, m.rows, m.columns, m.targets, tree=m.layout)[0]
 
     def _parts(
         self, data: PreferenceData, examples: np.ndarray, scale: int, weights: np.ndarray | None = None
@@ -319,10 +319,6 @@ class PreferenceWorker(ActorBase):
         for name, tensor in merged_weights(self.engine.named_weights(), self.spec.lora):
             if not (tied and name == "lm_head.weight"):
                 yield name, tensor
-
-
-def _tree(micro: MicroBatch) -> tuple[Tensor, Tensor] | None:
-    return (micro.tree.positions, micro.tree.visible) if micro.tree else None
 
 
 def _count_pairs(totals: Totals, prefix: str, objective: Objective, pairs: PairInput, out: PairOutput) -> None:

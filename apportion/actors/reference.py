@@ -44,7 +44,6 @@ class ReferenceWorker(ActorBase):
         out = np.zeros(int(shard.response_lengths.sum()), np.float32)
         for micro in cut(shard, np.arange(len(shard)), self.spec.micro_batch_tokens, self.spec.share_prompts):
             m = micro.to(self.device)
-            tree = (m.tree.positions, m.tree.visible) if m.tree else None
-            logprobs, _ = self.module(m.input_ids, m.rows, m.columns, m.targets, self.spec.temperature, tree=tree)
+            logprobs, _ = self.module(m.input_ids, m.rows, m.columns, m.targets, self.spec.temperature, tree=m.layout)
             out[micro.packed_index] = logprobs.cpu().numpy()
         return time.perf_counter() - start, Signals(reference_logprobs=out)
