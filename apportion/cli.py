@@ -108,6 +108,7 @@ def _train(words: list[str]) -> int:
         from apportion.plan import make_plan
 
         make_plan(config)  # what cannot run is refused before anything heavy is imported
+        _check_stages(config)
         run_before(config)
         from apportion.build import train
 
@@ -120,10 +121,23 @@ def _plan(words: list[str]) -> int:
     def run(config: Config, resolved: dict[str, Any]) -> int:
         from apportion.plan import make_plan
 
-        print(make_plan(config).render())
+        plan = make_plan(config)
+        _check_stages(config)
+        print(plan.render())
         return 0
 
     return _with_hydra("plan", words, run, base=resumed(words))
+
+
+def _check_stages(config: Config) -> None:
+    """A misspelt key of a stage in `before` is found now, not when the stages before it have been trained."""
+    from apportion.conf.before import stages
+
+    for stage in stages(config):
+        try:
+            to_config(compose_config(stage.words[1:], stage=stage.words[0].replace("-", "_")))
+        except ConfigError as error:
+            raise ConfigError(f"before: {stage.run_name}: {error}") from error
 
 
 def _evaluate(words: list[str]) -> int:
@@ -233,11 +247,17 @@ def compose_config(overrides: list[str], base: Path | None = None, stage: str | 
     """The composed configuration, without Hydra's command line. `base` is a run's own configuration to start from;
     `stage` a preference stage's name, None for training."""
     from hydra import compose, initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
 
     from apportion.conf.overrides import whole_mappings
 
-    with _explained(stage), whole_mappings(), initialize_config_module("apportion.conf", version_base="1.3"):
-        return compose(_register(base, stage), overrides=_with_lora(overrides))
+    outer = GlobalHydra.instance().hydra  # of a command that is running: Hydra composes only where none is set up
+    GlobalHydra.instance().clear()
+    try:
+        with _explained(stage), whole_mappings(), initialize_config_module("apportion.conf", version_base="1.3"):
+            return compose(_register(base, stage), overrides=_with_lora(overrides))
+    finally:
+        GlobalHydra.instance().hydra = outer
 
 
 def _schema(stage: str | None) -> type:

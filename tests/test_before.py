@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from apportion.before import run_before
-from apportion.cli import compose_config, to_config
+from apportion.cli import compose_config, main, to_config
 from apportion.conf.before import stages
 from apportion.conf.teachers import teacher_paths
 from apportion.platform.errors import ApportionError, ConfigError
@@ -66,6 +66,18 @@ def test_a_failing_stage_stops_the_run_after_its_own_message(tmp_path, capfd):
     with pytest.raises(ApportionError, match=r"before: `apportion dpo run_name=teacher \.\.\.` ended with exit code"):
         run_before(config_of(tmp_path, line))
     assert "error: nowhere.jsonl: no such file" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "plan"])
+def test_a_mistake_in_a_later_stage_is_refused_before_the_first_is_trained(tmp_path, capsys, command):
+    first = "dpo run_name=first model.path=builtin:tiny data.train=nowhere.jsonl"
+    second = "dpo run_name=second model.path=builtin:tiny data.train=nowhere.jsonl dpo.bta=0.1"
+    words = ["experiment=tiny_grpo", f"runs_folder={tmp_path}", f"before=['{first}','{second}']"]
+    assert main([command, *words]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: before: second: dpo.bta: ")
+    assert "did you mean" in captured.err and "beta" in captured.err
+    assert "first: apportion" not in captured.out
 
 
 def test_teachers_that_are_still_to_be_trained_stand_for_models_like_the_policys(tmp_path):

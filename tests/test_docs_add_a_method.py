@@ -34,6 +34,14 @@ def test_the_pages_own_tests_pass(folder, monkeypatch):
         test()
 
 
+def test_the_pages_method_is_refused_a_group_of_one(folder):
+    program = Path(sys.executable).parent / "apportion"
+    words = "plan experiment=tiny_grpo --config-dir my_conf algorithm=opo rollout.responses_per_prompt=1"
+    done = subprocess.run([str(program), *words.split()], cwd=folder, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2, done.stdout
+    assert "rollout.responses_per_prompt: got 1 with credit opo.Opo" in done.stderr
+
+
 @pytest.mark.system
 def test_the_pages_command_trains_with_the_method_and_reports_its_metric(folder):
     [command] = re.findall(r"```bash run\n(.*?)```", PAGE.read_text(), re.DOTALL)
