@@ -141,6 +141,34 @@ def test_a_step_written_again_replaces_the_earlier_one(tmp_path):
     assert names(tmp_path) == ["latest", "step-000005"]
 
 
+def test_a_step_written_again_is_never_missing_on_the_way(tmp_path, monkeypatch):
+    store, seen = CheckpointStore(tmp_path), []
+    write(store, 5, b"old")
+    monkeypatch.setattr("apportion.platform.checkpoint.sync_to_disk", lambda path: seen.append(newest(store).step))
+    monkeypatch.setattr("pathlib.Path.rename", lambda *paths: pytest.fail("two renames where one exchange would do"))
+    write(store, 5, b"new")
+    assert set(seen) == {5} and (newest(store).path / "policy" / "model.bin").read_bytes() == b"new"
+
+
+def test_where_names_cannot_be_exchanged_a_step_written_again_replaces_the_earlier_one_too(tmp_path, monkeypatch):
+    monkeypatch.setattr("apportion.platform.checkpoint.exchange", lambda first, second: False)
+    store = CheckpointStore(tmp_path)
+    write(store, 5, b"old")
+    write(store, 5, b"new")
+    assert (newest(store).path / "policy" / "model.bin").read_bytes() == b"new"
+    assert names(tmp_path) == ["latest", "step-000005"]
+
+
+def test_the_store_knows_which_step_this_process_wrote_last(tmp_path):
+    write(CheckpointStore(tmp_path), 8)
+    store = CheckpointStore(tmp_path)
+    assert store.current is None
+    write(store, 3)
+    with pytest.raises(RuntimeError), store.writing(4):
+        raise RuntimeError("rank 1 died")
+    assert store.current == 3
+
+
 def test_a_full_disk_is_one_line_and_the_earlier_checkpoint_stays(tmp_path, monkeypatch):
     store = CheckpointStore(tmp_path)
     write(store, 1)
@@ -213,6 +241,13 @@ def test_the_state_of_another_format_is_refused(tmp_path):
     (tmp_path / "state.json").write_text(json.dumps(read))
     with pytest.raises(CheckpointError, match=r"fields that differ: seeds"):
         RunState.load(tmp_path)
+
+
+def test_a_number_that_is_not_known_is_null_in_the_state_and_read_as_none(tmp_path):
+    extra = {"accuracy": float("nan"), "answers": [{"reward": float("nan")}, {"reward": 1.0}], "best": float("inf")}
+    RunState(step=1, policy_version=1, data={}, extra=extra).save(tmp_path)
+    read = RunState.load(tmp_path).extra
+    assert read == {"accuracy": None, "answers": [{"reward": None}, {"reward": 1.0}], "best": None}
 
 
 def test_the_state_keeps_every_field(tmp_path):

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import re
 import secrets
 import shutil
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from apportion.platform.errors import CheckpointError
-from apportion.platform.files import sync_to_disk, write_text_atomically
+from apportion.platform.files import exchange, sync_to_disk, write_text_atomically
 
 MANIFEST_FILE = "manifest.json"
 STATE_FILE = "state.json"
@@ -48,8 +49,8 @@ class RunState:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
-        """Write `state.json`; ValueError if something is not a JSON value."""
-        text = json.dumps({"format": FORMAT, **asdict(self)}, indent=2, allow_nan=False)
+        """Write `state.json`. A number that is not finite is unknown, and null; TypeError for what is no JSON value."""
+        text = json.dumps({"format": FORMAT, **_known(asdict(self))}, indent=2, allow_nan=False)
         (folder / STATE_FILE).write_text(text + "\n", encoding="utf-8")
 
     @staticmethod
@@ -91,6 +92,7 @@ class CheckpointStore:
 
     "Newest" is by when they were written: a run resumed from step 5 whose folder still holds step 10 of its earlier
     life goes on from what it wrote last. On several nodes `root` must be a folder that all of them share.
+    `current` is the step of the checkpoint that this process wrote last, or that its user has taken up (None: neither).
     """
 
     def __init__(self, root: str | Path, keep: int = 2) -> None:
@@ -98,6 +100,7 @@ class CheckpointStore:
             raise CheckpointError(f"checkpoint.keep: got {keep}, expected at least 1")
         self.root = Path(root)
         self.keep = keep
+        self.current: int | None = None
 
     @contextlib.contextmanager
     def writing(self, step: int, needed_bytes: int | None = None) -> Iterator[Path]:
@@ -119,8 +122,9 @@ class CheckpointStore:
                 _write_manifest(partial, step)
                 self._publish(partial, step)
         finally:
-            # Gone under this name when it was published.
+            # Published, it is gone under this name, or an earlier checkpoint of the same step stands here.
             shutil.rmtree(partial, ignore_errors=True)
+        self.current = step
         self._retain(step)
 
     def latest(self) -> Checkpoint | None:
@@ -165,9 +169,10 @@ class CheckpointStore:
 
     def _publish(self, partial: Path, step: int) -> None:
         final = self.root / f"step-{step:06d}"
-        if final.exists():
-            final.rename(self.root / f".{final.name}.replaced-{secrets.token_hex(4)}")
-        partial.rename(final)
+        if not (final.exists() and exchange(partial, final)):
+            if final.exists():
+                final.rename(self.root / f".{final.name}.replaced-{secrets.token_hex(4)}")
+            partial.rename(final)
         sync_to_disk(self.root)
         write_text_atomically(self.root / LATEST_FILE, final.name + "\n")
 
@@ -213,6 +218,15 @@ class CheckpointStore:
             f"checkpoint of step {step}: the disk of {where} is full: needed {wanted}, free {free} bytes; "
             "earlier checkpoints are untouched: free some space, lower checkpoint.keep or choose another runs_folder"
         )
+
+
+def _known(value: Any) -> Any:
+    """A copy in which floats that are not finite are None."""
+    if isinstance(value, dict):
+        return {key: _known(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_known(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def problem_of(folder: Path) -> str | None:
