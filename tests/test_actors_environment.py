@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 
+import numpy as np
 import pytest
 
 from apportion.actors.environment import Action, EnvironmentSpec, EnvironmentWorker, EpisodeStart
@@ -12,6 +13,15 @@ from apportion.actors.environment_client import RemoteEnvironments, share
 from apportion.platform.cluster import Cluster
 
 OPEN = []  # instances of this process that were not closed
+ODD = {
+    "info in words": ("x", 1.0, True, "won"),
+    "huge": ("x", 10**400, False, {}),
+    "endless": ("x", 10**5000, False, {}),
+    "many dones": ("x", 1.0, np.array([True, False]), {}),
+    "half a character": ("\ud83d", 1.0, False, {}),
+    "number": (3, 1.0, False, {}),
+}
+EXPECTED = "expected (observation, reward, done, info)"
 
 
 class Counter:
@@ -36,6 +46,8 @@ class Counter:
             return None
         if action == "infinity":
             return "x", float("inf"), False, {}
+        if action in ODD:
+            return ODD[action]
         self.count += 1
         return f"at {self.count}", 0.5, self.count == self.to, {"truncated": action == "give up"}
 
@@ -134,14 +146,27 @@ def test_what_raises_ends_its_own_episode_and_the_others_go_on(cls):
 @pytest.mark.parametrize(
     ("action", "told"),
     [
-        ("nothing", "step: got 'None', expected (observation, reward, done, info)"),
+        ("nothing", f"step: got 'None' (TypeError), {EXPECTED}"),
         ("infinity", "step: got reward inf, expected a finite number"),
+        ("info in words", f"step: got \"('x', 1.0, True, 'won')\" (AttributeError), {EXPECTED}"),
+        ("huge", f"step: got \"('x', 1{'0' * 73}\" (OverflowError), {EXPECTED}"),
+        ("endless", f"step: got a tuple (OverflowError), {EXPECTED}"),
+        ("many dones", f"step: got \"('x', 1.0, array([ True, False]), {{}})\" (ValueError), {EXPECTED}"),
+        ("number", "step: got an observation of type int, expected text"),
     ],
 )
 def test_an_answer_that_is_none_is_a_failure(action, told):
     host = worker()
     host.start("me", starts(1))
     assert host.step("me", [Action(0, action)])[0].failure == told
+
+
+def test_an_observation_that_is_half_a_character_ends_its_own_episode_alone():
+    host = worker()
+    host.start("me", starts(2))
+    states = host.step("me", [Action(0, "half a character"), Action(1, "up")])
+    assert states[0].failure.startswith("step: got an observation that is no text ('utf-8' codec can't encode")
+    assert (states[0].done, states[1].observation, states[1].failure) == (True, "at 1", None)
 
 
 @pytest.mark.parametrize("cls", [Counter, AsyncCounter])

@@ -81,11 +81,11 @@ class EnvironmentWorker(ActorBase):
                 continue
             environment, observation = outcome
             self._live[owner, given.episode] = environment
-            if isinstance(observation, str):
+            problem = _no_text(observation)
+            if problem is None:
                 states.append(EpisodeState(given.episode, observation))
             else:
-                text = f"reset: got a {type(observation).__name__}, expected the observation as text"
-                states.append(EpisodeState(given.episode, done=True, failure=text))
+                states.append(EpisodeState(given.episode, done=True, failure=f"reset: {problem}"))
         self._close_ended(owner, states)
         return states
 
@@ -168,17 +168,35 @@ def _state(episode: int, outcome: Any) -> EpisodeState:
         return EpisodeState(episode, done=True, failure=_told(outcome, "step"))
     try:
         observation, reward, done, info = outcome
-        number = float(reward)
-    except (TypeError, ValueError):
-        text = f"step: got {str(outcome)[:80]!r}, expected (observation, reward, done, info)"
+        number, over = float(reward), bool(done)
+        truncated = over and bool((info or {}).get("truncated", False))
+    except Exception as error:  # noqa: BLE001 - a user's values: an array as `done`, an info without keys, a number too large
+        text = f"step: got {_shown(outcome)} ({type(error).__name__}), expected (observation, reward, done, info)"
         return EpisodeState(episode, done=True, failure=text)
     if not math.isfinite(number):
         return EpisodeState(episode, done=True, failure=f"step: got reward {number}, expected a finite number")
+    problem = _no_text(observation)
+    if problem is not None:
+        return EpisodeState(episode, done=True, failure=f"step: {problem}")
+    return EpisodeState(episode, observation, number, over, truncated)
+
+
+def _shown(outcome: Any) -> str:
+    try:
+        return repr(str(outcome)[:80])
+    except Exception:  # noqa: BLE001 - a user's own __str__, or a number of too many digits
+        return f"a {type(outcome).__name__}"
+
+
+def _no_text(observation: Any) -> str | None:
+    """Why this is no observation that a tokenizer takes, or None where it is."""
     if not isinstance(observation, str):
-        text = f"step: got an observation of type {type(observation).__name__}, expected text"
-        return EpisodeState(episode, done=True, failure=text)
-    truncated = bool(done) and bool((info or {}).get("truncated", False))
-    return EpisodeState(episode, observation, number, bool(done), truncated)
+        return f"got an observation of type {type(observation).__name__}, expected text"
+    try:
+        observation.encode()
+    except UnicodeEncodeError as error:
+        return f"got an observation that is no text ({error}), expected whole characters"
+    return None
 
 
 def _told(error: BaseException, method: str) -> str:
