@@ -20,6 +20,7 @@ GOLDEN = json.loads((Path(__file__).parent / "golden" / "baselines.json").read_t
 MASK = torch.tensor(GOLDEN["verl_gae_ppo_k1kl"]["inputs"]["mask"]).bool()
 GROUP_METHODS = [
     Grpo(),
+    Grpo(normalize="population"),
     Grpo(normalize="none"),
     Rloo(),
     ReinforcePlusPlus(baseline="group"),
@@ -155,6 +156,18 @@ def test_grpo_divides_by_the_sample_deviation():
     torch.testing.assert_close(
         advantages_BT[:, 0], tensor([expected, -expected, -expected, expected]), rtol=1e-12, atol=0
     )
+
+
+@pytest.mark.parametrize("right", [1, 2, 3, 7])
+def test_grpo_by_the_populations_deviation_has_the_closed_form_of_right_and_wrong(right):
+    share = right / 8
+    rewards = [1.0] * right + [0.0] * (8 - right)
+    batch = make_batch(rewards, [3] * 8, torch.ones(8, 1, dtype=torch.bool))
+    advantages = Grpo(normalize="population", eps=1e-12)(batch).advantages_BT[:, 0].tolist()
+    assert advantages[0] == pytest.approx(((1 - share) / share) ** 0.5, rel=1e-9)
+    assert advantages[-1] == pytest.approx(-((share / (1 - share)) ** 0.5), rel=1e-9)
+    pair = make_batch([1.0, 0.0], [0, 0], torch.ones(2, 1, dtype=torch.bool))
+    assert Grpo(normalize="population")(pair).advantages_BT[:, 0].tolist() == pytest.approx([1.0, -1.0], rel=3e-6)
 
 
 def test_rloo_compares_with_the_mean_of_the_others():
@@ -340,7 +353,7 @@ def test_single_token_and_all_masked_responses_give_numbers(method):
     [
         (lambda: Gae(gamma=1.5), "gamma: got 1.5, expected 0 to 1"),
         (lambda: Gae(whiten="batch"), "whiten: got 'batch', expected one of sample, population, none"),
-        (lambda: Grpo(normalize="mean"), "normalize: got 'mean', expected std or none"),
+        (lambda: Grpo(normalize="mean"), "normalize: got 'mean', expected std, population or none"),
         (lambda: Grpo(eps=0.0), "eps: got 0.0, expected above 0"),
         (lambda: ReinforcePlusPlus(baseline="critic"), "baseline: got 'critic', expected none or group"),
         (lambda: ReinforcePlusPlus(gamma=-1), "gamma: got -1, expected 0 to 1"),

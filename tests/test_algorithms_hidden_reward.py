@@ -1,10 +1,10 @@
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import torch
+import yaml
 
 from apportion.algorithms.credit.grpo import Grpo
 from apportion.algorithms.credit.hidden_reward import HiddenReward, correct_responses, thresholds
@@ -17,29 +17,18 @@ from apportion.algorithms.influence import (
     influence_scores,
     probabilities_on,
 )
-from apportion.algorithms.interface import Credit, CreditInput, SurrogateInput
+from apportion.algorithms.interface import CreditInput, SurrogateInput
 from apportion.algorithms.registry import build
-from apportion.algorithms.statistics import at_last_token, group_statistics, masked
+from apportion.algorithms.statistics import at_last_token
 from apportion.algorithms.surrogates import Gspo
+from apportion.conf import schema
 
 CASES = json.loads((Path(__file__).parent / "golden/thr.json").read_text())["derived"]
 NEVER = float("-inf")
 
 
-@dataclass
-class BinaryGroup:
-    """A base of one's own: GRPO with the population's deviation, sqrt((1-p)/p) and -sqrt(p/(1-p)) for 1 and 0."""
-
-    needs: ClassVar[frozenset[str]] = frozenset()
-
-    def __call__(self, batch):
-        groups = group_statistics(batch.rewards_B.double(), batch.group_ids_B)
-        std_B = groups.std_B * ((groups.size_B - 1) / groups.size_B).sqrt()
-        advantages_B = torch.where(std_B > 0, (batch.rewards_B - groups.mean_B) / std_B.clamp_min(1e-300), 0.0)
-        return Credit(masked(advantages_B[:, None].expand(batch.mask_BT.shape), batch.mask_BT), metrics={"base": 1.0})
-
-
-BASE = {"name": f"{__name__}:BinaryGroup"}
+# The goldens divide by the population's deviation alone; here it keeps the shipped form with an eps that leaves no trace.
+BASE = {"name": "grpo", "normalize": "population", "eps": 1e-12}
 
 
 def flat(rows, dtype=torch.float64):
@@ -89,9 +78,9 @@ def golden_batch(case, variant):
     return make_batch(pad(scores, lengths), lengths, rewards)
 
 
-def assert_rows(got_BT, mask_BT, expected):
+def assert_rows(got_BT, mask_BT, expected, rel=1e-9):
     for row, keep, values in zip(got_BT, mask_BT, expected, strict=True):
-        assert row[keep].tolist() == pytest.approx(values, rel=1e-9, abs=1e-12)
+        assert row[keep].tolist() == pytest.approx(values, rel=rel, abs=1e-12)
 
 
 golden = pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
@@ -141,6 +130,16 @@ def test_nthr_advantages_are_the_golden_ones(case):
     assert_rows(credit.advantages_BT, batch.mask_BT, case["outputs"]["nthr_token_adv"])
     tau_B = thresholds(batch.influences_BT, batch.mask_BT, batch.rewards_B == 1, batch.group_ids_B, beta=1.0)
     assert tau_B.tolist() == pytest.approx([case["outputs"]["nthr_tau"]] * len(tau_B), rel=1e-9)
+
+
+@golden
+@pytest.mark.parametrize("recipe", ["thr", "thr_gspo", "nthr"])
+def test_the_recipes_give_the_golden_advantages_up_to_their_eps(case, recipe):
+    file = Path(schema.__file__).parent / "algorithm" / f"{recipe}.yaml"
+    method = build("credit", yaml.safe_load(file.read_text())["credit"])
+    batch = golden_batch(case, method.variant)
+    expected = case["outputs"]["nthr_token_adv" if recipe == "nthr" else "thr_token_adv"]
+    assert_rows(method(batch).advantages_BT, batch.mask_BT, expected if recipe == "nthr" else expected["0.1"], rel=5e-6)
 
 
 @golden
@@ -254,7 +253,7 @@ def test_mask_mode_drops_minor_tokens_and_leaves_the_others_as_they_are():
     assert factors.tolist() == [[0.0, 1.0], [0.0, 1.0]]
     credit = HiddenReward(base=BASE, mode="mask")(batch)
     assert credit.metrics["credit/masked_share"] == 0.5
-    assert credit.metrics["base"] == 1.0
+    assert credit.metrics["credit/groups"] == 1.0
     assert HiddenReward(base=BASE, mode="mask", beta=0.5).factors(batch).tolist() == [[0.0, 1.0], [1.0, 1.0]]
     assert HiddenReward(base=BASE, mode="mask", tau=5.0).factors(batch).tolist() == [[0.0, 0.0], [0.0, 1.0]]
 

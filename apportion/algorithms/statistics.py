@@ -71,6 +71,10 @@ class GroupStatistics:
     singletons: int
     constant_groups: int
 
+    def deviation_B(self, variance: str) -> Tensor:
+        """std_B, or with `variance` population the same with ddof 0."""
+        return self.std_B * ((self.size_B - 1) / self.size_B).sqrt() if variance == "population" else self.std_B
+
     def metrics(self) -> dict[str, float]:
         return {
             "credit/groups": float(self.groups),

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from apportion.algorithms.interface import Credit, CreditInput
 from apportion.algorithms.kl import kl_reward_returns
-from apportion.algorithms.statistics import check_variance, group_statistics, masked
+from apportion.algorithms.statistics import GroupStatistics, check_variance, group_statistics, masked
 
 VOTES = ("intersection", "majority", "union")
 
@@ -118,7 +118,7 @@ class Capo:
             # float64: a pool may hold 10^5 tokens, and values that are all alike must give exactly 0.
             earned_N = rewards_BT[mask_BT].double()
             pool = group_statistics(earned_N, group_ids_BT[mask_BT])
-            normed_N = (earned_N - pool.mean_B) / self._scale(pool.std_B, pool.size_B)
+            normed_N = (earned_N - pool.mean_B) / self._scale(pool)
             advantages_BT[mask_BT] = torch.where(pool.constant_B, 0.0, normed_N).to(rewards_BT.dtype)
             metrics = {"credit/groups": float(pool.groups), "credit/constant_groups": float(pool.constant_groups)}
         metrics["credit/wrong_token_share"] = float(wrong_BT.sum()) / max(1, int(mask_BT.sum()))
@@ -134,9 +134,5 @@ class Capo:
         outcome_B1 = (self.outcome_weight * batch.rewards_B.to(batch.token_rewards_BT.dtype))[:, None]
         return masked(outcome_B1 - self.process_weight * wrong_BT.to(outcome_B1.dtype), batch.mask_BT)
 
-    def _scale(self, std_N: Tensor, size_N: Tensor) -> Tensor:
-        if self.std == "none":
-            return torch.ones_like(std_N)
-        if self.std == "population":
-            std_N = std_N * ((size_N - 1) / size_N).sqrt()
-        return std_N + self.epsilon
+    def _scale(self, pool: GroupStatistics) -> Tensor:
+        return torch.ones_like(pool.std_B) if self.std == "none" else pool.deviation_B(self.std) + self.epsilon

@@ -1,6 +1,6 @@
 """Group-relative credit: GRPO (Shao et al. 2024, arXiv 2402.03300, eq. 3-4) and Dr.GRPO (Liu et al. 2025, 2503.20783).
 
-    A = (r - mean_group) / (std_group + eps)      normalize: std (ddof 1)
+    A = (r - mean_group) / (std_group + eps)      normalize: std (ddof 1), or population (ddof 0)
     A =  r - mean_group                           normalize: none, Dr.GRPO
 
 for every token of the response. Where all rewards of a group are alike, so also in a group of one, A is exactly 0.
@@ -13,7 +13,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from apportion.algorithms.interface import Credit, CreditInput
@@ -40,7 +39,9 @@ def on_every_token(outcomes_B: Tensor, batch: CreditInput, gamma: float = 1.0) -
 
 @dataclass
 class Grpo:
-    """`normalize`: `std` for GRPO, `none` for Dr.GRPO. Rewards [1, 0] give [0.71, -0.71] and [0.5, -0.5]."""
+    """`normalize`: `std` for GRPO, `population` for its other form, in which a group with a share p of right answers has
+    sqrt((1-p)/p) and -sqrt(p/(1-p)), `none` for Dr.GRPO. Rewards [1, 0] give [0.71, -0.71], [1, -1], [0.5, -0.5].
+    """
 
     normalize: str = "std"
     eps: float = 1e-6
@@ -48,12 +49,13 @@ class Grpo:
     group_relative_with: ClassVar[dict[str, Any]] = {}
 
     def __post_init__(self) -> None:
-        if self.normalize not in ("std", "none"):
-            raise ValueError(f"normalize: got {self.normalize!r}, expected std or none")
+        if self.normalize not in ("std", "population", "none"):
+            raise ValueError(f"normalize: got {self.normalize!r}, expected std, population or none")
         if self.eps <= 0:
             raise ValueError(f"eps: got {self.eps}, expected above 0")
 
     def __call__(self, batch: CreditInput) -> Credit:
         outcomes_B, groups = centred_outcomes(batch)
-        scale_B = groups.std_B + self.eps if self.normalize == "std" else torch.ones_like(outcomes_B)
-        return Credit(on_every_token(outcomes_B / scale_B, batch), metrics=groups.metrics())
+        if self.normalize != "none":
+            outcomes_B = outcomes_B / (groups.deviation_B(self.normalize) + self.eps)
+        return Credit(on_every_token(outcomes_B, batch), metrics=groups.metrics())
