@@ -121,7 +121,7 @@ class CreditWorker(ActorBase):
         credited = replace(credited, critiques=None)  # for people; the ranks have no use for it
         out, start = [], 0
         for shard in signalled:
-            out.append(credited.select(np.arange(start, start + len(shard))) if len(shard) else shard)
+            out.append(credited.select(np.arange(start, start + len(shard))))  # none at all has every field too
             start += len(shard)
         return (CreditReport(metrics, samples), *out)
 

@@ -204,14 +204,14 @@ class PolicyWorker(ActorBase):
         loss, device = self.spec.loss, self.engine.device
         moved = micro.to(device)
         logprobs, entropies = self._forward(moved, loss.entropy_coefficient > 0)
-        if not len(micro.packed_index) or shard.loss_weights is None:
+        if not len(micro.packed_index):
             # Both outputs, as a real loss uses both: ZeRO-3 expects the same backward pass of all ranks.
             return (logprobs.sum() + entropies.sum()) * 0.0
         policy = moved.spread(logprobs)
         behavior = moved.gather(_packed(shard, "behavior_logprobs"), device)
         # With one optimiser step a batch nothing has changed yet: the old log-probs are these.
         old = policy.detach() if shard.old_logprobs is None else moved.gather(shard.old_logprobs, device)
-        weights = moved.gather(shard.loss_weights, device)
+        weights = moved.gather(_packed(shard, "loss_weights"), device)
         advantages = moved.gather(_packed(shard, "advantages"), device)
         segments = None if shard.segment_ids is None else moved.gather(shard.segment_ids, device)
         assert self._surrogate is not None
