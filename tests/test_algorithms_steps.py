@@ -101,6 +101,17 @@ def test_decoding_work_is_linear_in_the_number_of_tokens():
         ('["2"]', None),
         ("[[2]]", None),
         ("[2] is wrong", None),
+        ("the array a[2]", None),
+        ("we use x[1]", None),
+        ("[2] [3]", None),
+        ("Wrong: [2]", None),
+        ("```\n[2]\n```", None),
+        ("**[2]**", None),
+        ("[1,\n2]", None),
+        ("[2]\nThat is all.", None),
+        ("[[[" * 5000, None),
+        ("Step 2 is wrong.\r\n  [2]\t\n\n", [1]),
+        ("[2]\n[3]", [2]),
         ("[2", None),
         ("[1,]", None),
         ("Step 2 is wrong.", None),
@@ -108,7 +119,7 @@ def test_decoding_work_is_linear_in_the_number_of_tokens():
         ('{"wrong": 2}', None),
     ],
 )
-def test_a_verdict_is_a_json_list_at_the_very_end_or_is_discarded(answer, wrong):
+def test_a_verdict_is_the_last_line_which_holds_a_json_list_alone_or_is_discarded(answer, wrong):
     assert parse_verdict(answer, steps=4) == wrong
 
 

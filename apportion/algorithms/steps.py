@@ -126,19 +126,18 @@ def critique_prompt(
 def parse_verdict(answer: str, steps: int) -> list[int] | None:
     """The wrong steps (from 0, increasing) that a judge's answer ends with; None if the answer has to be discarded.
 
-    Strict: the answer ends with a JSON list of whole numbers between 1 and `steps`, nothing after it.
+    Strict, as the prompt asks: the last line that is not empty holds a JSON list of whole numbers between 1 and `steps`
+    and nothing else. A list at the end of a sentence may be any text with brackets, `a[2]`, and is none.
 
     >>> parse_verdict("Step 2 divides by zero.\\n[2]", steps=3)
     [1]
-    >>> parse_verdict("[99]", steps=4) is None
-    True
+    >>> parse_verdict("[99]", steps=4) is None, parse_verdict("It reads a[2]", steps=4) is None
+    (True, True)
     """
-    start = answer.rfind("[")
-    if start < 0:
-        return None
+    lines = answer.strip().splitlines()
     try:
-        numbers = json.loads(answer[start:])
-    except ValueError:
+        numbers = json.loads(lines[-1].strip()) if lines else None
+    except (ValueError, RecursionError):  # a judge may write brackets without end
         return None
     if not isinstance(numbers, list) or any(type(number) is not int for number in numbers):
         return None
