@@ -1,6 +1,8 @@
-"""What many tests share: the tiny model's folder, a batch that is credited and ready for an update."""
+"""What many tests share: the tiny model's folder, a batch ready for an update, a stand-in for what the command line runs."""
 
 import os
+import sys
+import types
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; read when numpy and torch are imported
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -64,3 +66,24 @@ def credited() -> Batch:
     batch.loss_weights = np.where(mask, 1.0 / totals[step_of_token], 0).astype(np.float32)
     batch.value_weights = batch.loss_weights.copy()
     return batch
+
+
+@pytest.fixture
+def build(monkeypatch):
+    """Stands for apportion.build: keeps what it is given, and does what a test tells it."""
+    calls = []
+    module = types.ModuleType("apportion.build")
+    module.outcome = lambda: 0
+    module.calls = calls
+
+    def train(config, resolved):
+        calls.append(("train", config, resolved))
+        return module.outcome()
+
+    def evaluate(config, checkpoint):
+        calls.append(("evaluate", config, checkpoint))
+        return module.outcome()
+
+    module.train, module.evaluate = train, evaluate
+    monkeypatch.setitem(sys.modules, "apportion.build", module)
+    return module

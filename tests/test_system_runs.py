@@ -1,28 +1,17 @@
-"""Whole runs from the command line, on the tiny model: resumed, killed, interrupted, starved, submitted, and what is left.
+"""Whole runs from the command line, on the tiny model: resumed, killed, starved, and what is left."""
 
-Every run carries a mark in its environment, which all its processes inherit, so that what it leaves running can be found.
-"""
-
-import json
 import os
 import re
-import secrets
 import shutil
-import signal
-import socket
 import subprocess
-import sys
-import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
+from run_commands import APPORTION, COMMON, QUICK, error_of, lines_of, starting, steps_of
 
 pytestmark = pytest.mark.system
 
-APPORTION = str(Path(sys.executable).parent / "apportion")
-MARK = "APPORTION_TEST_MARK"
 REWARDS = '''
 import os, pathlib, signal
 
@@ -62,89 +51,6 @@ def fragile(prompts, completions, **columns):
 '''
 
 
-@dataclass
-class Run:
-    """A command under way in a session of its own, as a shell would start it."""
-
-    words: list[str]
-    folder: Path
-    environment: dict[str, str] = field(default_factory=dict)
-    mark: str = field(default_factory=lambda: secrets.token_hex(8))
-
-    def __post_init__(self) -> None:
-        self.output_file = self.folder / f"output-{self.mark}.txt"
-        kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-        with open(self.output_file, "wb") as output:
-            self.process = subprocess.Popen(
-                self.words, stdout=output, stderr=subprocess.STDOUT, cwd=self.folder, start_new_session=True,
-                env=kept | {MARK: self.mark} | self.environment,
-            )  # fmt: skip
-
-    def finished(self, seconds: float = 240) -> "Run":
-        try:
-            self.process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            self.end()
-            raise AssertionError(f"{self.words[1:3]} took more than {seconds} s:\n{self.output}") from None
-        return self
-
-    @property
-    def code(self) -> int:
-        return self.process.returncode
-
-    @property
-    def output(self) -> str:
-        return self.output_file.read_text(errors="replace")
-
-    def left_running(self, patience: float = 15) -> list[str]:
-        """Command lines of this run's processes that are still there after a while."""
-        deadline = time.monotonic() + patience
-        while True:
-            found = {pid: line for pid, line in _marked(self.mark).items() if pid != self.process.pid}
-            if not found or time.monotonic() > deadline:
-                return list(found.values())
-            time.sleep(0.2)
-
-    def end(self) -> None:
-        for pid in _marked(self.mark):
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-
-
-def _marked(mark: str) -> dict[int, str]:
-    """Living processes that carry `mark`: pid -> command line."""
-    found = {}
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            environment = (process / "environ").read_bytes()
-            state = (process / "stat").read_text().rpartition(")")[2].split()[0]
-            if f"{MARK}={mark}".encode() in environment.split(b"\0") and state != "Z":
-                found[int(process.name)] = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:200]
-        except OSError:
-            continue
-    return found
-
-
-def lines_of(run_folder: Path, name: str = "metrics.jsonl") -> list[dict]:
-    file = run_folder / name
-    if not file.is_file():
-        return []
-    return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
-
-
-def steps_of(run_folder: Path) -> dict[int, dict]:
-    return {line["step"]: line for line in lines_of(run_folder) if "policy/loss" in line}
-
-
-def error_of(run: Run) -> str:
-    """The one line that says what went wrong."""
-    errors = [line for line in run.output.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, run.output
-    return errors[0]
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("runs")
@@ -154,26 +60,10 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def started(folder):
-    """Start a run; whatever a test makes of it, it does not outlive this module."""
-    runs: list[Run] = []
-
-    def start(*words: str, program: str = APPORTION, **environment: str) -> Run:
-        runs.append(Run([program, *words], folder, environment))
-        return runs[-1]
-
-    yield start
-    for run in runs:
-        run.end()
+    with starting(folder) as start:
+        yield start
 
 
-COMMON = [
-    "tracking.console=false",
-    "tracking.plots=false",
-    "data.eval=null",
-    "evaluation.before=false",
-    "cluster.threads=1",
-]
-QUICK = [*COMMON, "rollout.engine=transformers", "checkpoint.final=false"]
 REPEATED = [
     "train", "experiment=tiny_ppo", *COMMON, "train.deterministic=true", "train.steps=4", "checkpoint.every_steps=2",
     "checkpoint.keep=4", "tracking.samples_per_step=16", "policy.zero_stage=1", "reward.max_failed_share=0",
@@ -304,107 +194,3 @@ def test_a_full_disk_is_one_line_and_nothing_is_left_running(starved):
     assert re.match(r"error: checkpoint of step 1: the disk of \S+ is full: needed .* free \d+ bytes; ", error_of(full))
     assert "Traceback" not in full.output
     assert full.left_running() == []
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for listener in sockets:
-        listener.bind(("127.0.0.1", 0))
-    ports = [listener.getsockname()[1] for listener in sockets]
-    for listener in sockets:
-        listener.close()
-    return ports
-
-
-@dataclass
-class Head:
-    """A Ray cluster of one node, protected by a token."""
-
-    process: Run
-    address: str
-    dashboard: str
-    token: dict[str, str]
-
-
-@pytest.fixture(scope="module")
-def head(folder, started):
-    gcs, dashboard, agent, client = free_ports(4)
-    token = folder / "token"
-    token.write_text(secrets.token_hex(32))
-    token.chmod(0o600)
-    protected = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-    sessions = Path("/tmp") / f"apr-{secrets.token_hex(3)}"  # sockets' names have to be short
-    process = started(
-        "start", "--head", "--node-ip-address=127.0.0.1", f"--port={gcs}", "--dashboard-host=127.0.0.1",
-        f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}",
-        f"--temp-dir={sessions}", "--num-cpus=4", "--object-store-memory=200000000", "--disable-usage-stats", "--block",
-        program=str(Path(sys.executable).parent / "ray"), **protected,
-    )  # fmt: skip
-    yield Head(process, f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", protected)
-    process.end()
-    shutil.rmtree(sessions, ignore_errors=True)
-
-
-def submitted(started, head: Head, words: list[str]) -> Run:
-    """`ray job submit`, tried until the cluster is up."""
-    ray = str(Path(sys.executable).parent / "ray")
-    deadline = time.monotonic() + 90
-    while True:
-        job = started("job", "submit", "--address", head.dashboard, "--", *words, program=ray, **head.token)
-        while job.process.poll() is None and "submitted successfully" not in job.output:
-            time.sleep(0.3)
-        if "submitted successfully" in job.output:
-            return job
-        assert time.monotonic() < deadline and head.process.process.poll() is None, job.output + head.process.output
-        time.sleep(1)
-
-
-@pytest.fixture(scope="module")
-def interrupted(folder, started, head):
-    """Ctrl-C in the middle of a run with vLLM; beside it a job submitted to a cluster, and one that may not join it."""
-    endless = started(
-        "train", "experiment=tiny_grpo", *COMMON, "train.steps=100000", "cluster.weight_transfer=broadcast",
-        f"runs_folder={folder}/runs", "run_name=endless",
-    )  # fmt: skip
-    words = [APPORTION, "train", "experiment=tiny_grpo", *QUICK, "train.steps=1", f"runs_folder={folder}/runs"]
-    job = submitted(started, head, [*words, "run_name=job"])
-    stranger = started(*words[1:], "run_name=stranger", f"cluster.address={head.address}")
-    deadline = time.monotonic() + 200
-    while not steps_of(folder / "runs/endless") and endless.process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.2)
-    os.killpg(endless.process.pid, signal.SIGINT)  # as a terminal does, to the whole group
-    return endless.finished(60), job.finished(), stranger.finished(120)
-
-
-def test_ctrl_c_ends_a_run_with_130_and_nothing_is_left_running(interrupted, folder):
-    endless, _, _ = interrupted
-    assert steps_of(folder / "runs/endless")
-    assert endless.code == 130, endless.output
-    assert endless.output.rstrip().endswith("interrupted")
-    assert "Traceback" not in endless.output
-    assert endless.left_running() == []
-
-
-def test_a_job_submitted_to_a_protected_cluster_runs_there_and_leaves_the_cluster_up(interrupted, folder, head):
-    _, job, _ = interrupted
-    assert job.code == 0, job.output
-    assert sorted(steps_of(folder / "runs/job")) == [1]
-    assert head.process.process.poll() is None
-    logs = str(folder / "runs/job/logs")
-    deadline = time.monotonic() + 15
-    while any(_runs_for(pid, logs) for pid in _marked(head.process.mark)):
-        assert time.monotonic() < deadline, "actors of the job are still running"
-        time.sleep(0.2)
-
-
-def _runs_for(pid: int, logs: str) -> bool:
-    try:
-        return f"APPORTION_LOG={logs}".encode() in Path(f"/proc/{pid}/environ").read_bytes()
-    except OSError:
-        return False
-
-
-def test_a_cluster_that_wants_a_token_refuses_a_run_without_it_in_one_line(interrupted, head):
-    _, _, stranger = interrupted
-    assert stranger.code == 2, stranger.output
-    assert error_of(stranger).startswith(f"error: cluster.address: cannot reach {head.address}: ")
