@@ -1,12 +1,14 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from apportion.algorithms.credit.capo import Capo, informative_groups, vote, wrong_tokens
+from apportion.algorithms.credit.capo import Capo, vote, wrong_tokens
 from apportion.algorithms.credit.grpo import Grpo
 from apportion.algorithms.interface import CreditInput
+from apportion.algorithms.selection import DynamicSampling
 from apportion.algorithms.statistics import at_last_token
 
 CASES = {case["name"]: case for case in json.loads((Path(__file__).parent / "golden/capo.json").read_text())["derived"]}
@@ -108,8 +110,9 @@ def test_an_all_correct_group_still_has_a_signal_where_a_step_is_wrong():
     credit = Capo()(batch)
     assert credit.advantages_BT[0, 1] < 0 < credit.advantages_BT[0, 0]
     assert credit.advantages_BT[2:].tolist() == [[0.0, 0.0], [0.0, 0.0]]
-    informative = informative_groups(Capo().token_rewards(batch), batch.mask_BT, batch.group_ids_B)
-    assert informative.tolist() == [True, True, False, False]
+    earned = replace(batch, token_rewards_BT=Capo().token_rewards(batch))
+    assert DynamicSampling()(earned).tolist() == [True, True, False, False]
+    assert DynamicSampling(by="outcome")(earned).tolist() == [False] * 4
     assert credit.metrics["credit/wrong_token_share"] == pytest.approx(1 / 6)
     assert credit.metrics["credit/penalised_share"] == 0.25
 

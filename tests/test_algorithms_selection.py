@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from apportion.algorithms.credit.grpo import Grpo
+from apportion.algorithms.credit.reinforce_pp import ReinforcePlusPlus
+from apportion.algorithms.credit.rloo import Rloo
 from apportion.algorithms.interface import CreditInput
 from apportion.algorithms.selection import DropTruncated, DynamicSampling, keep_informative
 from apportion.algorithms.shaping import LengthPenalty, OverlongPenalty, RewardClip
@@ -51,15 +54,33 @@ def test_members_of_a_group_may_stand_anywhere_in_the_batch():
 def test_a_group_that_is_all_correct_is_kept_where_one_step_was_penalised():
     """CAPO: 2 a token of a correct answer, 1 within a wrong step."""
     token_rewards = [[2.0, 2.0, 2.0], [2.0, 1.0, 2.0], [2.0, 2.0, 2.0], [2.0, 2.0, 2.0]]
-    batch = make_batch([6.0, 5.0, 6.0, 6.0], [0, 0, 1, 1], token_rewards=token_rewards)
+    batch = make_batch([1.0] * 4, [0, 0, 1, 1], token_rewards=token_rewards)
+    batch.wrong_steps = [[], [1], [], []]
     assert DynamicSampling()(batch).tolist() == [True, True, False, False]
+    assert DynamicSampling(by="outcome")(batch).tolist() == [False] * 4
 
 
-def test_equal_dense_rewards_of_different_lengths_teach_nothing():
+def test_equal_earnings_of_different_lengths_teach_what_pools_tokens_nothing():
     mask = [[True, True, True], [True, False, False]]
-    batch = make_batch([6.0, 2.0], [0, 0], mask, token_rewards=[[2.0, 2.0, 2.0], [2.0, 0.0, 0.0]])
+    batch = make_batch([1.0, 1.0], [0, 0], mask, token_rewards=[[2.0, 2.0, 2.0], [2.0, 0.0, 0.0]])
+    batch.wrong_steps = [[], []]
     assert DynamicSampling()(batch).tolist() == [False, False]
-    assert DynamicSampling(by="outcome")(batch).tolist() == [True, True]
+
+
+COMPARING = [Grpo(), Grpo(normalize="population"), Rloo(), ReinforcePlusPlus(baseline="group", whiten="none")]
+
+
+@pytest.mark.parametrize("method", COMPARING)
+def test_dense_rewards_are_kept_exactly_where_a_method_that_compares_gives_credit(method):
+    """A tenth off each token of three and of one; sums that are equal, of rewards at different tokens; 1 against 0."""
+    mask = [[True, True, True], [True, False, False], *[[True, True, False]] * 4]
+    token_rewards = [[-0.1] * 3, [-0.1, 0, 0], [1.0, 0, 0], [0, 1.0, 0], [0, 1.0, 0], [0.0, 0, 0]]
+    batch = make_batch([-0.3, -0.1, 1.0, 1.0, 1.0, 0.0], [0, 0, 1, 1, 2, 2], mask, token_rewards)
+    taught = method(batch).advantages_BT.any(-1).tolist()
+    assert taught == [True, True, False, False, True, True]
+    assert DynamicSampling()(batch).tolist() == taught
+    if isinstance(method, Grpo) and method.normalize == "std":
+        assert method(batch).advantages_BT[:2, 0].tolist() == pytest.approx([-(0.5**0.5), 0.5**0.5], rel=1e-4)
 
 
 def test_by_tokens_reads_every_action_token():
@@ -71,8 +92,8 @@ def test_by_tokens_reads_every_action_token():
 def test_what_stands_outside_the_mask_does_not_make_a_group_informative():
     nan = float("nan")
     mask = [[True, False, True], [False, True, False]]
-    batch = make_batch([1.0, 1.0], [0, 0], mask, token_rewards=[[0.0, nan, 1.0], [nan, 1.0, 5.0]])
-    assert DynamicSampling()(batch).tolist() == [False, False]
+    batch = make_batch([1.0, 1.0], [0, 0], mask, token_rewards=[[1.0, nan, 1.0], [nan, 1.0, 5.0]])
+    assert DynamicSampling(by="tokens")(batch).tolist() == [False, False]
 
 
 def test_truncated_trajectories_are_left_out():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from apportion.algorithms.interface import CreditInput
-from apportion.algorithms.statistics import group_statistics, last_token, masked
+from apportion.algorithms.statistics import group_statistics
 
 
 def keep_informative(rewards_B: Tensor, group_ids_B: Tensor) -> Tensor:
@@ -32,9 +32,10 @@ def keep_informative_tokens(rewards_BT: Tensor, mask_BT: Tensor, group_ids_B: Te
 class DynamicSampling:
     """Drops groups that teach a group-relative method nothing (DAPO, Yu et al. 2025, arXiv 2503.14476, eq. 11).
 
-    `by`: `outcome` compares the trajectories' rewards, `tokens` those of all action tokens of the group, `auto` takes
-    tokens for groups that have a reward anywhere but at a last token (dense and step rewards: all-correct groups
-    still carry signal if a step is wrong) and outcomes for the others.
+    `by`: `outcome` compares the trajectories' rewards, `tokens` those of all action tokens of the group. `auto` compares
+    what credit does: tokens where a judge's vote says what they earn (an all-correct group still carries signal if a
+    step is wrong), outcomes otherwise, since the other methods that compare read dense rewards by their sum. A method
+    of one's own that compares dense rewards token by token takes `tokens`.
     """
 
     by: str = "auto"
@@ -44,16 +45,10 @@ class DynamicSampling:
             raise ValueError(f"by: got {self.by!r}, expected auto, outcome or tokens")
 
     def __call__(self, batch: CreditInput) -> Tensor:
-        by_outcome_B = keep_informative(batch.rewards_B, batch.group_ids_B)
-        if self.by == "outcome":
-            return by_outcome_B
-        by_tokens_B = keep_informative_tokens(batch.token_rewards_BT, batch.mask_BT, batch.group_ids_B)
-        if self.by == "tokens":
-            return by_tokens_B
-        earlier_BT = batch.mask_BT & ~last_token(batch.mask_BT)
-        dense_B = (masked(batch.token_rewards_BT, earlier_BT) != 0).any(-1)
-        dense_group_B = torch.isin(batch.group_ids_B, batch.group_ids_B[dense_B])
-        return torch.where(dense_group_B, by_tokens_B, by_outcome_B)
+        judged = batch.wrong_steps is not None
+        if self.by == "tokens" or (self.by == "auto" and judged):
+            return keep_informative_tokens(batch.token_rewards_BT, batch.mask_BT, batch.group_ids_B)
+        return keep_informative(batch.rewards_B, batch.group_ids_B)
 
 
 @dataclass

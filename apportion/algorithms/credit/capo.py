@@ -65,16 +65,6 @@ def wrong_tokens(step_ids_BT: Tensor, wrong_steps: Sequence[Sequence[int]], mask
     return mask_BT & table_BS.gather(1, known_BT.clamp_min(-1) + 1)
 
 
-def informative_groups(token_rewards_BT: Tensor, mask_BT: Tensor, group_ids_B: Tensor) -> Tensor:
-    """bool [B]: trajectories whose group has two tokens that earn differently: what a dynamic sampling may keep."""
-    constant_BT = torch.ones_like(mask_BT)
-    group_ids_BT = group_ids_B[:, None].expand_as(mask_BT)
-    if bool(mask_BT.any()):
-        constant_BT[mask_BT] = group_statistics(token_rewards_BT[mask_BT], group_ids_BT[mask_BT]).constant_B
-    varied = group_ids_BT[~constant_BT].unique()
-    return torch.isin(group_ids_B, varied)
-
-
 @dataclass
 class Capo:
     """Defaults are the paper's weights; `std` says how the pool's deviation is taken (`none`: mean alone).
