@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from apportion.actors.engine import DeepSpeedEngine, World
+from apportion.platform.errors import TrainingError
 
 pytestmark = pytest.mark.system
 
@@ -128,6 +129,14 @@ def test_in_bfloat16_the_masters_keep_what_is_too_small_for_the_weights(tiny, wo
     large = start[name].float().abs() > 0.1
     assert weights[name].dtype == torch.bfloat16
     assert moved[large].mean().item() == pytest.approx(1e-3, rel=0.35)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_a_gradient_that_is_not_finite_stops_the_training(tiny, world, zero_stage, bad):
+    engine, _ = trained(tiny, world, Settings(zero_stage=zero_stage), 1, 1)
+    with pytest.raises(TrainingError, match=r"^optimiser step 2: got a gradient that is not finite"):
+        engine.train_step(micro_batches(3), micro_batches(12)[0], lambda ids: loss_of(engine.forward, ids) * bad)
 
 
 @pytest.mark.parametrize("zero_stage", [0, 2, 3])

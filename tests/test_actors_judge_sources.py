@@ -288,9 +288,9 @@ class FakeEngine:
         raise AssertionError("a judge is frozen")
 
 
-def model_judge(engine, context=2048, sequences=2):
+def model_judge(engine, context=2048, sequences=2, seeded=False):
     folder = resolve_model("builtin:tiny")
-    settings = EngineSpec(folder, "bfloat16", 0, context, sequences, 1, 0.5, 1.0, False, True, False, 1, 0)
+    settings = EngineSpec(folder, "bfloat16", 0, context, sequences, 1, 0.5, 1.0, False, True, False, 1, 0, seeded)
     return ModelJudge(ModelJudgeSpec("vllm", settings, 0.7, 64), engine)
 
 
@@ -301,6 +301,19 @@ def test_a_model_is_asked_k_times_through_its_chat_template():
     assert len(requests) == 3
     assert (sampling.temperature, sampling.max_tokens) == (0.7, 64)
     assert requests[0].token_ids[0] == 3 and requests[0].token_ids[-1] == 4  # <|user|> ... <|assistant|>
+
+
+def test_in_deterministic_mode_a_critiques_seed_follows_from_what_is_judged_and_its_number():
+    def seeds(seeded, steps):
+        engine = FakeEngine("[2]")
+        case = Case("2 + 2?", steps, None)
+        model_judge(engine, seeded=seeded).ask([case], 3, time.monotonic() + 60)
+        return [request.seed for requests, _ in engine.calls for request in requests]
+
+    first = seeds(True, ["one", "two"])
+    assert seeds(True, ["one", "two"]) == first and len(set(first)) == 3
+    assert not set(first) & set(seeds(True, ["one", "three"]))
+    assert seeds(False, ["one", "two"]) == [None] * 3
 
 
 def test_a_models_answer_that_is_cut_too_long_or_late_has_no_vote():

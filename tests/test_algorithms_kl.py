@@ -116,6 +116,12 @@ def test_the_coefficient_survives_a_checkpoint():
     assert second.update(0.5, 3) == first.update(0.5, 3)
 
 
+def test_a_fixed_coefficient_is_what_the_configuration_says_also_after_a_checkpoint():
+    changed = KlCoefficient(0.02)
+    changed.load_state_dict(KlCoefficient(0.1).state_dict())
+    assert changed.coefficient == 0.02
+
+
 def test_a_nan_kl_is_an_error_not_a_coefficient():
     with pytest.raises(ValueError, match="kl: got NaN"):
         KlCoefficient(0.1, target=1.0).update(math.nan, 1)

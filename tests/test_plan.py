@@ -247,6 +247,18 @@ REFUSALS = [
         "without a GPU the optimiser is in main memory already",
     ),
     (
+        ["algorithm=ppo", "critic.offload_optimizer=true"],
+        "critic.offload_optimizer: got true with critic.zero_stage=0, expected zero_stage 1, 2 or 3",
+    ),
+    (
+        ["algorithm=ppo", "critic.warmup_steps_without_policy=5", "train.steps=5"],
+        "critic.warmup_steps_without_policy: got 5 with train.steps=5, expected fewer: the policy would never be trained",
+    ),
+    (
+        ["algorithm=ppo", "algorithm.kl.target=0"],
+        "algorithm.kl.target: got 0.0, expected above 0, or null for a fixed coefficient",
+    ),
+    (
         ["model.attention=flash_attention_2"],
         "model.attention: got flash_attention_2 with cluster.gpus_per_policy_rank=0, expected sdpa or eager, or a GPU",
     ),

@@ -17,6 +17,7 @@ from apportion.actors.modules import ValueModel
 from apportion.actors.policy import UpdateReport
 from apportion.batch import Batch, Signals, Totals
 from apportion.platform.process import ActorBase
+from apportion.platform.random_states import load_random_states, save_random_states
 
 
 @dataclass
@@ -101,10 +102,14 @@ class CriticWorker(ActorBase):
         return loss
 
     def save(self, folder: str) -> None:
-        self.engine.save(Path(folder) / "critic")
+        target = Path(folder) / "critic"
+        self.engine.save(target)
+        save_random_states(target, f"rank-{self.world.rank}")
 
     def load(self, folder: str) -> None:
-        self.engine.load(Path(folder) / "critic")
+        source = Path(folder) / "critic"
+        self.engine.load(source)
+        load_random_states(source, f"rank-{self.world.rank}")
 
 
 def freeze_unused_head(module: ValueModel) -> None:

@@ -5,6 +5,7 @@ Losses are sums with global weights already in them, so gradients of ranks and m
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -15,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from apportion.platform.errors import TrainingError
 from apportion.platform.schedule import learning_rate_at
 
 M = TypeVar("M")
@@ -144,7 +146,8 @@ class DeepSpeedEngine:
         """One optimiser step over this rank's micro-batches.
 
         Every rank must make the same number of passes, since ZeRO communicates in each: ranks with fewer add `empty`,
-        a micro-batch whose loss is multiplied by 0 (and should count for nothing in metrics).
+        a micro-batch whose loss is multiplied by 0 (and should count for nothing in metrics). TrainingError where the
+        gradient's norm is not finite.
         """
         engine, rate = self._engine, learning_rate_at(self.optimizer_steps, self.total_steps, self.settings)
         for group in engine.optimizer.param_groups:
@@ -160,7 +163,15 @@ class DeepSpeedEngine:
             norm = self._plain_grad_norm() if index == passes - 1 else None
             engine.step()
         self.optimizer_steps += 1
-        return OptimizerStep(float(engine.get_global_grad_norm() if norm is None else norm), rate)
+        size = float(engine.get_global_grad_norm() if norm is None else norm)
+        # DeepSpeed says -1 for NaN and infinity. All ranks have the same norm, so none is left waiting in a collective.
+        if not math.isfinite(size) or size < 0:
+            raise TrainingError(
+                f"optimiser step {self.optimizer_steps}: got a gradient that is not finite, expected numbers; the "
+                "weights in memory are spoilt and are not saved: lower the learning rate or bound the rewards "
+                "(reward.clip), and resume from the last checkpoint"
+            )
+        return OptimizerStep(size, rate)
 
     def _plain_grad_norm(self) -> Tensor | None:
         """Before clipping; None where DeepSpeed's own optimiser wrapper keeps it."""

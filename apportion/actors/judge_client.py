@@ -14,6 +14,7 @@ Never shown: a header, an address's user part or query, the body of an answer th
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import itertools
 import json
@@ -39,6 +40,7 @@ from apportion.platform.errors import ConfigError
 
 if TYPE_CHECKING:
     import httpx
+    import numpy as np
 
 ANSWERED = ("", "unparseable", "out_of_range", "cut", "no_opinion")  # the judge had its say; asking again is no help
 LARGEST_ANSWER_BYTES = 4 * 2**20
@@ -78,7 +80,7 @@ class JudgeSource(Protocol):
 def read_answer(answer: str, steps: int) -> Critique:
     """A judge's text as a critique of a response with so many steps.
 
-    >>> read_answer("Step 2 is wrong. [2]", 3).wrong_steps, read_answer("[99]", 4).failure, read_answer("ok", 4).failure
+    >>> read_answer("[2]", 3).wrong_steps, read_answer("[99]", 4).failure, read_answer("ok", 4).failure
     ([1], 'out_of_range', 'unparseable')
     """
     wrong = parse_verdict(answer, steps)
@@ -194,13 +196,21 @@ class ModelJudge:
             if time.monotonic() >= deadline:
                 break
             chosen = places[start : start + size]
-            requests = [Request(prompts[i]) for i, _ in chosen]
+            requests = [Request(prompts[i], self._seed(prompts[i], k)) for i, k in chosen]
             for (i, k), sample in zip(chosen, self._engine.generate(requests, self._sampling), strict=True):
                 whole = sample.finish_reason == "stop"
                 out[i][k] = (
                     read_answer(sample.text, len(cases[i].steps)) if whole else Critique(None, "cut", sample.text)
                 )
         return out
+
+    def _seed(self, prompt: np.ndarray, k: int) -> int | None:
+        """Of critique k, so that a run that is resumed is told the same; None where runs need not repeat."""
+        settings = self._spec.engine_spec
+        if not settings.seeded:
+            return None
+        key = f"{settings.seed}/{k}/".encode() + prompt.tobytes()
+        return int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "big") >> 1
 
 
 # an OpenAI-compatible address

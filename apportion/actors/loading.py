@@ -38,8 +38,13 @@ def load_causal_lm(
     return get_peft_model(model, settings, autocast_adapter_dtype=False)
 
 
-def save_huggingface(base: str, named: dict[str, Tensor], folder: Path, trust_remote_code: bool = False) -> None:
-    """Write weights with the config and tokenizer of `base`, so that `from_pretrained(folder)` loads them."""
+def save_huggingface(
+    base: str, named: dict[str, Tensor], folder: Path, trust_remote_code: bool = False, chat_template: str | None = None
+) -> None:
+    """Write weights with the config and tokenizer of `base`, so that `from_pretrained(folder)` loads them.
+
+    `chat_template` is the text of the one that the model was trained with, None for the tokenizer's own.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
@@ -50,4 +55,7 @@ def save_huggingface(base: str, named: dict[str, Tensor], folder: Path, trust_re
     if (Path(base) / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(base)
     model.save_pretrained(folder, state_dict=cpu)
-    AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(folder)

@@ -58,6 +58,7 @@ class PolicySpec:
     share_prompts: bool = False  # responses of a group behind one copy of their prompt
     credit: dict[str, Any] | None = None  # a credit method whose `influence` is to be called
     distillation: DistillationSpec | None = None
+    chat_template: str | None = None  # the text of one in place of the tokenizer's own
 
 
 @dataclass
@@ -297,7 +298,8 @@ class PolicyWorker(ActorBase):
         save_random_states(target / "policy", f"rank-{self.world.rank}")
         named = {n: t.clone() if self.world.rank == 0 else t for n, t in self._huggingface_weights()}
         if self.world.rank == 0:
-            save_huggingface(self.spec.model, named, target / "model", self.spec.trust_remote_code)
+            spec = self.spec
+            save_huggingface(spec.model, named, target / "model", spec.trust_remote_code, spec.chat_template)
 
     def load(self, folder: str) -> None:
         source = Path(folder) / "policy"

@@ -50,6 +50,7 @@ class PreferenceSpec:
     reference_model: str | None  # None: the starting weights
     total_optimizer_steps: int
     seed: int
+    chat_template: str | None = None  # the text of one in place of the tokenizer's own
     packing: bool = False  # a micro-batch is one row of sequences, not a row for each
 
 
@@ -305,7 +306,7 @@ class PreferenceWorker(ActorBase):
         if self.world.rank:
             return
         write = save_score_model if self.objective.reads == SEQUENCE_SCORES else save_huggingface
-        write(spec.model, named, target / "model", spec.trust_remote_code)
+        write(spec.model, named, target / "model", spec.trust_remote_code, spec.chat_template)
 
     def load(self, folder: str) -> None:
         source = Path(folder) / "policy"

@@ -91,8 +91,13 @@ def _with_adapters(model: Any, lora: Any, gradient_checkpointing: bool) -> Any:
     return adapted
 
 
-def save_score_model(base: str, named: dict[str, Tensor], folder: Path, trust_remote_code: bool = False) -> None:
-    """Write weights with the config and tokenizer of `base` as a classification model with one label."""
+def save_score_model(
+    base: str, named: dict[str, Tensor], folder: Path, trust_remote_code: bool = False, chat_template: str | None = None
+) -> None:
+    """Write weights with the config and tokenizer of `base` as a classification model with one label.
+
+    `chat_template` is the text of the one that the model was trained with, None for the tokenizer's own.
+    """
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
     config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code, num_labels=1)
@@ -103,6 +108,8 @@ def save_score_model(base: str, named: dict[str, Tensor], folder: Path, trust_re
             config, dtype=next(iter(named.values())).dtype, trust_remote_code=trust_remote_code
         )
     model.save_pretrained(folder, state_dict={name: tensor.to("cpu") for name, tensor in named.items()})
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(folder)
 
 

@@ -128,4 +128,5 @@ class KlCoefficient:
         return {"coefficient": self.coefficient}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        self.coefficient = state["coefficient"]
+        if self.target is not None:  # a fixed one is what the configuration says, also where that was changed
+            self.coefficient = state["coefficient"]

@@ -8,7 +8,7 @@ from apportion.assembly.hosts import thread_count
 from apportion.conf.schema import Config
 from apportion.loop.state import Actors
 from apportion.platform.channel import ChannelAddress
-from apportion.platform.cluster import Actor, ActorRequest, Call, Cluster, gather
+from apportion.platform.cluster import STARTING, Actor, ActorRequest, Call, Cluster, gather
 
 
 def start(config: Config, cluster: Cluster, requests: dict[str, list[ActorRequest]]) -> Actors:
@@ -52,4 +52,4 @@ def _channel(config: Config, cluster: Cluster, trainer: Actor, engines: list[Act
 def _meeting_point(config: Config, cluster: Cluster, actor: Actor) -> tuple[str, int]:
     """An address and a free port of an actor's node."""
     call = actor.call("free_port", not cluster.joined)
-    return gather([call], config.cluster.start_timeout_seconds, "start of actors")[0]
+    return gather([call], config.cluster.start_timeout_seconds, STARTING)[0]

@@ -52,6 +52,12 @@ def check_combinations(
     _check_rollout(config, model)
     _check_devices(config, machine, gpus)
     _check_evaluation(config)
+    alone, steps = config.critic.warmup_steps_without_policy, config.train.steps
+    if "values" in needs and alone and alone >= steps:
+        raise ConfigError(
+            f"critic.warmup_steps_without_policy: got {alone} with train.steps={steps}, expected fewer: the policy would "
+            "never be trained"
+        )
 
 
 def _check_batches(config: Config) -> None:
@@ -116,8 +122,6 @@ def _check_algorithm(config: Config) -> None:
             f"algorithm.kl.coefficient: got {algorithm.kl.coefficient} with algorithm.kl.place=none, "
             "expected place=reward or place=loss, or a coefficient of 0"
         )
-    if config.policy.offload_optimizer and config.policy.zero_stage == 0:
-        raise ConfigError("policy.offload_optimizer: got true with policy.zero_stage=0, expected zero_stage 1, 2 or 3")
 
 
 def _check_rollout(config: Config, model: ModelFacts | None) -> None:

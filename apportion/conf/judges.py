@@ -155,5 +155,6 @@ def _model_spec(config: Config, threads: int) -> ModelJudgeSpec:
         trust_remote_code=config.model.trust_remote_code,
         threads=threads,
         first_thread=0,
+        seeded=config.train.deterministic,
     )
     return ModelJudgeSpec(judge.engine, engine, judge.temperature, judge.max_tokens)

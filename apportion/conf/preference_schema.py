@@ -212,8 +212,6 @@ def check(config: PreferenceConfig) -> None:
             f"train.batch_size: got {config.train.batch_size} with cluster.policy_ranks={config.cluster.policy_ranks}, "
             "expected at least one example a rank"
         )
-    if policy.offload_optimizer and policy.zero_stage == 0:
-        raise ConfigError("policy.offload_optimizer: got true with policy.zero_stage=0, expected zero_stage 1, 2 or 3")
     if config.evaluation.every_steps and data.eval is None and not data.eval_share:
         raise ConfigError(
             f"evaluation.every_steps: got {config.evaluation.every_steps} without held-out examples, expected data.eval "

@@ -30,6 +30,10 @@ class KlConfig:
             raise ConfigError(
                 f"algorithm.kl.straight_through: got true with place={self.place}, which has no gradient, expected place=loss"
             )
+        if self.target is not None and not self.target > 0:
+            raise ConfigError(
+                f"algorithm.kl.target: got {self.target}, expected above 0, or null for a fixed coefficient"
+            )
         if self.target is not None and self.place == "none":
             raise ConfigError("algorithm.kl.target: got a value with place=none, expected place=reward or place=loss")
 

@@ -72,6 +72,8 @@ class EngineConfig:
         at_least(f"{at}.micro_batch_tokens", self.micro_batch_tokens, 16)
         at_least(f"{at}.logits_chunk_tokens", self.logits_chunk_tokens, 1)
         between(f"{at}.min_lr_ratio", self.min_lr_ratio, 0.0, 1.0)
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ConfigError(f"{at}.offload_optimizer: got true with {at}.zero_stage=0, expected zero_stage 1, 2 or 3")
 
 
 @dataclass

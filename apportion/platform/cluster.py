@@ -21,6 +21,7 @@ from apportion.platform.errors import ActorError, ApportionError, CheckpointErro
 from apportion.platform.process import ProcessInfo, tail
 
 POLL_SECONDS = 5.0
+STARTING = "start of actors"  # what is waited for, where cluster.start_timeout_seconds is the limit
 _OWN_ERROR = re.compile(r"^apportion\.platform\.errors\.(\w+Error): ", re.MULTILINE)
 
 
@@ -115,7 +116,7 @@ class Cluster:
     def ready(self, actors: Sequence[Actor], timeout_seconds: float, joining: Sequence[Call] = ()) -> None:
         """Wait until each actor has been constructed, and `joining`, what some of them were asked at once, is done."""
         calls = [actor.call("describe") for actor in actors]
-        infos = gather([*calls, *joining], timeout_seconds, "start of actors")
+        infos = gather([*calls, *joining], timeout_seconds, STARTING)
         for actor, info in zip(actors, infos, strict=False):
             actor.info = info
 
@@ -218,7 +219,8 @@ def _death(error: Exception) -> str:
 def _late(calls: list[Call], seconds: float, what: str) -> str:
     names = ", ".join(f"{c.actor.name}{_where(c.actor)} ({c.method})" for c in calls)
     first = _last_lines(calls[0].actor)
-    return f"{what}: no answer within {seconds:.0f} s from {names}; raise cluster.call_timeout_seconds if it is only slow{first}"
+    setting = "cluster.start_timeout_seconds" if what == STARTING else "cluster.call_timeout_seconds"
+    return f"{what}: no answer within {seconds:.0f} s from {names}; raise {setting} if it is only slow{first}"
 
 
 def _where(actor: Actor) -> str:

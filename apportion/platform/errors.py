@@ -33,6 +33,10 @@ class WeightSyncError(ApportionError):
     """A rollout engine does not hold the trainer's weights; the message names the tensors."""
 
 
+class TrainingError(ApportionError):
+    """An update that spoilt the weights; the message says which, and what to go on from."""
+
+
 class CheckpointError(ApportionError):
     """A checkpoint could not be written or read."""
 

@@ -28,11 +28,11 @@ from benchmarks.credit.words import ENDING, Language, start_model
 
 TOPICS = 2
 SUPERVISED, PAIRS, EPOCHS, PAIR_BATCH = 250, 3072, 1, 48
-STEPS, EVERY, SAMPLES, TIMES = 40, 5, 48, 36
+STEPS, EVERY, SAMPLES, TIMES = 32, 4, 48, 36
 JUDGE_EPOCHS = 4  # of the reward model, which learns slower
 SHARPNESS = 8.0  # of the preferences: their log-odds are so many times the difference of rewards
 BETA = 0.1  # of the teachers
-PREFERENCE, JUDGE, POLICY, CRITIC = Settings(1e-4), Settings(5e-4), Settings(1e-4), Settings(1e-3)
+PREFERENCE, JUDGE, POLICY, CRITIC = Settings(2e-5), Settings(2e-4), Settings(5e-5), Settings(5e-4)
 LAST = 3  # places whose mean is the end
 
 

@@ -35,7 +35,7 @@ from benchmarks.credit.sums import (
 )
 
 UNSURE = (0.2, 0.95)
-SUPERVISED, STEPS, EVERY, RATE = 400, 64, 4, 1e-3
+SUPERVISED, STEPS, EVERY, RATE = 400, 64, 4, 5e-4
 GROUP, PROMPTS, HELD_OUT = 8, 24, 256
 JUDGES = {  # error, and whether it is always about the same additions
     "exact judge": (0.0, False),

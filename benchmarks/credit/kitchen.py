@@ -156,5 +156,5 @@ def start_model(seed: int, kitchen: Kitchen, episodes: int, steps: int) -> TinyL
         rows = random.integers(0, len(ids), 24)
         return ids[rows], mask[rows]
 
-    supervise(model, draw, steps, Settings(learning_rate=3e-3))
+    supervise(model, draw, steps, Settings(learning_rate=1.5e-3))
     return model

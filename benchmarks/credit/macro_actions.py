@@ -21,7 +21,7 @@ SUPERVISED, STEPS, EVERY = 250, 64, 4
 PROMPTS, TIMES = 48, 12
 UPDATES = 2  # optimiser steps a batch is cut into
 SMOOTHED = 3  # places whose mean is compared
-POLICY, CRITIC = Settings(learning_rate=2e-4), Settings(learning_rate=1e-3)
+POLICY, CRITIC = Settings(learning_rate=1e-4), Settings(learning_rate=5e-4)
 KL = {"place": "reward", "coefficient": 0.01, "estimator": "k1"}
 LONGER = round(0.95 ** (1 / 5), 4)  # a lambda that decays over five tokens as 0.95 does over one
 ARMS: dict[str, dict[str, Any]] = {

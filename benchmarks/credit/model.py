@@ -62,7 +62,7 @@ class Decoder(nn.Module):
 class TinyLM(nn.Module):
     """A causal LM as `apportion.actors.modules` sees one."""
 
-    def __init__(self, vocabulary: int, width: int = 64, layers: int = 2, heads: int = 4, limit: int = 64) -> None:
+    def __init__(self, vocabulary: int, width: int = 208, layers: int = 2, heads: int = 4, limit: int = 64) -> None:
         super().__init__()
         self.config = SimpleNamespace(hidden_size=width)
         self.base_model = Decoder(vocabulary, width, layers, heads, limit)

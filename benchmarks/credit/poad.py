@@ -29,7 +29,7 @@ LENGTHS = (2, 6, 14)
 SUPERVISED, STEPS, EVERY = 200, 32, 4
 DEMONSTRATIONS, EPISODES, EVALUATED = 512, 32, 64
 LAST = 3  # places whose mean is the end
-POLICY, CRITIC = Settings(learning_rate=3e-4), Settings(learning_rate=1e-3)
+POLICY, CRITIC = Settings(learning_rate=1.5e-4), Settings(learning_rate=5e-4)
 METHODS = {"POAD": "poad", "NTPO": "ntpo", "action-level PPO": "action_ppo"}
 
 

@@ -39,7 +39,8 @@ def main() -> None:
     if chosen.seeds < 2:
         parser.error(f"--seeds: got {chosen.seeds}, expected at least 2")
     os.environ["OMP_NUM_THREADS"] = "1"
-    jobs = [(question, seed, chosen.most_steps) for question in chosen.question for seed in range(chosen.seeds)]
+    # Seed by seed, so that every question has an answer, if a wide one, before any has all its seeds.
+    jobs = [(question, seed, chosen.most_steps) for seed in range(chosen.seeds) for question in chosen.question]
     start, done = time.perf_counter(), 0
     outcomes: dict[str, dict[int, Outcome]] = {question: {} for question in chosen.question}
     seconds = dict.fromkeys(chosen.question, 0.0)
@@ -50,7 +51,7 @@ def main() -> None:
             done += 1
             past = time.perf_counter() - start
             print(f"{done}/{len(jobs)} {question} seed {seed}: {taken:.0f} s of CPU, {past:.0f} s so far", flush=True)
-            if len(outcomes[question]) >= 2 and chosen.most_steps is None:  # what is there outlasts an interruption
+            if len(outcomes[question]) >= 1 and chosen.most_steps is None:  # what is there outlasts an interruption
                 in_order = dict(sorted(outcomes[question].items()))
                 Results(question, in_order, seconds[question]).save()
     if chosen.most_steps is None:

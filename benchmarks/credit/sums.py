@@ -101,7 +101,7 @@ def start_model(seed: int, unsure: tuple[float, float], steps: int) -> TinyLM:
         ids = torch.cat([prompts, teacher.responses(prompts)], 1)
         return ids, (torch.arange(ids.shape[1]) > TERMS).expand(ids.shape)
 
-    supervise(model, draw, steps, Settings(learning_rate=3e-3))
+    supervise(model, draw, steps, Settings(learning_rate=1.5e-3))
     return model
 
 

@@ -20,7 +20,7 @@ from benchmarks.credit.report import Comparison, arms_table, comparisons_table, 
 from benchmarks.credit.sums import ENDING, LAST_SUM, draw_prompts, same, sampled_answers, start_model, worked
 
 UNSURE = (0.12, 0.95)
-SUPERVISED, STEPS, EVERY, RATE = 400, 60, 20, 5e-4
+SUPERVISED, STEPS, EVERY, RATE = 400, 60, 20, 2.5e-4
 GROUP, PROMPTS, HELD_OUT = 8, 24, 128
 SAMPLES, KS = 32, (1, 4, 16)
 NO_THRESHOLD = float("-inf")

@@ -92,6 +92,6 @@ def start_model(seed: int, language: Language, steps: int) -> TinyLM:
     torch.manual_seed(seed)
     random, model = np.random.default_rng([seed, 1]), TinyLM(VOCABULARY, limit=1 + LIMIT)
     supervise(
-        model, lambda step: language.spoken(language.draw_prompts(64, random)), steps, Settings(learning_rate=3e-3)
+        model, lambda step: language.spoken(language.draw_prompts(64, random)), steps, Settings(learning_rate=1.5e-3)
     )
     return model
