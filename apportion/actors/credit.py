@@ -97,7 +97,7 @@ class CreditWorker(ActorBase):
 
     def cut(self, groups: int, shards: int, minibatches: int, *admitted: Batch) -> tuple:
         """(CutReport, shard, ...): at most `groups` groups, assigned to optimiser steps, dealt to ranks by tokens."""
-        batch = Batch.concat([b for b in admitted if len(b)])
+        batch = joined([b for b in admitted if len(b)])
         chosen = sorted(set(batch.group_ids.tolist()))[:groups]
         batch = batch.select(np.flatnonzero(np.isin(batch.group_ids, chosen)))
         steps = min(minibatches, len(chosen))
@@ -235,7 +235,7 @@ class CreditWorker(ActorBase):
         metrics: dict[str, float] = {}
         answers: list[dict[str, Any]] = []
         if greedy:
-            batch = Batch.concat(greedy)
+            batch = joined(greedy)
             assert batch.rewards is not None
             metrics["eval/greedy_accuracy"] = accuracy(batch.rewards, correct_at)
             metrics["eval/mean_reward"] = float(np.nanmean(batch.rewards))
@@ -245,7 +245,7 @@ class CreditWorker(ActorBase):
                 for i in range(min(show, len(batch)))
             ]
         if sampled:
-            batch = Batch.concat(sampled)
+            batch = joined(sampled)
             assert batch.rewards is not None
             rows: dict[str, list[float]] = {}
             for prompt_id, reward in zip(batch.prompt_ids, batch.rewards.tolist(), strict=True):
@@ -292,6 +292,24 @@ def credit_input(batch: Batch) -> CreditInput:
         wrong_steps=batch.wrong_steps,
         texts=batch.texts,
     )
+
+
+def joined(scored: Sequence[Batch]) -> Batch:
+    """One batch of several that were scored apart. Lists as rewards make only the batch dense that they came in, so
+    where any is, plain rewards of the others stand at the last action token; NaN on every token where there is none.
+    """
+    if all(batch.token_rewards is None for batch in scored):
+        return Batch.concat(scored)
+    return Batch.concat([b if b.token_rewards is not None else _with_plain_on_tokens(b) for b in scored])
+
+
+def _with_plain_on_tokens(batch: Batch) -> Batch:
+    """`rewards` stay as they are: one of a response without action tokens has no token to stand at."""
+    assert batch.rewards is not None
+    rewards = torch.from_numpy(batch.rewards)
+    placed = at_last_token(rewards, batch.pad("action_mask", False))
+    placed = torch.where(rewards.isnan()[:, None], torch.nan, placed)
+    return replace(batch, token_rewards=batch.unpad(placed.float()))
 
 
 def rollout_totals(scored: Batch) -> Totals:
