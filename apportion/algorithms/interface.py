@@ -61,7 +61,11 @@ class Credit:
 @runtime_checkable
 class CreditMethod(Protocol):
     """A method that learns only from how the responses to one prompt differ says so, with the parameters that make it
-    such: `group_relative_with: ClassVar[dict[str, Any]]`, {} for always. A group of one is then refused beforehand."""
+    such: `group_relative_with: ClassVar[dict[str, Any]]`, {} for always. A group of one is then refused beforehand.
+
+    `one_advantage_per: ClassVar[dict[str, Any]]` says of which units all tokens have one advantage (a KL in the reward
+    apart), each with the parameters that make it so: `response`, `turn`, `macro` (the segments that it gives); {} where
+    advantages differ from token to token. A ratio over a larger unit would lose them and is refused beforehand."""
 
     needs: ClassVar[frozenset[str]]  # a subset of SIGNALS; read it from the instance: a wrapped method adds its own
 
@@ -117,6 +121,9 @@ class SurrogateOutput:
 
 
 class Surrogate(Protocol):
+    """One whose gradient goes through one ratio for many tokens says so, with the parameters that make it such:
+    `pools: ClassVar[dict[str, Any]]`, by unit: `response`, `turn` or `macro`."""
+
     def __call__(self, batch: SurrogateInput) -> SurrogateOutput: ...
 
 

@@ -14,6 +14,7 @@ tokens of the unit, the gradient is that of the token ratio:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -110,6 +111,11 @@ class PpoClip:
     clip_high: float = 0.2
     dual_clip: float | None = None
     ratio: str = "token"
+    pools: ClassVar[dict[str, Any]] = {
+        "turn": {"ratio": "turn"},
+        "macro": {"ratio": "macro"},
+        "response": {"ratio": "sequence"},
+    }
 
     def __post_init__(self) -> None:
         _check_clip(self.clip_low, self.clip_high)
@@ -138,6 +144,7 @@ class Gspo:
     clip_low: float = 3e-4
     clip_high: float = 4e-4
     form: str = "token"
+    pools: ClassVar[dict[str, Any]] = {"response": {"form": "sequence"}}
 
     def __post_init__(self) -> None:
         _check_clip(self.clip_low, self.clip_high)

@@ -8,8 +8,8 @@ from math import ceil
 from pathlib import Path
 
 from apportion.conf.models import VALUE_BYTES, ModelFacts
-from apportion.conf.parts import group_relative
-from apportion.conf.schema import Config
+from apportion.conf.parts import group_relative, pooled_unit, units_of_one_advantage
+from apportion.conf.schema import AlgorithmConfig, Config
 from apportion.platform.errors import ConfigError
 
 
@@ -117,11 +117,31 @@ def _check_algorithm(config: Config) -> None:
             f"rollout.responses_per_prompt: got 1 with credit {algorithm.credit['name']}, which compares the responses "
             "to a prompt, expected at least 2 (or algorithm=reinforce_pp or ppo)"
         )
+    _check_surrogate(algorithm)
     if algorithm.kl.place == "none" and algorithm.kl.coefficient > 0:
         raise ConfigError(
             f"algorithm.kl.coefficient: got {algorithm.kl.coefficient} with algorithm.kl.place=none, "
             "expected place=reward or place=loss, or a coefficient of 0"
         )
+
+
+def _check_surrogate(algorithm: AlgorithmConfig) -> None:
+    """One ratio for many tokens has the gradient of their mean advantage: what credit says of each of them is lost."""
+    pooled = None if algorithm.surrogate is None else pooled_unit(algorithm.surrogate)
+    units = units_of_one_advantage(algorithm.credit)
+    if pooled is None or units is None:
+        return
+    unit, parameters = pooled
+    wide_enough = {"macro": {"macro"}, "turn": {"turn", "response"}, "response": {"response"}}[unit]
+    if units & wide_enough:
+        return
+    key, value = next(iter(parameters.items()))
+    why = f"whose advantages differ within a {unit}"
+    if unit == "macro":
+        why = "which gives no macro actions with one advantage each"
+    raise ConfigError(
+        f"algorithm.surrogate.{key}: got {value} with credit {algorithm.credit['name']}, {why}, expected {key}=token"
+    )
 
 
 def _check_rollout(config: Config, model: ModelFacts | None) -> None:

@@ -28,7 +28,7 @@ def check_parts(algorithm: AlgorithmConfig) -> frozenset[str]:
             raise ConfigError(f"algorithm.{kind}: got {spec!r}, expected a mapping with a name and its parameters")
         if not any(_same(spec, known) for known in shipped[kind]):
             _built(kind, spec)
-    needs = _declared(algorithm.credit, "needs")
+    needs = _declared("credit", algorithm.credit, "needs")
     if not isinstance(needs, frozenset) or algorithm.credit["name"] not in KINDS["credit"]:
         needs = frozenset(_built("credit", algorithm.credit).needs)  # a wrapped method adds its own
     return needs | ({"reference_logprobs"} if algorithm.kl.place != "none" else frozenset())
@@ -49,10 +49,59 @@ def group_relative(algorithm: AlgorithmConfig) -> bool:
 
 
 def _group_relative(credit: Mapping[str, Any]) -> bool:
-    conditions = _declared(credit, "group_relative_with")
+    conditions = _declared("credit", credit, "group_relative_with")
     if conditions is _ABSENT:
-        return any(_group_relative(part) for part in credit.values() if isinstance(part, Mapping) and "name" in part)
-    return all(key in credit and credit[key] == value for key, value in conditions.items())
+        return any(_group_relative(part) for part in _wrapped(credit))
+    return _holds("credit", credit, conditions)
+
+
+def units_of_one_advantage(credit: Mapping[str, Any]) -> frozenset[str] | None:
+    """What the tokens of which have one advantage: some of macro (its own segments), turn and response. Empty where it
+    differs from token to token; None for a method of one's own that does not say."""
+    declared = _declared("credit", credit, "one_advantage_per")
+    inner = [units_of_one_advantage(part) for part in _wrapped(credit)]
+    if declared is _ABSENT:
+        known = [units for units in inner if units is not None]
+        return frozenset().union(*known) if known else None
+    if not declared:
+        return frozenset()  # whatever it wraps
+    own = {unit for unit, conditions in declared.items() if _holds("credit", credit, conditions)}
+    return frozenset(own).union(*(units or () for units in inner))
+
+
+def pooled_unit(surrogate: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
+    """The unit whose tokens share one differentiated ratio, and the parameters that say so; None for tokens alone."""
+    declared = _declared("surrogate", surrogate, "pools")
+    if declared is _ABSENT:
+        return None
+    return next(((unit, c) for unit, c in declared.items() if _holds("surrogate", surrogate, c)), None)
+
+
+def _wrapped(credit: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The credit methods among a credit's parameters."""
+    return [part for part in credit.values() if isinstance(part, Mapping) and "name" in part and _is_credit(part)]
+
+
+def _is_credit(part: Mapping[str, Any]) -> bool:
+    """A rule for macro actions has a name too."""
+    if part["name"] in KINDS["credit"]:
+        return True
+    try:
+        resolve("credit", part["name"])
+    except ValueError:
+        return False
+    return True
+
+
+def _holds(kind: str, spec: Mapping[str, Any], conditions: Mapping[str, Any]) -> bool:
+    """Whether the part's parameters, as given or by default, are those; a mapping with a name stands for the name."""
+    for key, expected in conditions.items():
+        value = spec[key] if key in spec else _declared(kind, spec, key)
+        if isinstance(value, Mapping):
+            value = value.get("name")
+        if value is _ABSENT or value != expected:
+            return False
+    return True
 
 
 def _built(kind: str, spec: Mapping[str, Any]) -> Any:
@@ -89,12 +138,12 @@ def _same(spec: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
     return True
 
 
-def _declared(spec: Mapping[str, Any], name: str) -> Any:
-    """A class variable of the credit's class: read from its source where it is one of ours, from the class where not;
-    `_ABSENT` where there is none, or none that is a literal."""
-    path = KINDS["credit"].get(str(spec["name"]))
+def _declared(kind: str, spec: Mapping[str, Any], name: str) -> Any:
+    """A class variable or default of the part's class: read from its source where it is one of ours, from the class
+    where not; `_ABSENT` where there is none, or none that is a literal."""
+    path = KINDS[kind].get(str(spec["name"]))
     if path is None:
-        return getattr(resolve("credit", spec["name"]), name, _ABSENT)
+        return getattr(resolve(kind, spec["name"]), name, _ABSENT)
     module, _, class_name = path.partition(":")
     file = Path(__file__).parents[2] / (module.replace(".", "/") + ".py")
     if not file.is_file():

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -79,6 +79,8 @@ class Capo:
     std: str = "sample"
     epsilon: float = 1e-6
     needs: ClassVar[frozenset[str]] = frozenset({"critiques"})
+    group_relative_with: ClassVar[dict[str, Any]] = {}
+    one_advantage_per: ClassVar[dict[str, Any]] = {}
 
     def __post_init__(self) -> None:
         check_variance("std", self.std)

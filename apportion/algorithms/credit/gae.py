@@ -11,7 +11,7 @@ After the last one stands 0 if the episode ended, and the value of the state tha
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -105,6 +105,7 @@ class Gae:
     gae_lambda: float = 1.0
     whiten: str = "sample"
     needs: ClassVar[frozenset[str]] = frozenset({"values"})
+    one_advantage_per: ClassVar[dict[str, Any]] = {}
 
     def __post_init__(self) -> None:
         for name in ("gamma", "gae_lambda"):

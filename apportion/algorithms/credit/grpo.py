@@ -47,6 +47,7 @@ class Grpo:
     eps: float = 1e-6
     needs: ClassVar[frozenset[str]] = frozenset()
     group_relative_with: ClassVar[dict[str, Any]] = {}
+    one_advantage_per: ClassVar[dict[str, Any]] = {"response": {}}
 
     def __post_init__(self) -> None:
         if self.normalize not in ("std", "population", "none"):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -77,6 +77,8 @@ class HiddenReward:
     tau: float | None = None
     eta: str = "imbalance"
     correct_at: float | None = None
+    group_relative_with: ClassVar[dict[str, Any]] = {}
+    one_advantage_per: ClassVar[dict[str, Any]] = {}
 
     def __post_init__(self) -> None:
         for name, valid in (("variant", VARIANTS), ("mode", MODES), ("eta", ETAS)):

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -145,6 +145,10 @@ class MacroActions:
     gae_lambda: float = 0.95
     whiten: str = "none"
     estimator: Any = None
+    one_advantage_per: ClassVar[dict[str, Any]] = {
+        "macro": {},
+        "turn": {"termination": "one", "last_token_alone": False, "estimator": None},
+    }
 
     def __post_init__(self) -> None:
         for name, valid in (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -15,6 +15,7 @@ class NoCredit:
     """Rewards are still scored, logged and evaluated; they teach nothing."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    one_advantage_per: ClassVar[dict[str, Any]] = {"response": {}}
 
     def __call__(self, batch: CreditInput) -> Credit:
         return Credit(torch.zeros(batch.mask_BT.shape))

@@ -19,7 +19,7 @@ limit cut is continued by the critic's value, one that ended by 0.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -58,6 +58,7 @@ class Poad:
     next_value: str = "first"
     whiten: str = "none"
     needs: ClassVar[frozenset[str]] = frozenset({"values"})
+    one_advantage_per: ClassVar[dict[str, Any]] = {"turn": {"level": "action"}, "macro": {"level": "action"}}
 
     def __post_init__(self) -> None:
         for name in ("gamma", "token_gamma", "gae_lambda"):

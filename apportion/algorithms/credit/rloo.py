@@ -21,6 +21,7 @@ class Rloo:
 
     needs: ClassVar[frozenset[str]] = frozenset()
     group_relative_with: ClassVar[dict[str, Any]] = {}
+    one_advantage_per: ClassVar[dict[str, Any]] = {"response": {}}
 
     def __call__(self, batch: CreditInput) -> Credit:
         outcomes_B, groups = centred_outcomes(batch)
