@@ -25,11 +25,19 @@ def closing(tracker: MultiTracker) -> Iterator[None]:
 def refusals() -> Iterator[None]:
     """Layers below raise what they know of; here it becomes what the command line shows."""
     try:
+        with row_errors():
+            yield
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+@contextmanager
+def row_errors() -> Iterator[None]:
+    """A row that is found to be unusable while a run goes on is no mistake of the program: its line, no traceback."""
+    try:
         yield
     except SourceError as error:
         raise DataError(str(error)) from error
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
 
 
 @contextmanager

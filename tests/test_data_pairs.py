@@ -1,5 +1,6 @@
 """Pairs and demonstrations: every format, what is left out and why, and which tokens carry a loss."""
 
+import copy
 import gzip
 import json
 
@@ -266,6 +267,31 @@ def test_answers_written_differently_with_the_same_tokens_are_equal(tokenizer):
 def test_a_file_without_any_pair_is_an_error_that_counts(tokenizer, tmp_path):
     with pytest.raises(DataError, match=r"no row gives an example.*'too_long': 1"):
         encoded(write(tmp_path / "p.jsonl.gz", ROWS[2:3]), tokenizer, "skip")
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"chosen": hh("q", "a \ud83d"), "rejected": hh("q", "b")}, "got half a character"),
+        ({"prompt": "q \ud83d", "chosen": "a", "rejected": "b"}, "got half a character"),
+        (
+            {
+                "prompt": [assistant(None), user("q")],
+                "chosen": [assistant("a")],
+                "rejected": [assistant("b")],
+            },
+            "the chat template refuses these messages",
+        ),
+    ],
+)
+def test_text_that_cannot_become_tokens_is_named_by_its_line_or_skipped_and_counted(row, told, tokenizer, tmp_path):
+    path = write(tmp_path / "p.jsonl.gz", [ROWS[0], row])
+    strict = copy.deepcopy(tokenizer)
+    strict.chat_template = "{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
+    with pytest.raises(DataError, match=rf"p\.jsonl\.gz:2: {told}"):
+        encoded(path, strict, "error")
+    examples, counts = encoded(path, strict, "skip")
+    assert ([e.example_id for e in examples], dict(counts)) == (["p:0"], {"broken": 1})
 
 
 def test_packed_pairs_lie_side_by_side(tokenizer, tmp_path):

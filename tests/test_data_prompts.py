@@ -1,5 +1,6 @@
 """From rows to prompts: templates, limits, and an order that can be left and taken up again."""
 
+import copy
 from collections import Counter
 
 import pytest
@@ -8,6 +9,8 @@ from apportion.data.errors import DataError
 from apportion.data.prompts import PromptEncoder, PromptStream, every_prompt, load_tokenizer
 from apportion.data.rows import Row
 from apportion.data.sources import Source
+from apportion.edges import row_errors
+from apportion.platform.errors import DataError as ShownError
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +52,6 @@ def test_a_system_prompt_goes_before_messages_without_one_of_their_own(tokenizer
 
 
 def test_template_arguments_reach_the_template(tokenizer):
-    import copy
-
     other = copy.deepcopy(tokenizer)
     other.chat_template = "{{ messages[0]['content'] }}{% if loud %}!{% endif %}"
     assert other.decode(PromptEncoder(other, chat_template_kwargs={"loud": True}).token_ids("hi")) == "hi!"
@@ -185,3 +186,43 @@ def test_a_too_long_prompt_stops_the_stream_when_bad_rows_are_errors(tokenizer):
     stream = PromptStream([source_of(1, prompts={0: "x" * 30})], PromptEncoder(tokenizer, max_prompt_tokens=12), 1)
     with pytest.raises(DataError, match=r"rows.jsonl:1: got a prompt of 33 tokens"):
         stream.next_batch()
+
+
+NULL = [{"role": "user", "content": None}]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "told"),
+    [
+        (NULL, "the chat template refuses these messages (unsupported operand type(s) for +"),
+        ("half \ud83d", "got half a character ('\\ud83d') in the text, expected whole ones"),
+        ([{"role": "user", "content": "half \ud83d"}], "got half a character ('\\ud83d') in the text"),
+    ],
+)
+def test_text_that_template_or_tokenizer_cannot_take_is_named_by_its_line_or_skipped_and_counted(
+    prompt, told, tokenizer
+):
+    encoder = PromptEncoder(tokenizer)
+    encoder.tokenizer = copy.deepcopy(tokenizer)
+    encoder.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + '.' }}{% endfor %}"
+    source = source_of(3, prompts={1: prompt})
+    with pytest.raises(DataError) as caught:
+        PromptStream([source], encoder, 3, shuffle=False).next_batch()
+    assert str(caught.value).startswith(f"rows.jsonl:2: {told}")
+    stream = PromptStream([source], encoder, 2, shuffle=False, on_bad_row="skip")
+    assert ids(stream.next_batch()) == ["rows:0:0", "rows:2:0"]
+    assert stream.skipped == {"broken": 1}
+    kept, skipped = every_prompt([source], encoder, "skip")
+    assert (ids(kept), skipped) == (["rows:0:0", "rows:2:0"], {"broken": 1})
+
+
+def test_raw_text_with_half_a_character_is_refused_too(tokenizer):
+    with pytest.raises(DataError, match="got half a character"):
+        PromptEncoder(tokenizer, chat=False).token_ids("\udc00")
+
+
+def test_a_row_found_unusable_during_a_run_is_one_line_and_a_mistake_of_our_own_keeps_its_traceback():
+    with pytest.raises(ShownError, match=r"^rows.jsonl:2: bad$"), row_errors():
+        raise DataError("rows.jsonl:2: bad")
+    with pytest.raises(ValueError, match="ours"), row_errors():
+        raise ValueError("ours")

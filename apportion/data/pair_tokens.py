@@ -16,7 +16,7 @@ import numpy as np
 from apportion.batch import Batch, Trajectory
 from apportion.data.errors import BadRows, DataError
 from apportion.data.pairs import Example, Message, PairColumns, Reader, UnusableError
-from apportion.data.prompts import PromptEncoder
+from apportion.data.prompts import PromptEncoder, check_characters, template_refusals
 from apportion.data.sources import Source
 
 TOO_LONG = ("skip", "error", "truncate_prompt")
@@ -75,7 +75,8 @@ class ExampleEncoder:
             raise DataError(f"data.too_long: got {self.too_long!r}, expected one of {', '.join(TOO_LONG)}")
 
     def encode(self, example: Example, example_id: str) -> EncodedExample:
-        """UnusableError where the example is too long or its answers are the same tokens."""
+        """UnusableError where the example is too long or its answers are the same tokens, DataError where it cannot be
+        rendered."""
         prompt_ids = self.prompts.token_ids(example.prompt)
         answers = [self._answer(example.prompt, answer) for answer in example.answers]
         longest = max(len(answer.token_ids) for answer in answers)
@@ -129,20 +130,17 @@ class ExampleEncoder:
         return len(span) - span[::-1].index(eos) if eos in span else len(span)
 
     def _tokens(self, text: str) -> list[int]:
+        check_characters(text)
         return list(self.prompts.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _render(self, messages: list[Message], asks: bool) -> str:
-        from jinja2 import TemplateError
-
         p = self.prompts
         if p.system_prompt is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": p.system_prompt}, *messages]
-        try:
+        with template_refusals():
             return p.tokenizer.apply_chat_template(
                 messages, add_generation_prompt=asks, tokenize=False, **p.chat_template_kwargs
             )
-        except TemplateError as error:
-            raise UnusableError("broken", f"the chat template refuses these messages ({error})") from None
 
 
 def _after(beginning: str, whole: str) -> str:
@@ -171,9 +169,10 @@ def encode_sources(
         for row in source.rows:
             try:
                 encoded.append(encoder.encode(read(row.values, columns), f"{source.name}:{row.number}"))
-            except UnusableError as error:
-                counted = error.reason == "too_long" and encoder.too_long == "skip"
-                (skips if counted else bad).reject(error.reason, f"{row.place}: {error}")
+            except DataError as error:
+                reason = error.reason if isinstance(error, UnusableError) else "broken"
+                counted = reason == "too_long" and encoder.too_long == "skip"
+                (skips if counted else bad).reject(reason, f"{row.place}: {error}")
     counts = sum((source.skipped for source in sources), Counter()) + bad.counts + skips.counts
     if not encoded:
         raise DataError(f"data: no row gives an example, expected at least one; left out: {dict(counts)}")

@@ -5,8 +5,11 @@ Tokens are made when a prompt is drawn, so a large source costs nothing at the s
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,8 @@ from apportion.batch import Prompt
 from apportion.data.errors import BadRows, DataError
 from apportion.data.rows import Row
 from apportion.data.sources import Source
+
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # of a pair that JSON writes for one character: no tokenizer takes it
 
 
 def load_tokenizer(path: str, chat_template: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -74,21 +79,18 @@ class PromptEncoder:
 
     def token_ids(self, prompt: str | list[dict[str, Any]]) -> np.ndarray:
         """[L] int32, the rendered prompt up to where the answer begins. DataError where it cannot be rendered."""
+        check_characters(prompt)
         if not self.chat:
             if not isinstance(prompt, str):
                 raise DataError("got messages with data.chat=false, expected text or data.chat=true")
             return np.asarray(self.tokenizer(prompt)["input_ids"], np.int32)
-        from jinja2 import TemplateError
-
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
         if self.system_prompt is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": self.system_prompt})
-        try:
+        with template_refusals():
             rendered = self.tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, tokenize=True, return_dict=True, **self.chat_template_kwargs
             )
-        except TemplateError as error:
-            raise DataError(f"the chat template refuses these messages ({error})") from None
         return np.asarray(rendered["input_ids"], np.int32)
 
     def prompt(self, source: Source, row: Row, epoch: int) -> Prompt:
@@ -107,6 +109,27 @@ class PromptEncoder:
         columns = {name: value for name, value in row.values.items() if name != source.prompt_column}
         prompt_id = f"{source.name}:{row.number}:{epoch}"
         return Prompt(prompt_id, token_ids, row.values[source.prompt_column], columns, source.name)
+
+
+def check_characters(text: Any) -> None:
+    """DataError where a text, or one in messages, holds half a character (a lone surrogate)."""
+    whole = text if isinstance(text, str) else json.dumps(text, ensure_ascii=False, default=str)
+    found = _HALF_CHARACTER.search(whole)
+    if found:
+        raise DataError(f"got half a character ({found[0]!r}) in the text, expected whole ones")
+
+
+@contextmanager
+def template_refusals() -> Iterator[None]:
+    """What a chat template raises over messages, as a DataError. A template is a program: one that meets `content: null`
+    or a missing key fails as a program does, not with an error of its own."""
+    from jinja2 import TemplateError
+
+    try:
+        yield
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise DataError(f"the chat template refuses these messages ({line})") from error
 
 
 class TooLongError(DataError):
