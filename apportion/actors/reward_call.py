@@ -29,7 +29,7 @@ TRACEBACK_CHARACTERS = 4000
 class Failure:
     """Why one sample has no reward."""
 
-    reason: str  # raised, timeout, hung, service, wrong_length, wrong_type, not_finite, misplaced, too_long
+    reason: str  # raised, timeout, hung, died, service, wrong_length, wrong_type, not_finite, misplaced, too_long
     text: str  # one line, or the traceback where something raised
 
 

@@ -25,7 +25,7 @@ from apportion.actors.reward_call import (
 )
 from apportion.data.errors import DataError
 from apportion.data.functions import load_function
-from apportion.data.verifiers import ONE_BY_ONE, VERIFIERS
+from apportion.data.verifiers import IN_A_PROCESS, VERIFIERS
 from apportion.platform.errors import ConfigError, nearest
 
 RESERVED = ("prompts", "completions", "prompt_ids", "completion_ids")
@@ -59,7 +59,7 @@ class RewardEntry:
     timeout_seconds: float = 60.0
     name: str | None = None  # null: the function's
     params: dict[str, Any] = field(default_factory=dict)  # keyword arguments of a function, settings of a model
-    one_by_one: bool | None = None  # functions: called for one sample at a time; null: only verifiers that need it
+    one_by_one: bool = False  # functions: called for one sample at a time
     batch_size: int | None = None  # services: samples of a request; models: sequences of a forward pass
     retries: int = 3  # services: further attempts of a request
     auth_env: str | None = None  # services: environment variable that holds the Authorization header
@@ -132,8 +132,11 @@ def function_source(entry: RewardEntry) -> FunctionSource:
                 f"reward.functions: {spec} cannot be imported ({type(error).__name__}: {error})"
             ) from error
         name = str(spec).replace(":", ".").rpartition(".")[2]
-    one_by_one = spec in ONE_BY_ONE if entry.one_by_one is None else entry.one_by_one
-    return FunctionSource(entry.name or name, function, entry, one_by_one)
+    if spec in IN_A_PROCESS:
+        from apportion.actors.reward_process import VerifierSource
+
+        return VerifierSource(entry.name or name, name, entry)
+    return FunctionSource(entry.name or name, function, entry)
 
 
 class FunctionSource:
@@ -149,13 +152,13 @@ class FunctionSource:
     plain one for one after the other, and each gets at most a quarter of what is left.
     """
 
-    def __init__(self, name: str, function: Callable[..., Any], entry: RewardEntry, one_by_one: bool = False) -> None:
+    def __init__(self, name: str, function: Callable[..., Any], entry: RewardEntry) -> None:
         self.name, self.weight = name, entry.weight
         self._function, self._params, self._limit, self._one_by_one = (
             function,
             entry.params,
             entry.timeout_seconds,
-            one_by_one,
+            entry.one_by_one,
         )
         self._is_async = any(inspect.iscoroutinefunction(f) for f in (function, type(function).__call__))
         self._caller = LimitedCaller(name, self._is_async)

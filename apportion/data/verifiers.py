@@ -103,8 +103,8 @@ def math_verify(
 ) -> list[float | None]:
     """1.0 where the completion's last mathematical answer equals the `answer` column, by math-verify.
 
-    math-verify limits its own time with signals, which only work in a process's main thread; here they are off, and the
-    time limit of the caller holds.
+    math-verify limits its own time with signals, which Python only sees between two of its own instructions; here they
+    are off, and the caller kills the process that this runs in.
     """
     return [_math_verify(completion_text(c), a) for c, a in zip(completions, answer, strict=True)]
 
@@ -180,5 +180,17 @@ VERIFIERS: dict[str, Callable[..., list[float | None]]] = {
     "gym": gym,
 }
 
-# Verifiers that one odd completion can make slow: called for one sample at a time, so that a time-out costs that one.
-ONE_BY_ONE = frozenset({"math_verify", "gym"})
+# Verifiers that one odd completion can keep busy without end, and that therefore run in a process that can be killed. Each
+# with arguments that load its library, None where there is none to load.
+IN_A_PROCESS: dict[str, dict[str, Any] | None] = {
+    "regex_match": None,
+    "format": None,
+    "math_verify": {"prompts": [""], "completions": ["$1$"], "answer": ["1"]},
+    "gym": {
+        "prompts": [""],
+        "completions": ["1"],
+        "task": ["gcd"],
+        "entry": [{"answer": "1"}],
+        "task_parameters": [{}],
+    },
+}
