@@ -1,5 +1,4 @@
 import json
-import random
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -8,11 +7,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from apportion.algorithms.credit.boundaries import RandomisedNGram, draw_sizes, number_segments
+from apportion.algorithms.credit.boundaries import number_segments
+from apportion.algorithms.credit.capo import Capo
 from apportion.algorithms.credit.gae import Gae
 from apportion.algorithms.credit.grpo import Grpo
 from apportion.algorithms.credit.macro_actions import MacroActions, MacroAxis, macro_batch
-from apportion.algorithms.credit.parsing import parsed_starts
 from apportion.algorithms.interface import CreditInput, SurrogateInput
 from apportion.algorithms.registry import build
 from apportion.algorithms.surrogates import PpoClip, value_losses
@@ -101,7 +100,7 @@ def test_paper_form_is_reproduced(case):
         ("ma_fixed_n2_len6", {"n_gram": 2}),
         ("ma_fixed_n3_len6_position", {"n_gram": 3, "value_weighting": "position"}),
         ("ma_fixed_n2_len2_min", {"n_gram": 2}),
-        ("ma_ppl_len6", None),
+        ("ma_ppl_len6", None),  # its boundaries are given here: tests/test_algorithms_boundaries.py has the rule's own
     ],
 )
 def test_released_code_is_reproduced_with_mean_aggregation_and_a_last_token_of_its_own(name, settings):
@@ -191,87 +190,6 @@ def test_an_action_never_spans_two_turns_and_skips_what_the_environment_wrote():
     assert MacroActions(n_gram=2, last_token_alone=True)(batch).segment_ids_BT.tolist() == [[0, 0, 1, -1, -1, 2, 3]]
 
 
-def test_randomised_lengths_are_those_of_the_released_code():
-    cuts = RandomisedNGram(sizes=[1, 2, 3, 5, 10], repeats=3).cuts(40, random.Random(0))
-    assert [0, *cuts, 39] == GOLDEN["randomised_seed0"]["output"][0]  # there the last token is always cut off
-
-
-def test_randomised_lengths_leave_the_rest_to_one_macro_action_unless_reshuffled():
-    rule = RandomisedNGram(sizes=[2, 3], repeats=1)
-    assert rule.cuts(50, random.Random(1))[-1] == 5
-    again = RandomisedNGram(sizes=[2, 3], repeats=1, reshuffle=True).cuts(50, random.Random(1))
-    assert again[1::2] == [5, 10, 15, 20, 25, 30, 35, 40, 45]
-    assert sorted(draw_sizes([2, 3], 2, random.Random(0))) == [2, 2, 3, 3]
-
-
-def test_randomised_boundaries_follow_the_response_and_the_seed_not_the_place_in_the_batch():
-    batch = random_batch(rows=6, width=60)
-    method = MacroActions(termination={"name": "randomised", "seed": 3})
-    order = torch.tensor([4, 2, 0, 5, 1, 3])
-    shuffled = replace(
-        batch,
-        **{name: getattr(batch, name)[order] for name in vars(batch) if isinstance(getattr(batch, name), torch.Tensor)},
-    )
-    segments = method(batch).segment_ids_BT
-    assert torch.equal(segments[order], method(shuffled).segment_ids_BT)
-    assert not torch.equal(segments, MacroActions(termination={"name": "randomised", "seed": 4})(batch).segment_ids_BT)
-
-
-def perplexity_segments(logprobs, **settings):
-    batch = make_batch([[0.0] * len(logprobs)], [[0.0] * len(logprobs)], reference_logprobs_BT=tensor([logprobs]))
-    return MacroActions(termination={"name": "perplexity", **settings})(batch).segment_ids_BT[0].tolist()
-
-
-def test_perplexity_ends_a_macro_action_before_the_token_that_would_raise_it():
-    assert perplexity_segments([-1.0, -0.5, -0.7, -0.8, -0.1]) == [0, 0, 0, 1, 1]
-    assert perplexity_segments([-0.1] * 7) == [0] * 7  # equal surprise is no rise
-
-
-def test_perplexity_of_single_tokens_cuts_at_every_rise():
-    assert perplexity_segments([-1.0, -0.5, -0.7, -0.8, -0.1], cumulative=False) == [0, 0, 1, 2, 2]
-
-
-def parse_sentence(sentence, deep=True):
-    """Binary right-branching trees; refuses what contains '?'."""
-    if "?" in sentence:
-        raise ValueError("no parse")
-    words = sentence.split()
-    tree = words[-2:]
-    for word in reversed(words[:-2]):
-        tree = [word, tree] if deep else [word, *tree]
-    return tree
-
-
-def test_parsing_takes_small_constituents_whole_and_joins_single_words_to_what_stands_before():
-    text = "a b c d e f. g h"
-    ends = [2, 4, 6, 8, 10, 11, 12, 14, 16]  # "a ", "b ", ..., "f", ".", " g", " h"
-    # [a [b [c [d [e f.]]]]]: 7 tokens, so taken apart down to "d e f ." of fewer than 5.
-    assert parsed_starts(text, ends, parse_sentence, 5) == [0, 3, 7]
-
-
-def test_parsing_falls_back_to_the_fixed_rule_for_one_response_and_counts_it():
-    batch = make_batch(
-        [[0.0] * 6] * 2,
-        [[0.0] * 6] * 2,
-        [[1] * 6, [1] * 5 + [0]],
-        texts=["a b c d e f", "what? is it"],
-        token_ends_BT=torch.tensor([[1, 3, 5, 7, 9, 11], [4, 5, 6, 8, 11, 0]]),
-    )
-    parser = f"{__name__}.parse_sentence"
-    credit = MacroActions(termination={"name": "parsing", "parser": parser}, n_gram=2)(batch)
-    assert credit.segment_ids_BT.tolist() == [[0, 0, 1, 1, 1, 1], [0, 0, 1, 1, 2, -1]]
-    assert credit.metrics["credit/parsing_fallback_share"] == 0.5
-
-
-def test_a_parser_that_changes_words_is_a_fallback_and_one_that_is_not_there_an_error():
-    assert parsed_starts("a b", [1, 3], lambda _: ["a", "-LRB-"], 5) is None
-    assert parsed_starts("a " * 3000, range(2, 6001, 2), parse_sentence, 5) is None  # deeper than Python recurses
-    with pytest.raises(ValueError, match=r"no_such_module.*cannot be imported"):
-        MacroActions(termination={"name": "parsing", "parser": "no_such_module.parse"})
-    with pytest.raises(ValueError, match="expected the dotted path"):
-        MacroActions(termination="parsing")
-
-
 def test_outcome_estimators_run_on_macro_actions_unchanged_and_carry_segments():
     batch = random_batch()
     batch.token_rewards_BT = torch.where(batch.mask_BT, 0.0, float("nan"))
@@ -291,6 +209,34 @@ def test_a_kl_in_the_reward_reaches_an_outcome_estimator_as_returns_to_go_of_mac
     batch.kl_rewards_BT = tensor([[-0.1, -0.2, -0.3, -0.4]])
     lifted = MacroActions(n_gram=2, estimator={"name": "grpo"})(batch)
     torch.testing.assert_close(lifted.advantages_BT, tensor([[-1.0, -1.0, -0.7, -0.7]]))
+
+
+def judged_batch(**more):
+    """Two right answers, the step in the middle of the first voted wrong."""
+    steps = torch.tensor([[0, 0, 1, 1, 2], [0, 0, 0, 0, 0]])
+    given = {"rewards_B": tensor([1.0, 1.0]), "step_ids_BT": steps, "wrong_steps": [[1], []]}
+    return make_batch([[0.0] * 4 + [1.0]] * 2, [[0.0] * 5] * 2, **{**given, **more})
+
+
+@pytest.mark.parametrize("termination", ["fixed", "one"])
+def test_a_macro_action_begins_with_each_judged_step_so_that_a_wrong_one_keeps_its_credit(termination):
+    batch = judged_batch()
+    credit = MacroActions(n_gram=5, termination=termination, estimator={"name": "capo"})(batch)
+    assert credit.segment_ids_BT.tolist() == [[0, 0, 1, 1, 2], [0, 0, 0, 0, 0]]
+    # Macro actions earn 2, 1, 2 and 2: mean 1.75, sample deviation 0.5.
+    expected = tensor([[0.5, 0.5, -1.5, -1.5, 0.5], [0.5] * 5])
+    torch.testing.assert_close(credit.advantages_BT, expected, rtol=1e-5, atol=0)
+
+
+def test_one_gram_on_judged_credit_is_that_credit_to_the_last_bit_and_steps_cut_nothing_without_a_judge():
+    batch = judged_batch()
+    assert torch.equal(
+        MacroActions(n_gram=1, estimator={"name": "capo"})(batch).advantages_BT, Capo()(batch).advantages_BT
+    )
+    plain = judged_batch(step_ids_BT=None, wrong_steps=None)
+    assert MacroActions(n_gram=3)(plain).segment_ids_BT.tolist() == [[0, 0, 0, 1, 1]] * 2
+    judged = MacroActions(n_gram=3)(batch).segment_ids_BT.tolist()
+    assert judged == [[0, 0, 1, 2, 3], [0, 0, 0, 1, 1]]  # both the rule's cuts and the steps'
 
 
 def test_needs_are_those_of_the_estimator_and_of_the_rule():

@@ -95,7 +95,9 @@ def example(**more):
 
 def test_poad_with_gamma_one_is_ntpo_and_ntpo_is_gae_on_tokens_to_the_last_bit():
     batch = example()
-    assert torch.equal(Poad(gamma=1.0)(batch).advantages_BT, Poad(gamma=1.0, token_gamma=1.0)(batch).advantages_BT)
+    poad = Poad(gamma=1.0)(batch)
+    assert torch.equal(poad.advantages_BT, Gae(gamma=1.0, gae_lambda=0.95, whiten="none")(batch).advantages_BT)
+    assert torch.equal(poad.advantages_BT, Poad(gamma=1.0, token_gamma=1.0, gae_lambda=0.95)(batch).advantages_BT)
     for gamma in (1.0, 0.95):
         ntpo = Poad(gamma=gamma, token_gamma=gamma)(batch)
         plain = Gae(gamma=gamma, gae_lambda=0.95, whiten="none")(batch)

@@ -12,17 +12,23 @@ lists of words.
 from __future__ import annotations
 
 import importlib
+import logging
 import random
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from apportion.algorithms.credit.parsing import TreeParser, parsed_starts
+from apportion.algorithms.credit.parsing import TreeParser, Unparseable, parsed_starts
 from apportion.algorithms.interface import CreditInput
+
+TIE = 1e-12  # a surprise that is the mean up to float64's rounding is no rise
+
+log = logging.getLogger(__name__)
 
 
 class Rule(Protocol):
@@ -104,8 +110,8 @@ def draw_sizes(sizes: Sequence[int], repeats: int, generator: random.Random) -> 
 
 @dataclass
 class RandomisedNGram:
-    """Macro actions of drawn lengths. What is left when the list runs out is one macro action, as published; with
-    `reshuffle` another list is drawn instead.
+    """Macro actions of drawn lengths, counted from the start of each turn; the list goes on from turn to turn. What is
+    left of a turn when the list runs out is one macro action, as published; with `reshuffle` another list is drawn.
 
     The draw follows from `seed` and the response's own tokens (its row, where token ids are not known), so it does
     not depend on how a batch was ordered or padded, and a resumed run draws the same.
@@ -127,25 +133,37 @@ class RandomisedNGram:
         starts_BT = turn_starts(batch.mask_BT, batch.turn_ids_BT)
         for row, mask_T in enumerate(batch.mask_BT):
             places = mask_T.nonzero()[:, 0]
+            turns = starts_BT[row][mask_T].nonzero()[:, 0].tolist()
+            lengths = [end - start for start, end in pairwise([*turns, len(places)])]
             token_ids = batch.token_ids_BT[row][mask_T] if batch.token_ids_BT is not None else torch.tensor([row])
             key = zlib.crc32(token_ids.long().cpu().numpy().tobytes())
-            cuts = self.cuts(len(places), random.Random(self.seed * 2**32 + key))
+            cuts = self.cuts(lengths, random.Random(self.seed * 2**32 + key))
             starts_BT[row, places[cuts]] = True
         return starts_BT, {}
 
-    def cuts(self, length: int, generator: random.Random) -> list[int]:
-        """Where the macro actions of `length` tokens begin, increasing, without the leading 0."""
+    def cuts(self, turn_lengths: Sequence[int], generator: random.Random) -> list[int]:
+        """Where macro actions begin within turns of so many tokens, one after the other, increasing; not the turns' own
+        first tokens. Turns share the list of sizes; one that is longer than its turn ends with it.
+
+        >>> RandomisedNGram(sizes=[2], repeats=3).cuts([3, 9], random.Random(0))
+        [2, 5]
+        """
+        drawn = self._drawn(generator)
         cuts: list[int] = []
-        end = 0
-        while end < length:
-            for size in draw_sizes(self.sizes, self.repeats, generator):
+        turn_end = 0
+        for length in turn_lengths:
+            end, turn_end = turn_end, turn_end + length
+            for size in drawn:
                 end += size
-                if end >= length:
-                    return cuts
+                if end >= turn_end:
+                    break
                 cuts.append(end)
-            if not self.reshuffle:
-                return cuts
         return cuts
+
+    def _drawn(self, generator: random.Random) -> Iterator[int]:
+        yield from draw_sizes(self.sizes, self.repeats, generator)
+        while self.reshuffle:
+            yield from draw_sizes(self.sizes, self.repeats, generator)
 
 
 @dataclass
@@ -171,7 +189,7 @@ class Perplexity:
         if self.cumulative:
             return _rises_above_running_mean(surprise_BT, starts_BT, mask_BT), {}
         before_BT = surprise_BT.gather(1, previous_places(mask_BT).clamp_min(0))
-        return starts_BT | (mask_BT & (surprise_BT > before_BT)), {}
+        return starts_BT | (mask_BT & (surprise_BT > before_BT + TIE)), {}
 
 
 def _rises_above_running_mean(surprise_BT: Tensor, starts_BT: Tensor, mask_BT: Tensor) -> Tensor:
@@ -181,9 +199,8 @@ def _rises_above_running_mean(surprise_BT: Tensor, starts_BT: Tensor, mask_BT: T
     mean_B = torch.zeros_like(surprise_BT[:, 0]) if mask_BT.numel() else surprise_BT.sum(-1)
     count_B = torch.zeros_like(mean_B)
     for t in range(len(mask_TB)):
-        out_TB[t] |= mask_TB[t] & (surprise_TB[t] > mean_B)
+        out_TB[t] |= mask_TB[t] & (surprise_TB[t] > mean_B + TIE)
         count_B = torch.where(out_TB[t], 0.0, count_B) + mask_TB[t]
-        # A running mean, not a running sum: a stretch of equal values then has exactly their mean.
         step_B = torch.where(mask_TB[t], (surprise_TB[t] - mean_B) / count_B.clamp_min(1), 0.0)
         mean_B = torch.where(out_TB[t], surprise_TB[t], mean_B + step_B)
     return out_TB.T
@@ -194,11 +211,11 @@ class Parsing:
     """Macro actions are the constituents of each sentence, and what they are too large for is taken apart.
 
     `parser` is the dotted path of a function that takes a sentence (and `parser_parameters`) and returns nested lists
-    of words, or raises ValueError where it cannot. A constituent of fewer than `max_tokens` tokens is one macro action;
+    of words, or raises where it cannot. A constituent of fewer than `max_tokens` tokens is one macro action;
     a larger one is split into its children; a single word joins the macro action before it.
 
     A response that cannot be parsed, or whose words cannot be found again in its text, is cut by the fixed rule with
-    `n_gram`; `credit/parsing_fallback_share` says how many. Needs `texts` and `token_ends_BT`.
+    `n_gram`; `credit/parsing_fallback_share` says how many, and the first is logged with its reason. Needs `texts` and `token_ends_BT`.
     """
 
     parser: str = ""
@@ -212,6 +229,7 @@ class Parsing:
         if self.max_tokens < 2:
             raise ValueError(f"max_tokens: got {self.max_tokens}, expected at least 2 (a constituent has fewer)")
         self._parser = load_parser(self.parser, self.parser_parameters)
+        self._logged = False
 
     def __call__(self, batch: CreditInput) -> tuple[Tensor, dict[str, float]]:
         if batch.texts is None or batch.token_ends_BT is None:
@@ -221,15 +239,22 @@ class Parsing:
         fallbacks = 0
         for row, mask_T in enumerate(batch.mask_BT):
             places = mask_T.nonzero()[:, 0]
-            cuts = parsed_starts(
-                batch.texts[row], batch.token_ends_BT[row][mask_T].tolist(), self._parser, self.max_tokens
-            )
-            if cuts is None:
+            try:
+                ends = batch.token_ends_BT[row][mask_T].tolist()
+                cuts = parsed_starts(batch.texts[row], ends, self._parser, self.max_tokens)
+            except Unparseable as error:
+                self._log_first(error)
                 fallbacks += 1
                 starts_BT[row] = fixed_BT[row]
             else:
                 starts_BT[row, places[[cut for cut in cuts if cut < len(places)]]] = True
         return starts_BT, {"credit/parsing_fallback_share": fallbacks / max(1, len(batch.mask_BT))}
+
+    def _log_first(self, error: Unparseable) -> None:
+        if not self._logged:
+            reason = " ".join(str(error).split())
+            log.warning("parser %s: %s; such responses are cut by n_gram=%d", self.parser, reason, self.n_gram)
+        self._logged = True
 
 
 def load_parser(path: str, parameters: dict[str, Any]) -> TreeParser:

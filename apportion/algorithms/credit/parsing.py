@@ -56,19 +56,32 @@ def locate(tree: Any, text: str, start: int, end: int) -> Node:
     return Node(children[0].start, children[-1].end, children, sum(child.words for child in children))
 
 
-def parsed_starts(text: str, token_ends: Sequence[int], parse: TreeParser, max_tokens: int) -> list[int] | None:
-    """Tokens that begin a macro action, increasing, from 0; None where the text cannot be parsed.
+class Unparseable(Exception):
+    """A text for which the parser has no tree, or one that does not fit it."""
+
+
+def parsed_starts(text: str, token_ends: Sequence[int], parse: TreeParser, max_tokens: int) -> list[int]:
+    """Tokens that begin a macro action, increasing, from 0; Unparseable, with the reason, where there is no parse.
 
     `token_ends[i]` is how many characters of `text` stand up to and including token i, not decreasing. A cut falls
     before the token that holds a constituent's first character.
     """
     starts: list[int] = []
-    try:
-        for start, end in sentences(text):
-            _collect(locate(parse(text[start:end]), text, start, end), token_ends, max_tokens, starts)
-    except (ValueError, RecursionError):  # a tree as deep as a page without a full stop is no parse either
-        return None
+    for start, end in sentences(text):
+        tree = _tree(parse, text[start:end])
+        try:
+            _collect(locate(tree, text, start, end), token_ends, max_tokens, starts)
+        except (ValueError, RecursionError) as error:  # a tree as deep as a page without a full stop is no parse either
+            raise Unparseable(f"{type(error).__name__}: {error}") from error
     return sorted({0, *starts})
+
+
+def _tree(parse: TreeParser, sentence: str) -> Any:
+    """Whatever a parser of somebody else's raises is about this sentence alone."""
+    try:
+        return parse(sentence)
+    except Exception as error:
+        raise Unparseable(f"{type(error).__name__}: {error}") from error
 
 
 def _collect(node: Node, ends: Sequence[int], max_tokens: int, starts: list[int]) -> None:
