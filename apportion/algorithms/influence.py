@@ -8,12 +8,13 @@ onehot(token) - probabilities, and P the correct responses of the group:
     M = sum_{i in P} w_i G_i^T H_i;   s = rowsum((G M) * H)             the same, linear in tokens
 
 Vectors over the vocabulary are cut to V*, the tokens that occur in the group, without renormalising. Everything is of
-the old policy and carries no gradient. M is a sum over tokens: where a group is split over ranks, add the ranks' M.
+the old policy and carries no gradient. M is a sum over tokens: where a group is split over ranks, they agree on V*
+(`group_vocabulary`) and add their M (`sum_over_ranks`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,15 +55,16 @@ class GroupStates:
         return (-rows.to(self.dtype)).scatter_add_(1, columns_n1, torch.ones_like(columns_n1, dtype=self.dtype))
 
 
-def group_vocabulary(token_ids_N: Tensor) -> tuple[Tensor, Tensor]:
-    """The group's own tokens V* (increasing) and the place of each token in them.
+def group_vocabulary(token_ids_N: Tensor, elsewhere: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
+    """The group's own tokens V* (increasing) and the place of each of these tokens in them. `elsewhere` are the tokens
+    that other ranks hold of the group: with them, every rank has the same V*.
 
     >>> vocabulary, columns = group_vocabulary(torch.tensor([7, 3, 7]))
     >>> vocabulary.tolist(), columns.tolist()
     ([3, 7], [1, 0, 1])
     """
-    vocabulary_V, columns_N = torch.unique(token_ids_N, return_inverse=True)
-    return vocabulary_V, columns_N
+    vocabulary_V = torch.unique(torch.cat([token_ids_N, *elsewhere]))
+    return vocabulary_V, torch.searchsorted(vocabulary_V, token_ids_N)
 
 
 def probabilities_on(
