@@ -43,6 +43,11 @@ def test_the_dense_reward_prices_each_token_after_the_free_ones():
     assert source.score(call(["x"], ["y"])) == [[0.0] * 8 + [-0.01, -0.01]]
 
 
+def test_the_step_reward_says_of_each_step_whether_it_is_short():
+    source = function_source(RewardEntry(function=f"{EXAMPLES}/step_reward.py:short_steps", params={"longest": 7}))
+    assert source.score(call(["one\n\ntwo more\n\nx"], [""])) == [[0.0, -1.0, 0.0]]
+
+
 def test_the_rows_function_makes_products_and_the_same_again():
     source = {"source": f"function:{EXAMPLES}/rows.py:products", "count": 3, "seed": 1}
     [first], [again] = load_sources(source), load_sources(source)

@@ -10,16 +10,11 @@ from apportion.platform.process import ActorBase
 
 
 class RewardWorker(ActorBase):
-    def __init__(self, entries: Any, timeout_seconds: float, clip: float | None, tokenizer: str) -> None:
-        reads_tokens = "model:" in repr(entries)  # only a reward model compares tokenizers
-        self._scorer = Scorer(entries, timeout_seconds, clip, _tokenizer(tokenizer) if reads_tokens else None)
+    def __init__(
+        self, entries: Any, timeout_seconds: float, clip: float | None, tokenizer: str, step_delimiter: str
+    ) -> None:
+        self._scorer = Scorer(entries, timeout_seconds, clip, tokenizer, step_delimiter)
 
     def score(self, batch: Batch, prompts: list[Prompt]) -> tuple[ScoreReport, Batch]:
         scored, report = self._scorer.score(batch, prompts)
         return report, scored
-
-
-def _tokenizer(path: str) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(path)

@@ -1,8 +1,8 @@
 """Rewards for a batch: every component asked, its answers checked, weighed and put into the batch.
 
 A component may say of a sample: a number; nothing (None: no opinion); a list with one number a response token, or one a
-turn (placed at the turn's last action token). Anything else is a failed sample: its reward is NaN, it takes no part in
-credit or loss, and it is counted with the first traceback. Nothing that failed ever becomes 0.
+turn, or one a step (placed at its last action token). Anything else is a failed sample: its reward is NaN, it takes no
+part in credit or loss, and it is counted with the first traceback. Nothing that failed ever becomes 0.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 
 from apportion.actors.reward_call import Failure, RewardCall
 from apportion.actors.reward_sources import RESERVED, RewardEntry, RewardSource, function_source, parse_entries
+from apportion.actors.reward_steps import PolicySteps
 from apportion.batch import Batch, Prompt
 from apportion.platform.errors import ConfigError, RewardError
 
@@ -74,8 +75,9 @@ class Scorer:
     """The weighted sum of the components in `entries`, and of the environment's rewards where a batch brings some.
 
     `clip` clamps a plain reward, and each token's where rewards are dense, to [-clip, clip]. `tokenizer` (the policy's,
-    or its model's path) lets a reward model that shares it read token ids. One `score` at a time, and a batch only
-    once: rewards that a batch comes with count as the environment's.
+    or its model's path) lets a reward model that shares it read token ids, and finds the steps, parted by
+    `step_delimiter`, of lists with one number a step; without it there are none. One `score` at a time, and a batch
+    only once: rewards that a batch comes with count as the environment's.
     """
 
     def __init__(
@@ -84,8 +86,10 @@ class Scorer:
         timeout_seconds: float = 60.0,
         clip: float | None = None,
         tokenizer: Any = None,
+        step_delimiter: str = "\n\n",
     ) -> None:
         self._clip = clip
+        self._steps = None if tokenizer is None else PolicySteps(tokenizer, step_delimiter)
         self.components: dict[str, RewardSource] = {}
         for entry in parse_entries(entries, timeout_seconds):
             source = _build(entry, tokenizer)
@@ -126,7 +130,7 @@ class Scorer:
         if batch.rewards is not None:
             weights[ENVIRONMENT] = 1.0
             said[ENVIRONMENT] = _environment_elements(batch)
-        judged = {name: _judged(name, elements, batch) for name, elements in said.items()}
+        judged = {name: _judged(name, elements, batch, self._steps) for name, elements in said.items()}
         dense = any(isinstance(e, np.ndarray) for elements in judged.values() for e in elements)
         rows = [
             self._combine(batch, i, {n: e[i] for n, e in judged.items()}, weights, dense) for i in range(len(batch))
@@ -229,12 +233,16 @@ def _environment_elements(batch: Batch) -> list[Any]:
     return [failure if math.isnan(r) else e for r, e in zip(batch.rewards.tolist(), elements, strict=True)]
 
 
-def _judged(name: str, elements: Sequence[Any], batch: Batch) -> list[float | np.ndarray | Failure | None]:
+def _judged(
+    name: str, elements: Sequence[Any], batch: Batch, steps: PolicySteps | None
+) -> list[float | np.ndarray | Failure | None]:
     """Each element as a finite number, a row [R_i] float64, None, or the Failure that it is."""
-    return [_judge(name, element, batch, index) for index, element in enumerate(elements)]
+    return [_judge(name, element, batch, index, steps) for index, element in enumerate(elements)]
 
 
-def _judge(name: str, element: Any, batch: Batch, index: int) -> float | np.ndarray | Failure | None:
+def _judge(
+    name: str, element: Any, batch: Batch, index: int, steps: PolicySteps | None
+) -> float | np.ndarray | Failure | None:
     if element is None or isinstance(element, Failure):
         return element
     if hasattr(element, "tolist"):  # numpy and torch, numbers as well as arrays
@@ -255,7 +263,7 @@ def _judge(name: str, element: Any, batch: Batch, index: int) -> float | np.ndar
     row = np.array([_float(value) for value in element], np.float64)
     if not np.isfinite(row).all():
         return Failure("not_finite", f"{name}: got a list with NaN or infinity, expected finite numbers")
-    return _on_tokens(name, row, batch, index)
+    return _on_tokens(name, row, batch, index, steps)
 
 
 def _float(number: Any) -> float:
@@ -265,8 +273,8 @@ def _float(number: Any) -> float:
         return math.inf
 
 
-def _on_tokens(name: str, row: np.ndarray, batch: Batch, index: int) -> np.ndarray | Failure:
-    """A list of one number a token, or a turn, as one number a token [R_i]."""
+def _on_tokens(name: str, row: np.ndarray, batch: Batch, index: int, steps: PolicySteps | None) -> np.ndarray | Failure:
+    """A list of one number a token, a turn, or a step, whichever fits first, as one number a token [R_i]."""
     span = batch.response_slice(index)
     action_mask, turn_ids = batch.action_mask[span], batch.turn_ids[span]
     turns = int(turn_ids.max()) + 1 if len(turn_ids) else 0
@@ -275,16 +283,26 @@ def _on_tokens(name: str, row: np.ndarray, batch: Batch, index: int) -> np.ndarr
             text = f"{name}: got a reward for an environment's token, expected 0 where the policy did not choose"
             return Failure("misplaced", text)
         return row
-    if len(row) != turns:
-        text = f"{name}: got a list of {len(row)}, expected {len(turn_ids)} (response tokens) or {turns} (turns)"
-        return Failure("wrong_length", text)
-    placed = np.zeros(len(turn_ids), np.float64)
-    for turn, reward in enumerate(row):
-        places = np.flatnonzero((turn_ids == turn) & action_mask)
+    if len(row) == turns:
+        return _at_ends(name, row, np.where(action_mask, turn_ids, -1), "turn")
+    expected = f"{len(turn_ids)} (response tokens) or {turns} (turns)"
+    if steps is not None:
+        count, step_ids = steps.of(batch, index)
+        if len(row) == count:
+            return _at_ends(name, row, np.where(action_mask, step_ids, -1), "step")
+        expected = f"{len(turn_ids)} (response tokens), {turns} (turns) or {count} (steps)"
+    return Failure("wrong_length", f"{name}: got a list of {len(row)}, expected {expected}")
+
+
+def _at_ends(name: str, row: np.ndarray, part_ids: np.ndarray, part: str) -> np.ndarray | Failure:
+    """Each number of `row` at the last token whose id [R_i] is its place in `row`; -1 is no part's."""
+    placed = np.zeros(len(part_ids), np.float64)
+    for number, reward in enumerate(row):
+        places = np.flatnonzero(part_ids == number)
         if len(places):
             placed[places[-1]] = reward
         elif reward != 0:
-            return Failure("misplaced", f"{name}: got reward {reward} for turn {turn}, which has no action token")
+            return Failure("misplaced", f"{name}: got reward {reward} for {part} {number}, which has no action token")
     return placed
 
 

@@ -29,7 +29,7 @@ def serving_requests(config: Config, model: str, needs: Needs | None = None) -> 
                      environment)
         for i in range(c.rollout_engines)
     ]  # fmt: skip
-    arguments = (reward.functions, reward.timeout_seconds, reward.clip, model)
+    arguments = (reward.functions, reward.timeout_seconds, reward.clip, model, reward.step_delimiter)
     rewards = [ActorRequest(f"reward-{i}", RewardWorker, arguments) for i in range(reward.workers)]
     credit = ActorRequest("credit-0", CreditWorker, (_credit_spec(config, model, needs),))
     environments = _environment_requests(config)

@@ -103,6 +103,7 @@ class RewardConfig:
     timeout_seconds: float = 60.0  # of one call, unless the entry says otherwise
     max_failed_share: float = 0.1
     clip: float | None = None  # rewards are clamped to [-clip, clip]
+    step_delimiter: str = "\n\n"  # what separates two steps, where a reward is a list with one number a step
 
     def __post_init__(self) -> None:
         at_least("reward.workers", self.workers, 1)
@@ -110,6 +111,8 @@ class RewardConfig:
         at_least("reward.clip", self.clip, 0)
         if self.timeout_seconds <= 0:
             raise ConfigError(f"reward.timeout_seconds: got {self.timeout_seconds}, expected above 0")
+        if not self.step_delimiter:
+            raise ConfigError("reward.step_delimiter: got an empty text, expected what separates two steps")
 
 
 @dataclass
