@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from apportion.actors.reward_guard import GRACE_SECONDS, InterpreterGuard
+from apportion.actors.reward_sources import FunctionSource
 from apportion.actors.scoring import Scorer, ScoreReport
 from apportion.batch import Batch, Prompt
 from apportion.platform.process import ActorBase
@@ -14,7 +17,13 @@ class RewardWorker(ActorBase):
         self, entries: Any, timeout_seconds: float, clip: float | None, tokenizer: str, step_delimiter: str
     ) -> None:
         self._scorer = Scorer(entries, timeout_seconds, clip, tokenizer, step_delimiter)
+        users = [s for s in self._scorer.components.values() if isinstance(s, FunctionSource) and s.is_users]
+        self._guard: AbstractContextManager[Any] = nullcontext()
+        if users:
+            longest = max(source.limit_seconds for source in users)
+            self._guard = InterpreterGuard([source.name for source in users], longest + GRACE_SECONDS)
 
     def score(self, batch: Batch, prompts: list[Prompt]) -> tuple[ScoreReport, Batch]:
-        scored, report = self._scorer.score(batch, prompts)
+        with self._guard:
+            scored, report = self._scorer.score(batch, prompts)
         return report, scored

@@ -160,6 +160,8 @@ class FunctionSource:
             entry.timeout_seconds,
             entry.one_by_one,
         )
+        self.is_users = entry.function not in VERIFIERS
+        self.limit_seconds = entry.timeout_seconds
         self._is_async = any(inspect.iscoroutinefunction(f) for f in (function, type(function).__call__))
         self._caller = LimitedCaller(name, self._is_async)
         parameters = inspect.signature(function).parameters.values()
