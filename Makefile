@@ -18,7 +18,7 @@ help:
 	@echo "make format       let ruff mend what it can"
 	@echo "make bench        speed against bare vLLM and bare torch, side by side"
 	@echo "make bench-peer   speed against TRL, in an environment of its own"
-	@echo "make study        what the five credit methods' papers claim, on tiny models (25 minutes)"
+	@echo "make study        what the five credit methods' papers claim, on models of a million parameters (an hour)"
 	@echo "REQUIREMENTS=cuda make ...   the same with CUDA builds, on a machine with NVIDIA GPUs"
 	@echo "make clean        remove .venv and caches (not runs/)"
 

@@ -1,0 +1,99 @@
+"""Every method's recipe for two steps on real Ray and DeepSpeed, with what is its own in metrics and samples."""
+
+import json
+import math
+
+import pytest
+from run_commands import QUICK, starting
+
+pytestmark = pytest.mark.system
+
+FILES = '''
+def parity(prompts, completions, **columns):
+    """Right or wrong by nothing that means anything, so that groups differ."""
+    return [float(sum(map(ord, text)) % 2) for text in completions]
+
+
+def rows():
+    for number in range(8):
+        yield {"prompt": f"{number} + 1 =", "answer": str(number + 1), "chosen": f"It is {number + 1}."}
+'''
+
+TEACHERS = ["teachers.dpo=builtin:tiny", "teachers.other=builtin:tiny"]
+METHODS = {
+    "ma_rlhf": [],
+    "ma_rlhf_one_action": [],
+    "thr": [],
+    "nthr": ["algorithm.credit.tau=0.0"],  # the threshold of its own is rarely passed within eight tokens
+    "thr_gspo": [],
+    "aligndistil": TEACHERS,
+    "aligndistil_offpolicy": [*TEACHERS, "rollout.response_column=chosen", "rollout.responses_per_prompt=1"],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("methods")
+    (made / "own.py").write_text(FILES)
+    return made
+
+
+@pytest.fixture(scope="module")
+def started(folder):
+    with starting(folder) as start:
+        yield start
+
+
+def run(folder, started, name: str) -> tuple[list[dict], list[dict]]:
+    """The lines of metrics and of samples."""
+    words = [
+        "train", "experiment=tiny_grpo", f"algorithm={name}", *METHODS[name], *QUICK, f"run_name={name}",
+        "data.train=function:own.py:rows", "reward.functions=own.py:parity", "train.steps=2", "policy.zero_stage=1",
+    ]  # fmt: skip
+    done = started(*words).finished()
+    assert done.code == 0, done.output
+    read = [
+        [json.loads(line) for line in (folder / "runs" / name / file).read_text().splitlines()]
+        for file in ("metrics.jsonl", "samples.jsonl")
+    ]
+    return read[0], read[1]
+
+
+def credit_of(samples: list[dict]) -> list[list[float]]:
+    return [sample["advantages"] for sample in samples]
+
+
+def test_macro_actions_share_credit_among_five_tokens(folder, started):
+    metrics, samples = run(folder, started, "ma_rlhf")
+    assert [line["step"] for line in metrics] == [1, 2]
+    assert all(line["policy/grad_norm"] > 0 and math.isfinite(line["critic/loss"]) for line in metrics)
+    for row in credit_of(samples):
+        assert all(len(set(row[start : start + 5])) == 1 for start in range(0, len(row), 5))
+    assert any(len(set(row)) > 1 for row in credit_of(samples))
+
+
+def test_one_macro_action_has_one_credit(folder, started):
+    metrics, samples = run(folder, started, "ma_rlhf_one_action")
+    assert all(line["policy/grad_norm"] > 0 for line in metrics)
+    assert all(len(set(row)) == 1 for row in credit_of(samples)) and any(map(any, credit_of(samples)))
+
+
+@pytest.mark.parametrize("name", ["thr", "nthr", "thr_gspo"])
+def test_hidden_rewards_differ_from_token_to_token(folder, started, name):
+    metrics, samples = run(folder, started, name)
+    assert any(line["policy/grad_norm"] > 0 for line in metrics)
+    assert any(len({abs(value) for value in row}) > 1 for row in credit_of(samples))
+
+
+def test_distillation_on_policy_has_a_gradient_and_no_credit(folder, started):
+    metrics, samples = run(folder, started, "aligndistil")
+    first = metrics[0]  # the teachers are the student itself: there is nothing to learn yet
+    assert first["policy/distillation_total_variation"] == first["policy/distillation_kl"] == 0
+    assert first["policy/distillation_alpha"] == pytest.approx(1e-3)
+    assert not any(map(any, credit_of(samples)))
+
+
+def test_distillation_off_policy_learns_from_the_datas_responses_and_samples_none(folder, started):
+    metrics, samples = run(folder, started, "aligndistil_offpolicy")
+    assert [line["step"] for line in metrics] == [1, 2]
+    assert all(sample["response"].startswith("It is ") for sample in samples)
