@@ -228,14 +228,13 @@ def test_a_macro_action_begins_with_each_judged_step_so_that_a_wrong_one_keeps_i
     torch.testing.assert_close(credit.advantages_BT, expected, rtol=1e-5, atol=0)
 
 
-def test_one_gram_on_judged_credit_is_that_credit_to_the_last_bit_and_steps_cut_nothing_without_a_judge():
+def test_one_gram_on_judged_credit_is_that_credit_to_the_last_bit_and_steps_cut_nothing_for_others():
     batch = judged_batch()
     assert torch.equal(
         MacroActions(n_gram=1, estimator={"name": "capo"})(batch).advantages_BT, Capo()(batch).advantages_BT
     )
-    plain = judged_batch(step_ids_BT=None, wrong_steps=None)
-    assert MacroActions(n_gram=3)(plain).segment_ids_BT.tolist() == [[0, 0, 0, 1, 1]] * 2
-    judged = MacroActions(n_gram=3)(batch).segment_ids_BT.tolist()
+    assert MacroActions(n_gram=3)(batch).segment_ids_BT.tolist() == [[0, 0, 0, 1, 1]] * 2
+    judged = MacroActions(n_gram=3, estimator={"name": "capo"})(batch).segment_ids_BT.tolist()
     assert judged == [[0, 0, 1, 2, 3], [0, 0, 0, 1, 1]]  # both the rule's cuts and the steps'
 
 

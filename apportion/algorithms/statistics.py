@@ -21,14 +21,15 @@ def masked(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the True places, 0 where there is none. Scalar."""
-    return masked(values, mask).sum() / mask.sum().clamp_min(1)
+    """Mean over the True places, 0 where there is none; to the last bit the same however they are padded. Scalar."""
+    chosen = values[mask]
+    return chosen.sum() / max(1, len(chosen))
 
 
 def masked_variance(values: Tensor, mask: Tensor, ddof: int = 0) -> Tensor:
     """Variance over the True places with `ddof` taken from the count; 0 where too few are left. Scalar."""
-    centred = masked(values - masked_mean(values, mask), mask)
-    return centred.square().sum() / (mask.sum() - ddof).clamp_min(1)
+    centred = values[mask] - masked_mean(values, mask)
+    return centred.square().sum() / max(1, len(centred) - ddof)
 
 
 def check_variance(name: str, value: str) -> None:

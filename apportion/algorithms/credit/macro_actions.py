@@ -10,8 +10,8 @@ and every token has the advantage and the return of its macro action. Assumes th
 tokens more than on single ones; `n_gram: 1` is token-level PPO to the last bit, `termination: one` REINFORCE with the
 critic as baseline. The policy's ratio stays per token unless the surrogate uses the segments.
 
-Any other estimator runs on macro actions too (`estimator`): it is handed the batch with macro actions for tokens. Where
-a judge marks steps, a macro action begins with each step too, so that one that is wrong keeps its own credit.
+Any other estimator runs on macro actions too (`estimator`): it is handed the batch with macro actions for tokens. For
+one that reads critiques a macro action begins with each step too, so that a wrong one keeps its own credit.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def macro_batch(batch: CreditInput, axis: MacroAxis, sigma_BT: Tensor, reward_ag
 
 @dataclass
 class MacroActions:
-    """Credit on macro actions, spread over their tokens. They begin where the rule says, and with each judged step.
+    """Credit on macro actions, spread over their tokens. They begin where the rule says, and with each step that is judged.
 
     `termination`: a rule's name, or a mapping with `name` and its parameters (`boundaries`); `n_gram` belongs to the
     fixed rule and to parsing's fallback. `value_weighting`: `equal`, `unit` (the last token alone) or `position`, whose
@@ -177,7 +177,7 @@ class MacroActions:
     def segments(self, batch: CreditInput) -> tuple[Tensor, dict[str, float]]:
         """Segment ids [B, T] int64, and what the rule counted."""
         starts_BT, metrics = self._rule(batch)
-        if batch.step_ids_BT is not None:
+        if "critiques" in self.needs and batch.step_ids_BT is not None:
             starts_BT = starts_BT | turn_starts(batch.mask_BT, batch.step_ids_BT)
         if self.last_token_alone:
             starts_BT = starts_BT | last_token(batch.mask_BT)
