@@ -1,5 +1,6 @@
-"""One call of a reward source, and calling a user's function with a time limit that holds whatever the function does.
+"""One call of a reward source, and calling a user's function with a time limit, which holds for what lets other threads run.
 
+What keeps the interpreter is a matter for `reward_process` (ready-made verifiers) and `reward_guard` (users' functions).
 Python cannot stop a thread. A function that blocks past its limit is left behind in its thread (a daemon: it does not
 keep the process alive) and the next call gets a fresh one. Threads that are still busy are counted; past `max_hung` the
 function is not called any more, as each of them may hold memory, a lock or a core.
