@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from apportion.conf.before import Stage, done, stages
+from apportion.conf.before import Stage, done, keep_words, same_words, stages
 from apportion.conf.schema import Config
 from apportion.edges import terminated_as_interrupt
 from apportion.platform.errors import ApportionError, ConfigError
@@ -20,7 +22,18 @@ def run_before(config: Config) -> None:
     """What is done already is not done again. ApportionError where a stage fails."""
     if config.resume is not None:
         return
-    left = [stage for stage in stages(config) if not done(stage, config.runs_folder)]
+    left = []
+    for stage in stages(config):
+        if not done(stage, config.runs_folder):
+            left.append(stage)
+        elif same_words(stage, config.runs_folder):
+            print(f"reusing {Path(config.runs_folder) / stage.run_name}", flush=True)
+        else:
+            print(
+                f"reusing {Path(config.runs_folder) / stage.run_name}, which was started by hand: whether by the words of "
+                "`before` is not known",
+                flush=True,
+            )
     if left and config.run_name is not None and (Path(config.runs_folder) / config.run_name).exists():
         raise ConfigError(
             f"run_name: got {config.run_name!r}, which {config.runs_folder} already has; expected a new name"
@@ -34,7 +47,9 @@ def _run(stage: Stage, runs_folder: str) -> None:
     print(f"first: apportion {' '.join(words)}", flush=True)
     with terminated_as_interrupt():
         # In a session of its own it gets one signal, ours; a terminal's Ctrl-C would come twice and cut its tidying short.
-        process = subprocess.Popen([sys.executable, "-m", "apportion", *words], start_new_session=True)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "apportion", *words], start_new_session=True, preexec_fn=_ended_with(os.getpid())
+        )
         try:
             code = process.wait()  # each of its own waits has a limit
         except KeyboardInterrupt:
@@ -45,6 +60,22 @@ def _run(stage: Stage, runs_folder: str) -> None:
             f"before: `apportion {stage.words[0]} run_name={stage.run_name} ...` ended with exit code {code}; what it said "
             "stands above"
         )
+    keep_words(stage, runs_folder)
+
+
+def _ended_with(parent: int) -> Callable[[], None] | None:
+    """For a child to call: it is asked to end when this process is gone, even one that was killed outright. Linux alone
+    has this; elsewhere the stage then runs to its end."""
+    if not sys.platform.startswith("linux"):
+        return None
+    library, asked_when_parent_ends = ctypes.CDLL(None), 1  # PR_SET_PDEATHSIG of prctl(2)
+
+    def ask() -> None:
+        library.prctl(asked_when_parent_ends, signal.SIGTERM)
+        if os.getppid() != parent:  # gone already, before it was asked
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return ask
 
 
 def _stop(process: subprocess.Popen) -> None:

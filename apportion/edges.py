@@ -42,13 +42,20 @@ def row_errors() -> Iterator[None]:
 
 @contextmanager
 def terminated_as_interrupt() -> Iterator[None]:
-    """A polite kill ends a run as Ctrl-C does: actors stopped, trackers closed."""
+    """A polite kill, or a terminal that closes, ends a run as Ctrl-C does: actors stopped, trackers closed.
+
+    Under nohup, which ignores a closing terminal, the run goes on.
+    """
 
     def interrupt(signum: int, frame: Any) -> None:
+        if signum == signal.SIGHUP:  # shell and kernel may both say it: a second one would cut the tidying short
+            signal.signal(signum, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    previous = signal.signal(signal.SIGTERM, interrupt)
+    ends = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, interrupt) for number in ends}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,5 +1,6 @@
 """Stages that a recipe runs first: what a line must be, what is done already, and what a failure says."""
 
+import json
 import os
 import signal
 import subprocess
@@ -10,9 +11,11 @@ import pytest
 
 from apportion.before import run_before
 from apportion.cli import compose_config, main, to_config
-from apportion.conf.before import stages
+from apportion.conf.before import keep_words, stages
 from apportion.conf.teachers import teacher_paths
+from apportion.edges import terminated_as_interrupt
 from apportion.platform.errors import ApportionError, ConfigError
+from apportion.platform.run_lock import held
 
 
 def config_of(tmp_path, *lines, recipe="tiny_grpo"):
@@ -52,6 +55,78 @@ def test_a_stage_whose_run_has_ended_is_not_run_again(tmp_path):
     (tmp_path / "teacher/checkpoints/step-000016").mkdir(parents=True)
     (tmp_path / "teacher/summary.json").write_text("{}")
     run_before(config_of(tmp_path, "dpo run_name=teacher data.train=nowhere.jsonl"))  # it would fail if it ran
+
+
+def finished(tmp_path):
+    (tmp_path / "teacher/checkpoints/step-000016").mkdir(parents=True)
+    (tmp_path / "teacher/summary.json").write_text("{}")
+
+
+def test_a_run_of_the_same_words_is_reused_and_one_of_other_words_is_refused(tmp_path, capsys):
+    line = "dpo run_name=teacher data.train=nowhere.jsonl dpo.beta=0.1 +data.token=s3cret"
+    finished(tmp_path)
+    [stage] = stages(config_of(tmp_path, line))
+    keep_words(stage, str(tmp_path))
+    assert "s3cret" not in (tmp_path / "teacher/before.json").read_text()
+    run_before(config_of(tmp_path, line))
+    assert capsys.readouterr().out == f"reusing {tmp_path / 'teacher'}\n"
+    with pytest.raises(ConfigError) as caught:
+        run_before(config_of(tmp_path, line.replace("0.1", "0.5")))
+    assert str(caught.value) == (
+        f"before: {tmp_path / 'teacher'} was made by other words (these differ: dpo.beta=0.1 dpo.beta=0.5), expected a "
+        "run of this line: give the line another run_name, or remove that folder"
+    )
+
+
+def test_a_run_that_was_started_by_hand_is_reused_and_said_to_be(tmp_path, capsys):
+    finished(tmp_path)
+    run_before(config_of(tmp_path, "dpo run_name=teacher data.train=nowhere.jsonl"))
+    assert capsys.readouterr().out.startswith(f"reusing {tmp_path / 'teacher'}, which was started by hand")
+
+
+def test_a_stage_that_has_ended_well_leaves_its_words(tmp_path, monkeypatch):
+    class Trainer(subprocess.Popen):
+        def __init__(self, command, **options):
+            finished(tmp_path)
+            super().__init__([sys.executable, "-c", ""], **options)
+
+    monkeypatch.setattr("apportion.before.subprocess.Popen", Trainer)
+    run_before(config_of(tmp_path, "dpo run_name=teacher data.train=nowhere.jsonl"))
+    words = json.loads((tmp_path / "teacher/before.json").read_text())["words"]
+    assert words == ["dpo", "run_name=teacher", "data.train=nowhere.jsonl"]
+
+
+def test_a_stage_that_is_running_is_said_to_be(tmp_path):
+    (tmp_path / "teacher").mkdir()
+    with held(tmp_path / "teacher"), pytest.raises(ConfigError, match="teacher is running in another process"):
+        run_before(config_of(tmp_path, "dpo run_name=teacher data.train=nowhere.jsonl"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child that its parent is gone")
+def test_a_stage_ends_when_its_run_is_killed_outright():
+    sleep = "[sys.executable, '-c', 'import time; time.sleep(600)']"
+    script = (
+        "import os, subprocess, sys, time; from apportion.before import _ended_with\n"
+        f"subprocess.Popen({sleep}, start_new_session=True, preexec_fn=_ended_with(os.getpid()))\n"
+        "print('started', flush=True); time.sleep(600)"
+    )
+    driver = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert driver.stdout.readline() == "started\n"
+    driver.kill()
+    driver.communicate(timeout=60)  # the pipe closes when the stage, which has inherited it, is gone too
+
+
+def test_a_terminal_that_closes_ends_a_run_unless_nohup_said_otherwise():
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with pytest.raises(KeyboardInterrupt), terminated_as_interrupt():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with terminated_as_interrupt():
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("left", ["teacher", "teacher/checkpoints/step-000008"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,11 @@ from pathlib import Path
 from apportion.conf.preference_schema import STAGES
 from apportion.conf.schema import Config
 from apportion.platform.errors import ConfigError
+from apportion.platform.files import write_text_atomically
+from apportion.platform.run_lock import is_held
+from apportion.platform.runs import redacted_text
 
+WORDS_FILE = "before.json"  # in the run's folder: what it was made by
 COMMANDS = tuple(name.replace("_", "-") for name in STAGES)
 
 
@@ -39,13 +44,47 @@ def stages(config: Config) -> list[Stage]:
 
 
 def done(stage: Stage, runs_folder: str) -> bool:
-    """Whether its run has ended with a model. ConfigError for a folder that an unfinished stage left."""
+    """Whether its run has ended with a model. ConfigError for a folder that is in use, that an unfinished stage left, or
+    that other words have made."""
     folder = Path(runs_folder) / stage.run_name
     if not folder.exists():
         return False
+    if is_held(folder):
+        raise ConfigError(
+            f"before: {folder} is running in another process, expected a finished run: wait for it, or stop it"
+        )
     if (folder / "summary.json").is_file() and any((folder / "checkpoints").glob("step-*")):
+        _refuse_other_words(stage, folder)
         return True
     raise ConfigError(
         f"before: {folder} is of a stage that did not end, expected a finished run: apportion {stage.words[0]} "
         f"resume={folder}, or remove that folder"
     )
+
+
+def keep_words(stage: Stage, runs_folder: str) -> None:
+    """Leave in a finished run what it was made by, without secrets."""
+    text = json.dumps({"words": _words(stage)}, indent=2)
+    write_text_atomically(Path(runs_folder) / stage.run_name / WORDS_FILE, text + "\n")
+
+
+def same_words(stage: Stage, runs_folder: str) -> bool:
+    """Whether the run is known to be made by these words; one that was started by hand has none."""
+    return (Path(runs_folder) / stage.run_name / WORDS_FILE).is_file()
+
+
+def _refuse_other_words(stage: Stage, folder: Path) -> None:
+    file = folder / WORDS_FILE
+    if not file.is_file():
+        return
+    found, wanted = json.loads(file.read_text(encoding="utf-8"))["words"], _words(stage)
+    if found != wanted:
+        differ = [word for word in [*found, *wanted] if (word in found) != (word in wanted)]
+        raise ConfigError(
+            f"before: {folder} was made by other words (these differ: {' '.join(differ) or 'their order'}), expected a run "
+            "of this line: give the line another run_name, or remove that folder"
+        )
+
+
+def _words(stage: Stage) -> list[str]:
+    return [redacted_text(word) for word in stage.words]
