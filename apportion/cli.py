@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 from apportion import __version__
 from apportion.platform.errors import ApportionError, ConfigError, nearest
-from apportion.saved import chooses, no_such_run, refuse_other_stage, resumed, saved_config, value_of
+from apportion.saved import (
+    chooses,
+    no_such_run,
+    refuse_other_stage,
+    refuse_redacted,
+    resumed,
+    saved_config,
+    value_of,
+)
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -92,7 +100,9 @@ def _usage() -> str:
 
 def _report(error: ApportionError) -> int:
     """Print an error: its first line as the message, what follows (a traceback, log lines) below it."""
-    message, _, details = str(error).partition("\n")
+    from apportion.platform.console import terminal_text
+
+    message, _, details = terminal_text(str(error)).partition("\n")
     print(f"error: {message}", file=sys.stderr)
     if details:
         print(details, file=sys.stderr)
@@ -130,9 +140,12 @@ def _plan(words: list[str]) -> int:
 
 
 def _check_stages(config: Config) -> None:
-    """A misspelt key of a stage in `before` is found now, not when the stages before it have been trained."""
+    """A misspelt key of a stage in `before` is found now, not when the stages before it have been trained. A resumed
+    run runs none of them."""
     from apportion.conf.before import stages
 
+    if config.resume is not None:
+        return
     for stage in stages(config):
         try:
             to_config(compose_config(stage.words[1:], stage=stage.words[0].replace("-", "_")))
@@ -231,6 +244,7 @@ def to_config(composed: DictConfig) -> tuple[Any, dict[str, Any]]:
     from omegaconf.errors import OmegaConfBaseException
 
     from apportion.conf import explain
+    from apportion.conf.checks import check_finite
     from apportion.conf.schema import Config
 
     try:
@@ -240,6 +254,8 @@ def to_config(composed: DictConfig) -> tuple[Any, dict[str, Any]]:
         config: Any = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
         raise explain.explain(error, OmegaConf.get_type(composed) or Config) from error
+    check_finite(config)
+    refuse_redacted(config)
     return config, resolved
 
 

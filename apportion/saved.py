@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from apportion.conf.checks import leaves
 from apportion.platform.errors import ConfigError, nearest
+from apportion.platform.runs import REDACTED
 
 SAVED_NAME = "config.yaml"  # what a run's folder keeps its configuration under
 
@@ -30,6 +33,18 @@ def resumed(words: list[str], stage: str | None = None) -> Path | None:
         raise no_such_run("resume", str(resume), runs)
     refuse_other_stage("resume", str(resume), saved, stage)
     return saved
+
+
+def refuse_redacted(config: Any) -> None:
+    """ConfigError for values that a saved configuration has lost: secrets are not written to disk. The stages in
+    `before` had theirs when they ran."""
+    lost = [key for key, value, _ in leaves(config) if isinstance(value, str) and REDACTED in value]
+    lost = [key for key in lost if key.split(".")[0] != "before"]
+    if lost:
+        raise ConfigError(
+            f"{', '.join(lost)}: got {REDACTED}, which stands for a secret in a run's saved configuration, expected the "
+            f"value itself: give it again on the command line ({lost[0]}=...)"
+        )
 
 
 def refuse_other_stage(what: str, got: str, saved: Path, stage: str | None) -> None:

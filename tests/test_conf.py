@@ -162,7 +162,10 @@ def test_signals_follow_from_credit_and_kl():
 @pytest.mark.parametrize(
     ("override", "line"),
     [
-        ("algorithm.credit.normalize=sdt", "algorithm.credit grpo: normalize: got 'sdt', expected std or none"),
+        (
+            "algorithm.credit.normalize=sdt",
+            "algorithm.credit grpo: normalize: got 'sdt', expected std, population or none",
+        ),
         ("algorithm.credit.eps=small", "algorithm.credit grpo: got eps='small' (str), expected float"),
         (
             "algorithm.reduction.name=token_maen",
@@ -272,3 +275,27 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"which does not exist, expected a folder, a hub name or builtin:NAME"):
         read_model("./nowhere")
     assert read_model("nobody/nothing-of-that-name") is None
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("policy.learning_rate=nan", "policy.learning_rate: got nan, expected a finite number"),
+        ("policy.max_grad_norm=inf", "policy.max_grad_norm: got inf, expected a finite number"),
+        ("rollout.temperature=nan", "rollout.temperature: got nan, expected a finite number"),
+        ("reward.clip=inf", "reward.clip: got inf, expected a finite number"),
+        ("judge.timeout_seconds=nan", "judge.timeout_seconds: got nan, expected a finite number"),
+        ("train.max_minutes=inf", "train.max_minutes: got inf, expected a finite number"),
+        ("algorithm.credit.eps=nan", "algorithm.credit.eps: got nan, expected a finite number"),
+        ("algorithm.shaping=[{name: mine, low: nan}]", "algorithm.shaping.0.low: got nan, expected a finite number"),
+    ],
+)
+def test_a_number_that_is_none_is_refused_wherever_it_stands(override, line):
+    with pytest.raises(ConfigError) as caught:
+        to_config(compose_config(["experiment=quickstart", override]))
+    assert str(caught.value) == line
+
+
+def test_a_components_own_infinity_stays():
+    config, _ = to_config(compose_config(["experiment=quickstart", "algorithm=thr", "algorithm.credit.beta=-inf"]))
+    assert config.algorithm.credit["beta"] == float("-inf")

@@ -91,6 +91,15 @@ def test_secrets_are_taken_out_and_everything_else_stays():
         ("tokenizer.eos_token=</s>", "tokenizer.eos_token=</s>"),
         ("The password: say friend and enter.", "The password: say friend and enter."),
         ("1 + 1 = 2, a@b.c", "1 + 1 = 2, a@b.c"),
+        ("reward.params={api_key: abc, n: 1}", "reward.params={api_key: <redacted>, n: 1}"),
+        ("{password: hunter2}", "{password: <redacted>}"),
+        ("api_key='a b' x", "api_key='<redacted>' x"),
+        ('api_key=\\"a b\\" x', 'api_key=\\"<redacted>\\" x'),
+        ('{"token":"abc", "n": 1}', '{"token":"<redacted>", "n": 1}'),
+        ("client-secret: 'a b'", "client-secret: '<redacted>'"),
+        ("{max_tokens: 8, level: token, token: null}", "{max_tokens: 8, level: token, token: null}"),
+        ("kl_per_token=0.1 {kl_per_token: 0.1}", "kl_per_token=0.1 {kl_per_token: 0.1}"),
+        ("{eos_token: </s>}", "{eos_token: </s>}"),
     ],
 )
 def test_texts_lose_what_looks_like_a_secret(text, expected):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,11 +19,10 @@ from apportion.platform.tracking import (
     MultiTracker,
     TensorBoardTracker,
     TrackedRun,
-    WandbSettings,
-    WandbTracker,
     open_trackers,
     read_metrics,
 )
+from apportion.platform.wandb_tracking import WandbSettings, WandbTracker
 
 
 class FailingTracker:
@@ -114,6 +114,20 @@ def test_a_resume_drops_later_lines_and_a_torn_one_so_that_each_step_is_there_on
     assert [(s["step"], s["response"]) for s in samples] == [(1, "a1"), (1, "b1"), (2, "a2"), (2, "b2")]
 
 
+def test_a_resume_that_ends_without_a_step_drops_later_lines_and_one_that_never_began_drops_none(tmp_path):
+    first = JsonlTracker(tmp_path)
+    for step in (1, 2, 3):
+        first.log(step, {})
+    first.close()
+    refused = JsonlTracker(tmp_path, resume_step=2)
+    refused.close()
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
+    ended = JsonlTracker(tmp_path, resume_step=2)
+    ended.log_summary({"steps": 2})
+    ended.close()
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
+
+
 def test_a_broken_line_in_the_middle_is_named_by_file_and_line(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     with pytest.raises(ApportionError, match=r"metrics\.jsonl:2: got a broken line"):
@@ -195,7 +209,7 @@ def test_the_table_knows_names_with_variable_parts_and_no_others():
     known = [
         "eval/pass_at_16",
         "credit/segments_mean",
-        "memory/peak_rss_policy-0_mib",
+        "data/skipped/too_long",
         "reward/exact_match",
         "timing/cut",
     ]
@@ -230,6 +244,16 @@ def test_tensorboard_holds_what_was_logged(tmp_path):
 
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in events.Scalars("reward/mean")] == [(1, 0.25), (2, 0.5)]
+
+
+def test_the_words_of_the_command_line_are_hidden_from_wandb_and_there_again_after(tmp_path, monkeypatch):
+    words, seen = ["apportion", "train", "+judge.params.api_key=s3cret"], []
+    monkeypatch.setattr("sys.argv", words)
+    run = SimpleNamespace(finish=lambda: None)
+    monkeypatch.setattr("wandb.init", lambda **given: seen.append((list(sys.argv), given["config"])) or run)
+    WandbTracker(tmp_path, WandbSettings("offline", "apportion", "test-run"), {"seed": 1}).close()
+    assert seen == [(["apportion"], {"seed": 1})]
+    assert sys.argv is words
 
 
 @pytest.mark.system

@@ -37,8 +37,20 @@ def safe_text(text: str, limit: int | None = None) -> str:
 
 def plain_text(text: str) -> str:
     """Without escape sequences, control and direction characters; runs of white space become one space."""
-    spaced = re.sub(r"\s+", " ", _ESCAPES.sub("", text))
-    return "".join(c for c in spaced if unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co")).strip()
+    return _harmless(re.sub(r"\s+", " ", _ESCAPES.sub("", text))).strip()
+
+
+def terminal_text(text: str) -> str:
+    """As `plain_text`, with its lines and tabs as they are: what a person reads may quote a model or a row.
+
+    >>> terminal_text("policy-0: died\\n\\tsaid \\x1b]0;mine\\x07hello")
+    'policy-0: died\\n\\tsaid hello'
+    """
+    return _harmless(_ESCAPES.sub("", text), "\n\t")
+
+
+def _harmless(text: str, kept: str = "") -> str:
+    return "".join(c for c in text if c in kept or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co"))
 
 
 class ConsoleTracker:

@@ -28,7 +28,14 @@ _SECRET_KEY = re.compile(rf"(?:^|_)(?:{_SECRET_WORDS})$")
 _TEXT_TOKEN_KEY = re.compile(
     r"(?:^|_)(?:bos|eos|pad|unk|sep|cls|mask|stop|start|end|begin|image|special|prefix|step)_token$"
 )
-_ASSIGNMENT = re.compile(rf"((?:[A-Za-z0-9_.-]*[_.-])?(?:{_SECRET_WORDS})=)([^\s&'\",;}}\]]+)", re.IGNORECASE)
+_SECRET_NAME = rf"(?P<key>(?:[A-Za-z0-9_.-]*[_.-])?(?:{_SECRET_WORDS}))"
+_QUOTED = r"""(?P<open>\\?['"])(?P<quoted>.*?)(?P=open)"""
+_ASSIGNMENT = re.compile(rf"(?P<head>{_SECRET_NAME}=)(?:{_QUOTED}|(?P<bare>[^\s&'\",;}}\]]+))", re.IGNORECASE)
+_ENTRY = re.compile(  # `key: value` as YAML and JSON write it; `lead` is what stands before the key of a mapping
+    rf"""(?P<head>(?P<lead>[{{,]\s*\\?['"]?|\\?['"])?(?<![\w.-]){_SECRET_NAME}(?:\\?['"]\s*:\s*|\s*:\s+))"""
+    rf"(?:{_QUOTED}|(?P<bare>[^\s&'\",;}}\]{{\[][^\s&'\",;}}\]]*))",
+    re.IGNORECASE,
+)
 _HEADER = re.compile(
     r"((?:(?:proxy-)?authorization|(?:x-)?api-?key|x-[a-z-]*token)\s*:\s*)(\S+(?: \S+)?)", re.IGNORECASE
 )
@@ -128,7 +135,8 @@ def redacted_text(text: str) -> str:
     if "://" in text and "@" in text:
         text = _URL_PASSWORD.sub(rf"\1{REDACTED}@", text)
     text = _HEADER.sub(rf"\1{REDACTED}", text)
-    return _ASSIGNMENT.sub(_redacted_assignment, _KNOWN_SHAPES.sub(REDACTED, text))
+    text = _ASSIGNMENT.sub(_redacted_value, _KNOWN_SHAPES.sub(REDACTED, text))
+    return _ENTRY.sub(_redacted_entry, text)
 
 
 def _environment_secrets() -> list[str]:
@@ -139,8 +147,20 @@ def _environment_secrets() -> list[str]:
     return sorted(found, key=len, reverse=True)
 
 
-def _redacted_assignment(match: re.Match[str]) -> str:
-    return match[1] + REDACTED if _is_secret_key(match[1].removesuffix("=")) else match[0]
+def _redacted_value(match: re.Match[str]) -> str:
+    key, value = match["key"], match["bare"] or match["quoted"] or ""
+    harmless = value.lower() in ("", "null", "none", "true", "false")
+    # As under a mapping's key: `kl_per_token=0.1` is no secret.
+    number = "token" in key.lower() and re.fullmatch(r"[-+]?[0-9.]+(?:e[-+]?[0-9]+)?", value, re.IGNORECASE)
+    if harmless or number or not _is_secret_key(key):
+        return match[0]
+    quote = match["open"] or ""
+    return f"{match['head']}{quote}{REDACTED}{quote}"
+
+
+def _redacted_entry(match: re.Match[str]) -> str:
+    """In prose ("The password: say friend") a plain word before a colon is no key; `api_key` is one anywhere."""
+    return _redacted_value(match) if match["lead"] or "_" in _normal_key(match["key"]) else match[0]
 
 
 def _redacted_under(key: str, value: Any) -> Any:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import secrets
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -54,7 +53,8 @@ class JsonlTracker:
 
     Every line is flushed. JSON has no NaN: a value that is not finite is null. Warnings stand in the next step's line
     under `warnings` (in the last one, when they came after it). On resume from `resume_step`, lines of later steps are
-    dropped, and with them a last line torn by a kill, so that every step is there once.
+    dropped, and with them a last line torn by a kill, so that every step is there once: not before the run goes on,
+    because a resume may still be refused.
     """
 
     name = "jsonl"
@@ -64,19 +64,22 @@ class JsonlTracker:
         self._folder = folder
         self._pending: list[str] = []
         self._last = -1 if resume_step is None else resume_step
-        for file in (folder / METRICS_FILE, folder / SAMPLES_FILE):
-            if resume_step is not None and file.exists():
-                _drop_later_lines(file, resume_step)
-            elif file.exists():
+        self._metrics: Any = None
+        self._samples: Any = None
+        for file in self._files():
+            if resume_step is not None:
+                _read_lines(file)  # a broken one is said now
+            else:
                 raise ConfigError(f"{file}: exists, expected a new run's folder: choose another run_name, or resume it")
-        self._metrics = open(folder / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
-        self._samples = open(folder / SAMPLES_FILE, "a", encoding="utf-8")  # noqa: SIM115
+        if resume_step is None:
+            self._begin()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         if step <= self._last:
             raise ValueError(
                 f"metrics: got step {step} after step {self._last}, expected each step once, in rising order"
             )
+        self._begin()
         line: dict[str, Any] = {"step": step, "time": round(time.time(), 3)}
         line.update({name: _finite(value) for name, value in metrics.items()})
         if self._pending:
@@ -85,11 +88,13 @@ class JsonlTracker:
         self._pending, self._last = [], step
 
     def log_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        self._begin()
         for row in rows:
             _write_line(self._samples, {"step": step, **row})
 
     def log_summary(self, summary: Mapping[str, Any]) -> None:
-        """Nothing: `summary.json` is the run folder's."""
+        """No line: `summary.json` is the run folder's. A resumed run without a step left ends here, and begins."""
+        self._begin()
 
     def warn(self, message: str) -> None:
         self._pending.append(message)
@@ -98,6 +103,8 @@ class JsonlTracker:
         return {}
 
     def close(self) -> None:
+        if self._metrics is None:
+            return
         self._metrics.close()
         self._samples.close()
         lines = read_metrics(self._folder) if self._pending else []
@@ -105,6 +112,17 @@ class JsonlTracker:
             lines[-1]["warnings"] = [*lines[-1].pop("warnings", []), *self._pending]
             _write_lines(self._folder / METRICS_FILE, lines)
         self._pending = []
+
+    def _files(self) -> list[Path]:
+        return [file for name in (METRICS_FILE, SAMPLES_FILE) if (file := self._folder / name).exists()]
+
+    def _begin(self) -> None:
+        if self._metrics is not None:
+            return
+        for file in self._files():
+            _drop_later_lines(file, self._last)
+        self._metrics = open(self._folder / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+        self._samples = open(self._folder / SAMPLES_FILE, "a", encoding="utf-8")  # noqa: SIM115
 
 
 class TensorBoardTracker:
@@ -127,11 +145,11 @@ class TensorBoardTracker:
     def log_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         for index, row in enumerate(rows):
             # Four spaces make a block of Markdown code: a model's text is shown, not interpreted.
-            text = "\n\n".join(f"**{key}**\n\n" + _indented(_cell(value)) for key, value in row.items())
+            text = "\n\n".join(f"**{key}**\n\n" + _indented(cell(value)) for key, value in row.items())
             self._writer.add_text(f"samples/{index}", text, step)
 
     def log_summary(self, summary: Mapping[str, Any]) -> None:
-        self._writer.add_text("summary", _indented(json.dumps(summary, indent=2, default=_plain)))
+        self._writer.add_text("summary", _indented(json.dumps(summary, indent=2, default=plain)))
 
     def warn(self, message: str) -> None:
         """Nothing: warnings are for the console and the metrics file."""
@@ -141,74 +159,6 @@ class TensorBoardTracker:
 
     def close(self) -> None:
         self._writer.close()
-
-
-@dataclass
-class WandbSettings:
-    """`mode` is online or offline; `run_id` of a run that is resumed, otherwise None."""
-
-    mode: str
-    project: str
-    run_name: str
-    entity: str | None = None
-    tags: list[str] = field(default_factory=list)
-    run_id: str | None = None
-
-
-class WandbTracker:
-    """Weights & Biases. Its step is the run's, so a step that a resumed run repeats keeps its first numbers there.
-
-    `config` must be free of secrets (see `runs.redacted`); the API key is read by wandb from its own places.
-    """
-
-    name = "wandb"
-    vital = False
-
-    def __init__(self, folder: Path, settings: WandbSettings, config: Mapping[str, Any]) -> None:
-        import wandb
-
-        self._table = wandb.Table
-        self.run_id = settings.run_id or secrets.token_hex(4)
-        try:
-            self._run = wandb.init(
-                project=settings.project,
-                entity=settings.entity,
-                name=settings.run_name,
-                tags=settings.tags,
-                id=self.run_id,
-                resume="allow",
-                mode=settings.mode,  # type: ignore[arg-type]
-                dir=str(folder),
-                config=dict(config),
-                settings=wandb.Settings(silent=True, console="off", finish_timeout=120, save_code=False),
-            )
-        except wandb.Error as error:
-            raise ConfigError(
-                f"tracking.wandb={settings.mode}: could not start ({_one_line(error)}): run `wandb login`, or take "
-                "tracking.wandb=offline or off"
-            ) from error
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._run.log(dict(metrics), step=step)
-
-    def log_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        if not rows:
-            return
-        columns = list(rows[0])
-        table = self._table(columns=columns, data=[[_cell(row[column]) for column in columns] for row in rows])
-        self._run.log({"samples": table}, step=step)
-
-    def log_summary(self, summary: Mapping[str, Any]) -> None:
-        self._run.summary.update(json.loads(json.dumps(summary, default=_plain)))
-
-    def warn(self, message: str) -> None:
-        """Nothing: warnings are for the console and the metrics file."""
-
-    def state(self) -> State:
-        return {"run_id": self.run_id}
-
-    def close(self) -> None:
-        self._run.finish()
 
 
 class MultiTracker:
@@ -247,7 +197,9 @@ class MultiTracker:
 
     def warn(self, message: str) -> None:
         if not any(tracker.name in ("console", "jsonl") for tracker in self._trackers):
-            print(f"warning: {message}", file=sys.stderr)
+            from apportion.platform.console import plain_text
+
+            print(f"warning: {plain_text(message)}", file=sys.stderr)
         for tracker in list(self._trackers):
             self._attempt(tracker, "warn", message)
 
@@ -272,7 +224,7 @@ class MultiTracker:
         self._trackers = [other for other in self._trackers if other is not tracker]
         self._failures += 1
         self._states[tracker.name] = tracker.state()
-        cause = f"{type(error).__name__}: {_one_line(error)}"
+        cause = f"{type(error).__name__}: {one_line(error)}"
         self.warn(f"tracking.{tracker.name} failed in {method} and is off from here ({cause})")
         if method == "close":
             return
@@ -280,7 +232,7 @@ class MultiTracker:
             tracker.close()
         except Exception as second:  # noqa: BLE001 - it already failed; its close only frees what it can
             self.warn(
-                f"tracking.{tracker.name} could not be closed either ({type(second).__name__}: {_one_line(second)})"
+                f"tracking.{tracker.name} could not be closed either ({type(second).__name__}: {one_line(second)})"
             )
 
 
@@ -312,6 +264,7 @@ def open_trackers(settings: TrackingSettings, run: TrackedRun, console: Tracker 
     """The trackers that `settings` asks for, `console` in place of the live table. One that cannot start is a
     ConfigError: better now than after hours."""
     from apportion.platform.console import ConsoleTracker
+    from apportion.platform.wandb_tracking import WandbSettings, WandbTracker
 
     trackers: list[Tracker] = []
     if settings.wandb != "off":
@@ -366,7 +319,7 @@ def _write_lines(file: Path, lines: Sequence[Mapping[str, Any]]) -> None:
 
 def _write_line(stream: Any, line: Mapping[str, Any]) -> None:
     # ensure_ascii keeps a lone surrogate of a model's text writable.
-    stream.write(json.dumps(line, default=_plain) + "\n")
+    stream.write(json.dumps(line, default=plain) + "\n")
     stream.flush()
 
 
@@ -375,21 +328,21 @@ def _finite(value: float) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """numpy and torch values as Python ones; anything else (a date of a user's column) as its text."""
     return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
-def _cell(value: Any) -> Any:
+def cell(value: Any) -> Any:
     if isinstance(value, str | int | float | bool) or value is None:
         return value
-    return json.dumps(value, default=_plain, ensure_ascii=False)
+    return json.dumps(value, default=plain, ensure_ascii=False)
 
 
 def _indented(value: Any) -> str:
     return "\n".join("    " + line for line in str(value).splitlines())
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else "no message"
