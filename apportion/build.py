@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from apportion.algorithms.kl import KlCoefficient
@@ -22,13 +22,15 @@ from apportion.conf.schema import Config
 from apportion.conf.teachers import check_same_tokenizer, teacher_paths
 from apportion.data.builtin import resolve_model
 from apportion.data.prompts import PromptStream, load_tokenizer
-from apportion.edges import closing, refusals, terminated_as_interrupt
+from apportion.edges import closing, refusals, row_errors, terminated_as_interrupt
 from apportion.loop.evaluation import Evaluator
 from apportion.loop.state import Actors
 from apportion.platform.checkpoint import Checkpoint, CheckpointStore
 from apportion.platform.cluster import Cluster
+from apportion.platform.console import plain_text
 from apportion.platform.errors import ConfigError
 from apportion.platform.plots import plot_run
+from apportion.platform.run_lock import held
 from apportion.platform.runs import RunFolder, find_checkpoint, make_run_folder, redacted, run_of
 from apportion.platform.token_page import has_samples, write_token_page
 from apportion.platform.tracking import MultiTracker, TrackedRun, open_trackers
@@ -37,8 +39,15 @@ from apportion.trainer import Trainer
 
 def train(config: Config, resolved: dict[str, Any]) -> int:
     """Run a whole training job; whatever happens, nothing is left running."""
+    with ExitStack() as locks:
+        return _train(config, resolved, locks)
+
+
+def _train(config: Config, resolved: dict[str, Any], locks: ExitStack) -> int:
     with refusals():
         checkpoint = find_checkpoint(config.resume, config.runs_folder) if config.resume else None
+        if checkpoint:
+            locks.enter_context(held(run_of(checkpoint).path))
         needs = needs_of(config)
         if needs.judge:
             check_judge(config, joined=joins(config))
@@ -47,8 +56,12 @@ def train(config: Config, resolved: dict[str, Any]) -> int:
         for key, path in teacher_paths(config).items():
             check_same_tokenizer(tokenizer, load_tokenizer(path, None, config.model.trust_remote_code), key)
         prompts, held_out = load_prompts(config, tokenizer)
+        if checkpoint:
+            prompts.load_state(checkpoint.state.data)  # refused now rather than when actors have started
         folder = run_of(checkpoint) if checkpoint else _new_folder(config, resolved)
-        folder.save_config(resolved)
+        if not checkpoint:
+            locks.enter_context(held(folder.path))
+            folder.save_config(resolved)
         tracker = _tracker(config, resolved, folder, checkpoint)
     say(f"run folder: {folder.path}")
     with terminated_as_interrupt(), closing(tracker), _cluster(config, needs, folder) as cluster:
@@ -57,10 +70,13 @@ def train(config: Config, resolved: dict[str, Any]) -> int:
         trainer = _trainer(config, needs, actors, prompts, tracker, folder)
         trainer.evaluator = _evaluator(config, actors, held_out) if held_out else None
         if checkpoint:
-            trainer.restore(checkpoint.path, checkpoint.state)
+            with refusals():
+                trainer.restore(checkpoint.path, checkpoint.state)
+            folder.save_config(resolved)  # not before: a resume that is refused leaves the run as it was
             say(f"resumed from {checkpoint.path} at step {checkpoint.step}")
         started = time.perf_counter()
-        progress = trainer.run()
+        with row_errors():
+            progress = trainer.run()
         memory = cluster.peak_memory_mib()
         summary = summary_of(config, progress, memory, time.perf_counter() - started, held_out)
         folder.write_summary(summary)
@@ -89,7 +105,7 @@ def evaluate(config: Config, checkpoint: str) -> int:
     for name, value in sorted(report.metrics.items()):
         print(f"{name:32s} {value:.4f}")
     for row in examples(report.answers, held_out):
-        print(f"\n{row['prompt']}\n  -> {row['answer']!r} (reward {row['reward']:g})")
+        print(f"\n{plain_text(row['prompt'])}\n  -> {plain_text(row['answer'])!r} (reward {row['reward']:g})")
     return 0
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from apportion.actors.engine import World
@@ -23,22 +25,33 @@ from apportion.platform.checkpoint import CheckpointStore
 from apportion.platform.cluster import Actor, ActorRequest, Cluster, gather
 from apportion.platform.console_lines import ConsoleLines
 from apportion.platform.plots import plot_run
+from apportion.platform.run_lock import held
 from apportion.platform.runs import find_checkpoint, make_run_folder, redacted, run_of
 from apportion.platform.tracking import TrackedRun, open_trackers
-from apportion.preference_trainer import PreferenceTrainer, StageProgress, StageSettings, total_steps
+from apportion.preference_trainer import PreferenceTrainer, StageProgress, StageSettings, check_position, total_steps
 
 
 def train(config: PreferenceConfig, resolved: dict[str, Any]) -> int:
     """Run a whole stage; whatever happens, nothing is left running."""
+    with ExitStack() as locks:
+        return _train(config, resolved, locks)
+
+
+def _train(config: PreferenceConfig, resolved: dict[str, Any], locks: ExitStack) -> int:
     with refusals():
         checkpoint = find_checkpoint(config.resume, config.runs_folder) if config.resume else None
+        if checkpoint:
+            locks.enter_context(held(run_of(checkpoint).path))
         objective, settings = objective_of(config), _settings(config)
         model = resolve_model(config.model.path)
         examples, held_out, left_out = _examples(config, model)
-        folder = (
-            run_of(checkpoint) if checkpoint else make_run_folder(config.runs_folder, config.run_name, config.recipe)
-        )
-        folder.save_config(resolved)
+        if checkpoint:
+            check_position(settings, len(examples), checkpoint.state)  # before a rank starts
+            folder = run_of(checkpoint)
+        else:
+            folder = make_run_folder(config.runs_folder, config.run_name, config.recipe)
+            locks.enter_context(held(folder.path))
+            folder.save_config(resolved)
         steps = total_steps(settings, len(examples))
         state, step = (checkpoint.state.trackers, checkpoint.step) if checkpoint else ({}, None)
         run = TrackedRun(folder.path, folder.name, steps, redacted(resolved), step, state)
@@ -56,6 +69,7 @@ def train(config: PreferenceConfig, resolved: dict[str, Any]) -> int:
             if checkpoint:
                 with refusals():
                     trainer.restore(checkpoint.path, checkpoint.state)
+                folder.save_config(resolved)  # not before: a resume that is refused leaves the run as it was
                 _say(f"resumed from {checkpoint.path} at step {checkpoint.step}")
             start = time.perf_counter()
             progress = trainer.run()
@@ -145,6 +159,7 @@ def _spec(config: PreferenceConfig, objective: Objective, model: str, steps: int
         reference_model=resolve_model(reference) if reference else None,
         total_optimizer_steps=steps,
         seed=config.seed,
+        chat_template=None if m.chat_template is None else Path(m.chat_template).read_text(encoding="utf-8"),
         packing=config.data.packing,
     )
 

@@ -102,6 +102,22 @@ def make_order(settings: StageSettings, examples: int) -> BatchOrder:
     return BatchOrder(examples, settings.batch_size, total, settings.seed, settings.shuffle)
 
 
+def _position(settings: StageSettings, examples: int) -> dict[str, Any]:
+    """What must be the same for the order of examples to go on where it stood."""
+    s = settings
+    return {"examples": examples, "batch_size": s.batch_size, "seed": s.seed, "shuffle": s.shuffle}
+
+
+def check_position(settings: StageSettings, examples: int, state: RunState) -> None:
+    """ValueError where a checkpoint was written over other data, or another order of them."""
+    for name, value in _position(settings, examples).items():
+        if state.data.get(name) != value:
+            raise ValueError(
+                f"resume: {name} is {value} here and {state.data.get(name)} in the checkpoint, expected the same data, "
+                "train.batch_size and seed"
+            )
+
+
 def deal_by_tokens(tokens: np.ndarray, ranks: int) -> list[np.ndarray]:
     """Places [k] of each rank's examples: the longest first, each to whom has the fewest tokens so far.
 
@@ -133,7 +149,7 @@ class PreferenceTrainer:
         self.settings, self.tracker, self.store = settings, tracker, store
         self.order = make_order(settings, len(train))
         self.progress = StageProgress()
-        self._started = time.perf_counter()
+        self._started = self._resumed = time.perf_counter()
 
     # the run
 
@@ -153,13 +169,14 @@ class PreferenceTrainer:
 
     def run(self) -> StageProgress:
         """From where `progress` stands to the last step."""
-        self._started = time.perf_counter() - self.progress.wall_seconds
+        self._resumed = time.perf_counter()
+        self._started = self._resumed - self.progress.wall_seconds
         if self.settings.evaluate_before and self.progress.step == 0 and self.held_out is not None:
             self.progress.before = self._evaluate()
             self.tracker.log(0, self.progress.before)
         while not self._finished():
             self.step()
-        if self.settings.checkpoint_final and self.progress.step not in self.store.steps():
+        if self.settings.checkpoint_final and self.progress.step != self.store.current:
             self.checkpoint()
         self.progress.wall_seconds = self._elapsed()
         return self.progress
@@ -191,8 +208,8 @@ class PreferenceTrainer:
         return time.perf_counter() - self._started
 
     def _finished(self) -> bool:
-        limit = self.settings.max_minutes
-        return self.progress.step >= self.order.steps or (limit is not None and self._elapsed() > 60 * limit)
+        limit, seconds = self.settings.max_minutes, time.perf_counter() - self._resumed
+        return self.progress.step >= self.order.steps or (limit is not None and seconds > 60 * limit)
 
     # stages
 
@@ -270,25 +287,22 @@ class PreferenceTrainer:
                 "before": p.before,
             }
             RunState(
-                p.step, p.step, self._position(), {"run": self.settings.seed}, self.tracker.state(), None, extra
+                p.step,
+                p.step,
+                _position(self.settings, len(self.train)),
+                {"run": self.settings.seed},
+                self.tracker.state(),
+                None,
+                extra,
             ).save(folder)
         return self.store.root / f"step-{self.progress.step:06d}"
 
-    def _position(self) -> dict[str, Any]:
-        """What must be the same for the order of examples to go on where it stood."""
-        s = self.settings
-        return {"examples": len(self.train), "batch_size": s.batch_size, "seed": s.seed, "shuffle": s.shuffle}
-
     def restore(self, folder: Path, state: RunState) -> None:
         """Take up where the checkpoint in `folder` was written; ValueError where the data are not the same."""
-        for name, value in self._position().items():
-            if state.data.get(name) != value:
-                raise ValueError(
-                    f"resume: {name} is {value} here and {state.data.get(name)} in the checkpoint, expected the same "
-                    "data, train.batch_size and seed"
-                )
+        check_position(self.settings, len(self.train), state)
         self._gather([rank.call("load", str(folder.resolve())) for rank in self.ranks], "resume")
         self.progress = StageProgress(step=state.step, **state.extra)
+        self.store.current = state.step
 
     def _gather(self, calls: list[Call], what: str) -> list[Any]:
         return gather(calls, self.settings.call_timeout_seconds, f"{what} of step {self.progress.step + 1}")
