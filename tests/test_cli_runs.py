@@ -39,6 +39,12 @@ def test_an_error_of_the_run_is_its_line_and_details_without_a_traceback(build, 
     assert capsys.readouterr().err == "error: policy-0: died (exit code 137), expected it to live\n  last log line\n"
 
 
+def test_what_an_error_quotes_of_a_model_or_a_row_cannot_steer_the_terminal(build, capsys):
+    build.outcome = fail(ActorError("reward-0: got '\x1b]0;mine\x07\x1b[2Jhello\ud83d'\n\tline\r\x9b31m two"))
+    assert main(["train", "experiment=quickstart"]) == 1
+    assert capsys.readouterr().err == "error: reward-0: got 'hello'\n\tline31m two\n"
+
+
 def test_an_interruption_is_exit_code_130(build, capsys):
     build.outcome = fail(KeyboardInterrupt())
     assert main(["train", "experiment=quickstart"]) == 130
