@@ -80,7 +80,7 @@ def tiny():
 
 def worker_for(objective, tiny, data, micro_batch_tokens=1000, lora=None, packing=False):
     settings = PreferencePolicyConfig(micro_batch_tokens=micro_batch_tokens, learning_rate=1e-2)
-    spec = PreferenceSpec(tiny, "float32", "sdpa", False, lora, settings, objective, None, 10, 0, packing)
+    spec = PreferenceSpec(tiny, "float32", "sdpa", False, lora, settings, objective, None, 10, 0, packing=packing)
     worker = PreferenceWorker(spec)
     worker.world = World()
     if isinstance(objective, RewardModel):
