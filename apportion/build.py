@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ from apportion.assembly.hosts import joins
 from apportion.assembly.inputs import load_prompts
 from apportion.assembly.loop_settings import evaluation_settings, loop_settings
 from apportion.assembly.needs import Needs, needs_of
-from apportion.assembly.report import examples, print_report, say, summary_of
+from apportion.assembly.report import examples, print_report, rewarded, say, summary_of
 from apportion.assembly.serving import judge_requests, serving_requests
 from apportion.assembly.starting import start
 from apportion.assembly.training import critic_requests, policy_requests, reference_requests
@@ -24,6 +24,7 @@ from apportion.data.builtin import resolve_model
 from apportion.data.prompts import PromptStream, load_tokenizer
 from apportion.edges import closing, refusals, row_errors, terminated_as_interrupt
 from apportion.loop.evaluation import Evaluator
+from apportion.loop.resume import check_steps_left
 from apportion.loop.state import Actors
 from apportion.platform.checkpoint import Checkpoint, CheckpointStore
 from apportion.platform.cluster import Cluster
@@ -57,6 +58,7 @@ def _train(config: Config, resolved: dict[str, Any], locks: ExitStack) -> int:
             check_same_tokenizer(tokenizer, load_tokenizer(path, None, config.model.trust_remote_code), key)
         prompts, held_out = load_prompts(config, tokenizer)
         if checkpoint:
+            check_steps_left(checkpoint.state, config.train.steps)
             prompts.load_state(checkpoint.state.data)  # refused now rather than when actors have started
         folder = run_of(checkpoint) if checkpoint else _new_folder(config, resolved)
         if not checkpoint:
@@ -68,7 +70,7 @@ def _train(config: Config, resolved: dict[str, Any], locks: ExitStack) -> int:
         say("starting actors (vLLM and DeepSpeed take some tens of seconds)")
         actors = _actors(config, needs, model, cluster, folder)
         trainer = _trainer(config, needs, actors, prompts, tracker, folder)
-        trainer.evaluator = _evaluator(config, actors, held_out) if held_out else None
+        trainer.evaluator = _evaluator(config, actors, held_out, tracker.warn) if held_out else None
         if checkpoint:
             with refusals():
                 trainer.restore(checkpoint.path, checkpoint.state)
@@ -101,11 +103,11 @@ def evaluate(config: Config, checkpoint: str) -> int:
     serving = Needs(policy_signals=False, reference=False, critic=False, groups_together=False)
     with terminated_as_interrupt(), _cluster(config, serving, run_of(found)) as cluster:
         actors = start(config, cluster, serving_requests(config, model))
-        report = _evaluator(config, actors, held_out).evaluate("evaluation")
+        report = _evaluator(config, actors, held_out, say).evaluate("evaluation")
     for name, value in sorted(report.metrics.items()):
         print(f"{name:32s} {value:.4f}")
     for row in examples(report.answers, held_out):
-        print(f"\n{plain_text(row['prompt'])}\n  -> {plain_text(row['answer'])!r} (reward {row['reward']:g})")
+        print(f"\n{plain_text(row['prompt'])}\n  -> {plain_text(row['answer'])!r} ({rewarded(row['reward'])})")
     return 0
 
 
@@ -131,9 +133,9 @@ def _trainer(
     return Trainer(actors, prompts, loop_settings(config, needs), coefficient, tracker, store)
 
 
-def _evaluator(config: Config, actors: Actors, held_out: list[Prompt]) -> Evaluator:
+def _evaluator(config: Config, actors: Actors, held_out: list[Prompt], warn: Callable[[str], None]) -> Evaluator:
     seconds = config.cluster.call_timeout_seconds
-    return Evaluator(actors, evaluation_settings(config), held_out, list(config.rollout.stop), seconds)
+    return Evaluator(actors, evaluation_settings(config), held_out, list(config.rollout.stop), seconds, warn)
 
 
 def _new_folder(config: Config, resolved: dict[str, Any]) -> RunFolder:

@@ -16,14 +16,16 @@ from apportion.actors.policy import UpdateReport
 from apportion.actors.rollout import RolloutReport
 from apportion.algorithms.kl import KlCoefficient
 from apportion.batch import Prompt, Totals
+from apportion.data.errors import DataError
 from apportion.loop.calls import deal, with_refs
 from apportion.loop.evaluation import Evaluator
 from apportion.loop.failures import Failures
-from apportion.loop.metrics import StepReports, speed_metrics, step_metrics
+from apportion.loop.metrics import StepReports, data_metrics, speed_metrics, step_metrics
+from apportion.loop.resume import kept, progress_of
 from apportion.loop.state import Actors, Experience, LoopSettings, Progress, PromptSource
 from apportion.platform.checkpoint import CheckpointStore, RunState
 from apportion.platform.cluster import Call, gather
-from apportion.platform.errors import ApportionError
+from apportion.platform.errors import RewardError
 from apportion.platform.tracking import Tracker
 from apportion.platform.weights import SyncReceipt, prove
 
@@ -52,29 +54,41 @@ class Trainer:
         self.evaluator: Evaluator | None = None
         self._timing: dict[str, float] = {}
         self.failures = Failures(settings.max_failed_share, settings.max_failed_critiques, tracker.warn)
-        self._started = time.perf_counter()
+        self._started = self._resumed = time.perf_counter()
+        self._position: dict[str, int] = {}  # of the prompts, after the last whole step
 
     # the run
 
     def run(self) -> Progress:
-        """From where `progress` stands to the last step."""
-        self._started = time.perf_counter() - self.progress.wall_seconds
+        """From where `progress` stands to the last step. Data that stop the run leave a checkpoint of what was trained."""
+        self._resumed = time.perf_counter()
+        self._started = self._resumed - self.progress.wall_seconds
+        self._position = self.prompts.state()
+        last = self._finished()
+        try:
+            self._begin()
+            while not last:
+                last = self.step()
+        except (DataError, RewardError):
+            if self.progress.step:
+                self._checkpoint_at_end()
+            raise
+        self._checkpoint_at_end()
+        self.progress.wall_seconds = self._elapsed()
+        return self.progress
+
+    def _begin(self) -> None:
         self._sync()
         if self.evaluator and self.evaluator.settings.before and self.progress.step == 0:
             report = self._evaluate(self.evaluator)
             self.progress.accuracy_before = report.metrics.get("eval/greedy_accuracy")
             self.progress.answers_before = report.answers
-            self.tracker.log(0, report.metrics)
-        while not self._finished():
-            self.step()
-        if self.settings.checkpoint_final and self.progress.step not in self.store.steps():
-            self.checkpoint()
-        self.progress.wall_seconds = self._elapsed()
-        return self.progress
-
-    def step(self) -> dict[str, float]:
-        """One step; its metrics are logged once, when it is whole."""
+            self.tracker.log(0, report.metrics | {"timing/evaluate": self._timing["evaluate"]})
         self._timing = {}
+
+    def step(self) -> bool:
+        """One step; its metrics are logged once, when it is whole. True if it was the run's last."""
+        written, self._timing = self._timing.get("checkpoint"), {}
         self.failures.new_step()
         start = time.perf_counter()
         experience = self._collect()
@@ -85,23 +99,31 @@ class Trainer:
         self.progress.policy_version += 1
         self._sync()
         self.progress.step += 1
+        self._position = self.prompts.state()
         self._timing["step"] = time.perf_counter() - start
+        # Asked once: time that runs out during the evaluation or the checkpoint leaves room for a whole step more.
+        last = self._finished()
         metrics = self._metrics(self._reports(experience, cut, credit, updates, critic))
-        metrics |= self._evaluate_if_due()
-        self.tracker.log(self.progress.step, metrics)
-        self.tracker.log_samples(self.progress.step, credit.samples)
-        self.progress.metrics = metrics
+        if written is not None:
+            metrics["timing/checkpoint"] = written
+        try:
+            metrics |= self._evaluate_if_due(last)
+        finally:
+            self.tracker.log(self.progress.step, metrics)
+            self.tracker.log_samples(self.progress.step, credit.samples)
+            self.progress.metrics = metrics
         if self.settings.checkpoint_every and self.progress.step % self.settings.checkpoint_every == 0:
             self.checkpoint()
-        return metrics
+        return last
 
     def _elapsed(self) -> float:
         """Seconds of the whole run, those before a resume included."""
         return time.perf_counter() - self._started
 
     def _finished(self) -> bool:
-        limit = self.settings.max_minutes
-        return self.progress.step >= self.settings.steps or (limit is not None and self._elapsed() > 60 * limit)
+        """All steps are done, or the minutes that this start of the run has."""
+        limit, seconds = self.settings.max_minutes, time.perf_counter() - self._resumed
+        return self.progress.step >= self.settings.steps or (limit is not None and seconds > 60 * limit)
 
     # stages
 
@@ -122,11 +144,7 @@ class Trainer:
             if experience.groups >= wanted:
                 break
         self.failures.check()
-        if not experience.groups:
-            raise ApportionError(
-                "selection: no group of this step is left to train on, expected at least one; rewards may all be equal: "
-                "look at samples.jsonl, or change the task's difficulty or algorithm.selection"
-            )
+        self.failures.check_groups(experience.groups, experience.totals.weights["reward/mean"])
         return experience
 
     def _rollout(self, chunks: list[list[Prompt]], first_group: int, experience: Experience) -> list[Any]:
@@ -241,25 +259,30 @@ class Trainer:
 
     # evaluation
 
-    def _evaluate_if_due(self) -> dict[str, float]:
+    def _evaluate_if_due(self, last: bool) -> dict[str, float]:
         """Every so many steps, and after the last: then the answers are kept for the summary."""
+        self.progress.accuracy_after, self.progress.answers_after = None, []  # of an earlier end are no longer true
         if self.evaluator is None:
             return {}
         settings = self.evaluator.settings
-        last = settings.after and self._finished()
+        last = settings.after and last
         if not last and not (settings.every_steps and self.progress.step % settings.every_steps == 0):
             return {}
         report = self._evaluate(self.evaluator)
         if last:
             self.progress.accuracy_after = report.metrics.get("eval/greedy_accuracy")
             self.progress.answers_after = report.answers
-        return report.metrics
+        return report.metrics | {"timing/evaluate": self._timing["evaluate"]}
 
     def _evaluate(self, evaluator: Evaluator) -> EvaluationReport:
         with self._timed("evaluate"):
             return evaluator.evaluate(f"evaluation after step {self.progress.step}")
 
     # checkpoints
+
+    def _checkpoint_at_end(self) -> None:
+        if self.settings.checkpoint_final and self.progress.step != self.store.current:
+            self.checkpoint()
 
     def checkpoint(self) -> Path:
         """Everything a resumed run needs, under a name only once it is whole."""
@@ -271,24 +294,15 @@ class Trainer:
 
     def _state(self) -> RunState:
         p = self.progress
-        extra = {
-            "accuracy_before": p.accuracy_before,
-            "answers_before": p.answers_before,
-            "stage_seconds": p.stage_seconds,
-            "samples": p.samples,
-            "rollout_tokens": p.rollout_tokens,
-            "update_tokens": p.update_tokens,
-            "step_seconds": p.step_seconds,
-            "wall_seconds": self._elapsed(),
-        }
+        p.wall_seconds = self._elapsed()
         return RunState(
             step=p.step,
             policy_version=p.policy_version,
-            data=self.prompts.state(),
+            data=self._position,
             seeds=self.settings.seeds,
             trackers=self.tracker.state(),
             kl=self.kl.state_dict(),
-            extra=extra,
+            extra=kept(p),
         )
 
     def restore(self, folder: Path, state: RunState) -> None:
@@ -298,7 +312,8 @@ class Trainer:
         self.prompts.load_state(state.data)
         if state.kl is not None:
             self.kl.load_state_dict(state.kl)
-        self.progress = Progress(step=state.step, policy_version=state.policy_version, **state.extra)
+        self.progress = progress_of(state)
+        self.store.current = state.step
 
     # waiting and counting
 
@@ -333,7 +348,7 @@ class Trainer:
 
     def _metrics(self, reports: StepReports) -> dict[str, float]:
         """The step's row; what is counted over the whole run and the KL's coefficient move on."""
-        metrics, p = step_metrics(reports), self.progress
+        metrics, p = step_metrics(reports) | data_metrics(self.prompts.skipped), self.progress
         metrics["policy/kl_coefficient"] = self.kl.coefficient
         metrics["weights/version"] = p.policy_version
         metrics["weights/bytes"] = self._weight_bytes

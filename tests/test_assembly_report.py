@@ -65,3 +65,11 @@ def test_the_end_says_accuracy_once_with_examples_and_the_folder(capsys):
 def test_without_an_evaluation_no_accuracy_is_said(capsys):
     print_report(summary(None, None), RunFolder(Path("runs/q")))
     assert "accuracy" not in capsys.readouterr().out
+
+
+def test_an_answer_without_a_reward_and_an_accuracy_that_is_not_known_are_said_as_that(capsys):
+    made = summary(None, 0.5)
+    made["answers_before"][0]["reward"] = None
+    print_report(made, RunFolder(Path("runs/q")))
+    out = capsys.readouterr().out
+    assert "before: '[i]5' (no reward)" in out and "after:  '4' (reward 1)" in out and "accuracy" not in out

@@ -33,8 +33,9 @@ def test_rewards_that_fail_are_counted_and_their_first_traceback_is_said_once():
         failures.check()
     assert str(stopped.value) == (
         "reward: 62% of this step's samples failed, expected at most 50% (reward.max_failed_share); "
-        "the first failure:\nfirst"
+        "the first failure:\nthird"
     )
+    assert len(warned) == 1
 
 
 def test_episodes_that_fail_are_counted_by_engine_and_the_slowest_environment_counts():
@@ -59,3 +60,27 @@ def test_the_first_failed_critique_of_the_step_is_named_and_a_step_without_any_i
     failures.count_rewards(scored(0))
     failures.count_critiques(JudgeReport(critiques=4, failed=Counter(slow=2), first_failure="a critique is slow: h"))
     failures.check()
+
+
+def unscored(no_opinion: int, failed: int) -> Failures:
+    failures = Failures(1.0, 0.5, lambda text: None)
+    failures.count_rewards(ScoreReport(samples=8, no_opinion=no_opinion, failed=Counter(raised=failed)))
+    return failures
+
+
+def test_a_step_that_no_reward_has_an_opinion_of_is_not_blamed_on_selection():
+    failures = unscored(6, 2)
+    assert failures.totals.means() == {"reward/failed_share": 0.25, "reward/no_opinion_share": 0.75}
+    with pytest.raises(RewardError) as stopped:
+        failures.check_groups(0, rewarded=0.0)
+    assert str(stopped.value) == (
+        "reward: no sample of this step has a reward (75% no opinion, 25% failed), expected some; let reward.functions "
+        "return a number, or leave rows out that they say None to"
+    )
+
+
+def test_where_samples_have_rewards_selection_is_what_left_no_group_and_a_group_is_enough():
+    failures = unscored(6, 0)
+    with pytest.raises(RewardError, match=r"^selection: no group of this step is left to train on"):
+        failures.check_groups(0, rewarded=2.0)
+    failures.check_groups(1, rewarded=2.0)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import copy
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -11,11 +12,15 @@ from apportion.actors.credit import EvaluationReport
 from apportion.actors.engine import OptimizerStep
 from apportion.actors.engines import Sampling
 from apportion.actors.policy import UpdateReport
+from apportion.actors.rollout import RolloutReport
+from apportion.actors.scoring import ScoreReport
 from apportion.batch import Prompt, Totals
 from apportion.loop.calls import deal
 from apportion.loop.evaluation import EvaluationSettings, Evaluator
 from apportion.loop.metrics import StepReports, speed_metrics, step_metrics, update_metrics
+from apportion.loop.state import Actors
 from apportion.platform.cluster import Call
+from apportion.platform.errors import RewardError
 from apportion.platform.metric_names import unknown_metrics
 
 
@@ -90,24 +95,69 @@ class Recorder:
 
     def __init__(self, name: str) -> None:
         self.name, self.asked = name, []
+        self.answers = {
+            "evaluate_refs": EvaluationReport({"eval/greedy_accuracy": 0.5}, []),
+            "generate": RolloutReport(0.1, 10, 4),
+            "score": ScoreReport(samples=4, scored=4),
+        }
 
     def call(self, method: str, *arguments, returns: int = 1) -> Call:
         self.asked.append((method, *arguments))
-        answer = EvaluationReport({"eval/greedy_accuracy": 0.5}, []) if method == "evaluate_refs" else "report"
-        return Call(self, method, [answer, f"{self.name}:{len(self.asked)}"][:returns])
+        answer = self.answers[method]
+        return Call(self, method, [copy.deepcopy(answer), f"{self.name}:{len(self.asked)}"][:returns])
 
 
-def test_held_out_prompts_go_to_all_engines_once_greedy_and_once_for_samples(monkeypatch):
+@pytest.fixture
+def evaluator(monkeypatch) -> Evaluator:
+    """Of three held-out prompts with two engines, greedy and with 4 samples; what it warns of is in `told`."""
     monkeypatch.setattr("apportion.loop.evaluation.gather", lambda calls, seconds, what: [c.refs[0] for c in calls])
-    engines, scorers, credit = [Recorder("a"), Recorder("b")], [Recorder("r")], Recorder("credit")
-    actors = SimpleNamespace(rollout=engines, reward=scorers, credit=credit)
+    actors = Actors([Recorder("a"), Recorder("b")], [Recorder("r")], Recorder("credit"), [])
     prompts = [Prompt(str(i), np.zeros(1, np.int32), "q") for i in range(3)]
-    settings = EvaluationSettings(0, True, True, True, 4, [2], 0.7, 16, 1.0, 3)
-    report = Evaluator(actors, settings, prompts, ["\n"], 60.0).evaluate("evaluation")
-    assert report.metrics == {"eval/greedy_accuracy": 0.5}
+    settings = EvaluationSettings(0, True, True, True, 4, [2], 0.7, 16, 1.0, 3, 0.1)
+    made = Evaluator(actors, settings, prompts, ["\n"], 60.0, lambda text: told.append(text))
+    made.told = told = []
+    return made
+
+
+def test_held_out_prompts_go_to_all_engines_once_greedy_and_once_for_samples(evaluator):
+    engines, scorers, credit = evaluator.actors.rollout, evaluator.actors.reward, evaluator.actors.credit
+    prompts, report = evaluator.prompts, evaluator.evaluate("evaluation")
+    assert report.metrics == {"eval/greedy_accuracy": 0.5, "eval/failed_share": 0.0} and evaluator.told == []
     greedy, sampled = Sampling(0.0, max_tokens=16, stop=["\n"]), Sampling(0.7, max_tokens=16, stop=["\n"])
     first, rest = prompts[:2], prompts[2:]
     assert engines[0].asked == [("generate", first, 0, 1, greedy), ("generate", first, 0, 4, sampled)]
     assert engines[1].asked == [("generate", rest, 2, 1, greedy), ("generate", rest, 2, 4, sampled)]
     assert [asked[1] for asked in scorers[0].asked] == ["a:1", "b:1", "a:2", "b:2"]
     assert credit.asked == [("evaluate_refs", 1.0, [2], 3, 2, "r:1", "r:2", "r:3", "r:4")]
+
+
+def test_held_out_answers_whose_reward_failed_are_counted_and_said_with_the_first_traceback(evaluator):
+    evaluator.settings.max_failed_share = 0.25
+    failed = ScoreReport(samples=4, scored=3, failed=Counter(raised=1), first_traceback="why")
+    evaluator.actors.reward[0].answers["score"] = failed
+    report = evaluator.evaluate("evaluation after step 3")
+    assert report.metrics["eval/failed_share"] == 0.25 and unknown_metrics(report.metrics) == []
+    said = "evaluation after step 3: the rewards of 25% of the held-out answers failed"
+    assert evaluator.told == [f"{said}; those answers are left out and counted:\nwhy"]
+    evaluator.settings.max_failed_share = 0.2
+    with pytest.raises(RewardError) as stopped:
+        evaluator.evaluate("evaluation after step 3")
+    expected = "expected at most 20% (reward.max_failed_share); the first failure:\nwhy"
+    assert str(stopped.value) == f"{said}, {expected}"
+
+
+def test_why_an_environment_failed_is_told_by_the_engine_that_spoke_to_it(evaluator):
+    evaluator.actors.rollout[0].answers["generate"].first_failure = "the environment's own words"
+    evaluator.actors.reward[0].answers["score"].failed = Counter(environment=4)
+    with pytest.raises(RewardError, match=r"the environment's own words$"):
+        evaluator.evaluate("evaluation")
+
+
+def test_what_an_evaluation_does_not_know_is_no_metric_and_none_in_an_answer(evaluator):
+    nan = float("nan")
+    answers = [{"prompt_id": "0", "answer": "x", "reward": nan}, {"prompt_id": "1", "answer": "y", "reward": 1.0}]
+    metrics = {"eval/greedy_accuracy": nan, "eval/response_tokens_mean": 2.0}
+    evaluator.actors.credit.answers["evaluate_refs"] = EvaluationReport(metrics, answers)
+    report = evaluator.evaluate("evaluation")
+    assert report.metrics == {"eval/response_tokens_mean": 2.0, "eval/failed_share": 0.0}
+    assert [answer["reward"] for answer in report.answers] == [None, 1.0]

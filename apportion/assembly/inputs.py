@@ -13,6 +13,8 @@ from apportion.data.prompts import PromptEncoder, PromptStream, every_prompt
 from apportion.data.sources import Source, load_sources
 from apportion.data.turns import TurnEncoder
 
+FIRST_ROWS = 64
+
 
 def load_prompts(config: Config, tokenizer: Any) -> tuple[PromptStream, list[Prompt]]:
     """The training stream and the held-out prompts; says how many rows were left out."""
@@ -26,6 +28,8 @@ def load_prompts(config: Config, tokenizer: Any) -> tuple[PromptStream, list[Pro
     sources = load_sources(data.train, split="train", limit=data.limit, **common)
     functions = check_functions(config.reward.functions, config.reward.timeout_seconds)
     check_columns(functions, _columns(sources), "data.train")
+    if data.on_bad_row == "error":
+        _check_first(sources, encoder)
     stream = PromptStream(
         sources, encoder, config.train.prompts_per_step, config.seed, data.shuffle, on_bad_row=data.on_bad_row
     )
@@ -40,6 +44,14 @@ def load_prompts(config: Config, tokenizer: Any) -> tuple[PromptStream, list[Pro
         reasons = ", ".join(f"{reason} {count}" for reason, count in left_out.items())
         say(f"data: {left_out.total()} rows left out ({reasons})")
     return stream, held_out
+
+
+def _check_first(sources: list[Source], encoder: PromptEncoder) -> None:
+    """DataError where one of the first rows gives no prompt: a limit that all of them pass is found before anything
+    starts. Later rows are encoded when they are drawn."""
+    for source in sources:
+        for row in source.rows[:FIRST_ROWS]:
+            encoder.prompt(source, row, 0)
 
 
 def _columns(sources: list[Source]) -> set[str]:

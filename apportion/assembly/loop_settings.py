@@ -36,5 +36,6 @@ def evaluation_settings(config: Config) -> EvaluationSettings:
     e = config.evaluation
     tokens = e.max_response_tokens or config.rollout.max_response_tokens
     return EvaluationSettings(
-        e.every_steps, e.before, e.after, e.greedy, e.samples, list(e.k), e.temperature, tokens, e.correct_at, e.show
-    )
+        e.every_steps, e.before, e.after, e.greedy, e.samples, list(e.k), e.temperature, tokens, e.correct_at, e.show,
+        config.reward.max_failed_share,
+    )  # fmt: skip

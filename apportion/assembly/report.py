@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from apportion.batch import Prompt
@@ -50,15 +49,20 @@ def print_report(summary: dict[str, Any], folder: RunFolder) -> None:
     from apportion.platform.console import plain_text
 
     before, after = summary["accuracy_before"], summary["accuracy_after"]
-    if before is not None and after is not None and not math.isnan(after):
+    if before is not None and after is not None:
         print(f"\nheld-out greedy accuracy: {before:.3f} before, {after:.3f} after ({after - before:+.3f})")
     for old, new in zip(summary["answers_before"], summary["answers_after"], strict=False):
         print(f"\n{plain_text(old['prompt'])}")
-        print(f"  before: {plain_text(old['answer'])!r} (reward {old['reward']:g})")
-        print(f"  after:  {plain_text(new['answer'])!r} (reward {new['reward']:g})")
+        print(f"  before: {plain_text(old['answer'])!r} ({rewarded(old['reward'])})")
+        print(f"  after:  {plain_text(new['answer'])!r} ({rewarded(new['reward'])})")
     print(
         f"\nrun folder: {folder.path} (summary.json, metrics.jsonl, samples.jsonl, tokens.html, plots, logs, checkpoints)"
     )
+
+
+def rewarded(reward: float | None) -> str:
+    """What is said of an answer's reward; None where it failed or no reward has an opinion."""
+    return "no reward" if reward is None else f"reward {reward:g}"
 
 
 def say(text: str) -> None:

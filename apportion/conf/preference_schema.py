@@ -100,7 +100,7 @@ class StageConfig:
     steps: int | None = None  # optimiser steps, instead of epochs
     batch_size: int = 32  # pairs or demonstrations of one optimiser step, over all ranks
     deterministic: bool = False
-    max_minutes: float | None = None  # stop cleanly, with a checkpoint, once this long has passed
+    max_minutes: float | None = None  # stop cleanly, with a checkpoint, this long after the start or the resume
 
     def __post_init__(self) -> None:
         at_least("train.steps", self.steps, 0)

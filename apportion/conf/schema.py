@@ -86,7 +86,7 @@ class TrainConfig:
     steps: int = 100
     prompts_per_step: int = 8  # groups of rollout.responses_per_prompt trajectories
     deterministic: bool = False
-    max_minutes: float | None = None  # stop cleanly, with a checkpoint, once this long has passed
+    max_minutes: float | None = None  # stop cleanly, with a checkpoint, this long after the start or the resume
     sync_check: bool = True  # prove by checksums that every engine holds the weights, every sync
 
     def __post_init__(self) -> None:

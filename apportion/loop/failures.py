@@ -8,7 +8,7 @@ from apportion.actors.judge import JudgeReport
 from apportion.actors.rollout import RolloutReport
 from apportion.actors.scoring import ScoreReport
 from apportion.batch import Totals
-from apportion.platform.errors import ApportionError, RewardError
+from apportion.platform.errors import RewardError
 
 
 class Failures:
@@ -19,12 +19,13 @@ class Failures:
         self.max_failed_critiques = max_failed_critiques
         self.warn = warn
         self.totals = Totals()
-        self._traceback: str | None = None  # the run's first, of a reward or an environment
+        self._traceback: str | None = None  # the step's first, of a reward or an environment
         self._critique: str | None = None  # the step's first
+        self._told = False
         self._told_of_judge: set[str] = set()
 
     def new_step(self) -> None:
-        self.totals, self._critique = Totals(), None
+        self.totals, self._critique, self._traceback = Totals(), None, None
 
     def count_episodes(self, reports: list[RolloutReport]) -> None:
         self.totals.add("rollout/environment_failures", sum(r.environment_failures for r in reports), 1)
@@ -35,6 +36,7 @@ class Failures:
 
     def count_rewards(self, report: ScoreReport) -> None:
         self.totals.add("reward/failed_share", sum(report.failed.values()), report.samples)
+        self.totals.add("reward/no_opinion_share", report.no_opinion, report.samples)
         if len(report.component_sums) > 1:
             for name, total in report.component_sums.items():
                 self.totals.add(f"reward/{name}", total, report.component_counts[name])
@@ -54,7 +56,7 @@ class Failures:
         means = self.totals.means()
         critiques, rewards = means.get("judge/failed_share", 0.0), means["reward/failed_share"]
         if critiques > self.max_failed_critiques:
-            raise ApportionError(
+            raise RewardError(
                 f"judge: {critiques:.0%} of this step's critiques failed, expected at most {self.max_failed_critiques:.0%} "
                 f"(judge.max_failed_share); the first: {self._critique}"
             )
@@ -64,7 +66,24 @@ class Failures:
                 f"(reward.max_failed_share); the first failure:\n{self._traceback}"
             )
 
+    def check_groups(self, groups: int, rewarded: float) -> None:
+        """Stop, and say why, when no group of the step is left to train on; `rewarded` of its samples had a reward."""
+        if groups:
+            return
+        if rewarded:
+            raise RewardError(
+                "selection: no group of this step is left to train on, expected at least one; rewards may all be equal: "
+                "look at samples.jsonl, or change the task's difficulty or algorithm.selection"
+            )
+        shares = self.totals.means()
+        raise RewardError(
+            f"reward: no sample of this step has a reward ({shares['reward/no_opinion_share']:.0%} no opinion, "
+            f"{shares['reward/failed_share']:.0%} failed), expected some; let reward.functions return a number, or leave "
+            "rows out that they say None to"
+        )
+
     def _tell(self, what: str, traceback: str | None) -> None:
-        if traceback and self._traceback is None:
-            self._traceback = traceback
+        self._traceback = self._traceback or traceback
+        if traceback and not self._told:
+            self._told = True
             self.warn(f"{what} masked and counted:\n{traceback}")

@@ -59,6 +59,16 @@ def update_metrics(reports: list[UpdateReport], role: str) -> dict[str, float]:
     return metrics
 
 
+def data_metrics(skipped: dict[str, int]) -> dict[str, float]:
+    """Training rows left out since the run began, by reason, as they are drawn.
+
+    >>> data_metrics({"too_long": 2, "empty": 1})
+    {'data/skipped': 3.0, 'data/skipped/too_long': 2.0, 'data/skipped/empty': 1.0}
+    """
+    whole = {"data/skipped": float(sum(skipped.values()))}
+    return whole | {f"data/skipped/{reason}": float(count) for reason, count in skipped.items()}
+
+
 def speed_metrics(reports: StepReports, timing: dict[str, float]) -> dict[str, float]:
     """Seconds of each stage, and rates; `timing` has the whole `step` beside its stages."""
     step = timing["step"]

@@ -22,7 +22,7 @@ class DataError(ApportionError):
 
 
 class RewardError(ApportionError):
-    """Too many rewards failed; the message carries the first traceback."""
+    """Rewards or critiques that a run cannot go on with: too many failed (the message says why), or none teaches."""
 
 
 class ActorError(ApportionError):

@@ -1,0 +1,32 @@
+"""What a checkpoint keeps of the loop's progress, and what a resumed run needs of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from apportion.loop.state import Progress
+from apportion.platform.checkpoint import RunState
+from apportion.platform.errors import ConfigError
+
+_KEPT = (
+    "accuracy_before", "accuracy_after", "answers_before", "answers_after", "stage_seconds", "samples", "rollout_tokens",
+    "update_tokens", "step_seconds", "wall_seconds",
+)  # fmt: skip
+
+
+def kept(progress: Progress) -> dict[str, Any]:
+    """For `RunState.extra`; step and policy version have places of their own there."""
+    return {name: getattr(progress, name) for name in _KEPT}
+
+
+def progress_of(state: RunState) -> Progress:
+    return Progress(step=state.step, policy_version=state.policy_version, **state.extra)
+
+
+def check_steps_left(state: RunState, steps: int) -> None:
+    """ConfigError where a run of `steps` steps that is resumed from `state` has nothing left to do."""
+    if state.step >= steps:
+        raise ConfigError(
+            f"resume: got a checkpoint of step {state.step} with train.steps={steps}, so nothing is left to do; "
+            f"expected train.steps above {state.step}"
+        )
