@@ -21,6 +21,7 @@ from apportion.data.pairs import PairColumns, read_demonstration, read_pair, row
 from apportion.data.prompts import PromptEncoder, load_tokenizer
 from apportion.data.sources import load_sources
 from apportion.edges import closing, refusals, terminated_as_interrupt
+from apportion.loop.resume import check_steps_left
 from apportion.platform.checkpoint import CheckpointStore
 from apportion.platform.cluster import Actor, ActorRequest, Cluster, gather
 from apportion.platform.console_lines import ConsoleLines
@@ -47,6 +48,7 @@ def _train(config: PreferenceConfig, resolved: dict[str, Any], locks: ExitStack)
         examples, held_out, left_out = _examples(config, model)
         if checkpoint:
             check_position(settings, len(examples), checkpoint.state)  # before a rank starts
+            check_steps_left(checkpoint.state, total_steps(settings, len(examples)))
             folder = run_of(checkpoint)
         else:
             folder = make_run_folder(config.runs_folder, config.run_name, config.recipe)

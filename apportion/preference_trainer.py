@@ -174,15 +174,16 @@ class PreferenceTrainer:
         if self.settings.evaluate_before and self.progress.step == 0 and self.held_out is not None:
             self.progress.before = self._evaluate()
             self.tracker.log(0, self.progress.before)
-        while not self._finished():
-            self.step()
+        last = self._finished()
+        while not last:
+            last = self.step()
         if self.settings.checkpoint_final and self.progress.step != self.store.current:
             self.checkpoint()
         self.progress.wall_seconds = self._elapsed()
         return self.progress
 
-    def step(self) -> dict[str, float]:
-        """One optimiser step; its metrics are logged once, when it is whole."""
+    def step(self) -> bool:
+        """One optimiser step; its metrics are logged once, when it is whole. True if it was the stage's last."""
         start = time.perf_counter()
         examples = self.order.step(self.progress.step)
         shares = self._shares(examples)
@@ -194,15 +195,16 @@ class PreferenceTrainer:
         p.tokens += sum(report.tokens for report in reports)
         metrics = self._metrics(reports) | {"timing/update": update}
         metrics |= {"perf/update_tokens_per_second": sum(report.tokens for report in reports) / update}
-        metrics |= self._evaluate_if_due()
-        seconds = time.perf_counter() - start
-        p.step_seconds += seconds
-        p.metrics = metrics | {"timing/step": seconds}
+        metrics["timing/step"] = time.perf_counter() - start
+        p.step_seconds += metrics["timing/step"]
+        # Asked once: time that runs out during the evaluation or the checkpoint leaves room for a whole step more.
+        last = self._finished()
+        p.metrics = metrics | self._evaluate_if_due(last)
         self.tracker.log(p.step, p.metrics)
         every = self.settings.checkpoint_every
         if every and p.step % every == 0:
             self.checkpoint()
-        return metrics
+        return last
 
     def _elapsed(self) -> float:
         return time.perf_counter() - self._started
@@ -233,9 +235,9 @@ class PreferenceTrainer:
         weights_BT = self.settings.reduction(mask_BT).numpy().astype(np.float32)
         return [weights_BT[i, : len(mask)][mask] for i, mask in enumerate(masks)]
 
-    def _evaluate_if_due(self) -> dict[str, float]:
+    def _evaluate_if_due(self, last: bool) -> dict[str, float]:
         s = self.settings
-        last = s.evaluate_after and self._finished()
+        last = s.evaluate_after and last
         due = last or (s.evaluate_every and self.progress.step % s.evaluate_every == 0)
         if self.held_out is None or not due:
             return {}

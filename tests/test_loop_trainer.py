@@ -217,7 +217,7 @@ def test_a_run_with_no_step_left_is_refused_by_the_name_of_the_key(make):
     with pytest.raises(ConfigError) as refused:
         check_steps_left(saved(loop), 2)
     assert str(refused.value) == (
-        "resume: got a checkpoint of step 2 with train.steps=2, so nothing is left to do; expected train.steps above 2"
+        "resume: got a checkpoint of step 2 of 2, so nothing is left to do; expected train.steps above 2"
     )
 
 

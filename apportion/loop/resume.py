@@ -27,6 +27,6 @@ def check_steps_left(state: RunState, steps: int) -> None:
     """ConfigError where a run of `steps` steps that is resumed from `state` has nothing left to do."""
     if state.step >= steps:
         raise ConfigError(
-            f"resume: got a checkpoint of step {state.step} with train.steps={steps}, so nothing is left to do; "
-            f"expected train.steps above {state.step}"
+            f"resume: got a checkpoint of step {state.step} of {steps}, so nothing is left to do; expected train.steps "
+            f"above {state.step}"
         )
