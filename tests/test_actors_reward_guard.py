@@ -6,6 +6,7 @@ import sys
 import textwrap
 from contextlib import nullcontext
 
+import pytest
 from scoring_parts import batch_of
 
 from apportion.actors.reward import RewardWorker
@@ -27,6 +28,7 @@ def run(rest: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.system
 def test_a_function_that_keeps_the_interpreter_ends_the_process_and_is_named():
     done = run("""
         with guard:
@@ -39,6 +41,7 @@ def test_a_function_that_keeps_the_interpreter_ends_the_process_and_is_named():
     assert last.startswith("reward functions first, stuck: one of them kept the interpreter for 1.5 s")
 
 
+@pytest.mark.system
 def test_a_function_that_waits_and_a_process_that_is_not_scoring_are_left_alone():
     done = run("""
         for _ in range(2):
