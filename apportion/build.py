@@ -58,7 +58,7 @@ def _train(config: Config, resolved: dict[str, Any], locks: ExitStack) -> int:
             check_same_tokenizer(tokenizer, load_tokenizer(path, None, config.model.trust_remote_code), key)
         prompts, held_out = load_prompts(config, tokenizer)
         if checkpoint:
-            check_steps_left(checkpoint.state, config.train.steps)
+            check_steps_left(checkpoint.state, config.train.steps, run_of(checkpoint).path)
             prompts.load_state(checkpoint.state.data)  # refused now rather than when actors have started
         folder = run_of(checkpoint) if checkpoint else _new_folder(config, resolved)
         if not checkpoint:

@@ -147,8 +147,11 @@ def _check_stages(config: Config) -> None:
     if config.resume is not None:
         return
     for stage in stages(config):
+        switches, overrides = _split(stage.words[0], stage.words[1:])
+        if switches:  # --config-dir and the like are for the stage's own process
+            continue
         try:
-            to_config(compose_config(stage.words[1:], stage=stage.words[0].replace("-", "_")))
+            to_config(compose_config(overrides, stage=stage.words[0].replace("-", "_")))
         except ConfigError as error:
             raise ConfigError(f"before: {stage.run_name}: {error}") from error
 

@@ -6,7 +6,6 @@ import os
 import time
 from collections import Counter
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 from apportion.actors.engine import World
@@ -18,7 +17,7 @@ from apportion.conf.preference_schema import DpoRunConfig, PreferenceConfig, Rew
 from apportion.data.builtin import resolve_model
 from apportion.data.pair_tokens import EncodedExample, ExampleEncoder, PreferenceData, encode_sources, hold_out, pack
 from apportion.data.pairs import PairColumns, read_demonstration, read_pair, row_check
-from apportion.data.prompts import PromptEncoder, load_tokenizer
+from apportion.data.prompts import PromptEncoder, load_tokenizer, template_text
 from apportion.data.sources import load_sources
 from apportion.edges import closing, refusals, terminated_as_interrupt
 from apportion.loop.resume import check_steps_left
@@ -48,7 +47,7 @@ def _train(config: PreferenceConfig, resolved: dict[str, Any], locks: ExitStack)
         examples, held_out, left_out = _examples(config, model)
         if checkpoint:
             check_position(settings, len(examples), checkpoint.state)  # before a rank starts
-            check_steps_left(checkpoint.state, total_steps(settings, len(examples)))
+            check_steps_left(checkpoint.state, total_steps(settings, len(examples)), run_of(checkpoint).path)
             folder = run_of(checkpoint)
         else:
             folder = make_run_folder(config.runs_folder, config.run_name, config.recipe)
@@ -161,7 +160,7 @@ def _spec(config: PreferenceConfig, objective: Objective, model: str, steps: int
         reference_model=resolve_model(reference) if reference else None,
         total_optimizer_steps=steps,
         seed=config.seed,
-        chat_template=None if m.chat_template is None else Path(m.chat_template).read_text(encoding="utf-8"),
+        chat_template=template_text(m.chat_template),
         packing=config.data.packing,
     )
 

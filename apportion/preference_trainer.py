@@ -268,11 +268,13 @@ class PreferenceTrainer:
             totals.merge(report.totals)
         step = reports[0].step
         assert step is not None
-        return totals.means() | {
-            f"{name}/loss": totals.sums[f"{name}/loss"],
-            f"{name}/grad_norm": step.grad_norm,
-            f"{name}/learning_rate": step.learning_rate,
-        }
+        norm = {} if step.grad_norm is None else {f"{name}/grad_norm": step.grad_norm}
+        return (
+            totals.means()
+            | {f"{name}/loss": totals.sums[f"{name}/loss"]}
+            | norm
+            | {f"{name}/learning_rate": step.learning_rate}
+        )
 
     # checkpoints
 

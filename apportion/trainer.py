@@ -268,7 +268,13 @@ class Trainer:
         last = settings.after and last
         if not last and not (settings.every_steps and self.progress.step % settings.every_steps == 0):
             return {}
-        report = self._evaluate(self.evaluator)
+        try:
+            report = self._evaluate(self.evaluator)
+        except (
+            RewardError
+        ) as error:  # of a few held-out answers: what is trained goes on, those that it learns from are judged apart
+            self.tracker.warn(str(error))
+            return {"timing/evaluate": self._timing["evaluate"]}
         if last:
             self.progress.accuracy_after = report.metrics.get("eval/greedy_accuracy")
             self.progress.answers_after = report.answers

@@ -61,6 +61,7 @@ def test_a_stage_that_would_go_on_in_another_order_leaves_the_run_as_it_was(tmp_
 
 def test_a_stage_that_had_all_its_steps_leaves_the_run_as_it_was(tmp_path, stage):
     folder = a_run(tmp_path, POSITION)
+    (folder / "summary.json").write_text("{}")
     with pytest.raises(ConfigError, match="resume: got a checkpoint of step 2 of 2, so nothing is left to do"):
         stage(tmp_path, "train.batch_size=2", "train.epochs=1")
     assert unchanged(folder)

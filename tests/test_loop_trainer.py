@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from types import SimpleNamespace
 
 import pytest
@@ -41,13 +40,17 @@ class Prompts:
 class Tracker:
     def __init__(self) -> None:
         self.rows: dict[int, dict[str, float]] = {}
+        self.warnings: list[str] = []
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         assert step not in self.rows
         self.rows[step] = dict(metrics)
 
     def log_samples(self, step: int, rows: list) -> None: ...
-    def warn(self, message: str) -> None: ...
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
     def state(self) -> dict:
         return {}
 
@@ -210,12 +213,14 @@ def test_an_end_that_is_known_from_the_checkpoint_is_true_until_the_next_step(ma
     assert further.progress.answers_after == []
 
 
-def test_a_run_with_no_step_left_is_refused_by_the_name_of_the_key(make):
+def test_a_run_with_no_step_left_is_refused_by_the_name_of_the_key(make, tmp_path):
     loop = make()
     loop.run()
-    check_steps_left(saved(loop), 3)
+    check_steps_left(saved(loop), 3, tmp_path)
+    check_steps_left(saved(loop), 2, tmp_path)  # it ended without its summary, which is still to be written
+    (tmp_path / "summary.json").write_text("{}")
     with pytest.raises(ConfigError) as refused:
-        check_steps_left(saved(loop), 2)
+        check_steps_left(saved(loop), 2, tmp_path)
     assert str(refused.value) == (
         "resume: got a checkpoint of step 2 of 2, so nothing is left to do; expected train.steps above 2"
     )
@@ -252,10 +257,15 @@ def test_a_row_that_cannot_be_used_leaves_a_checkpoint_from_which_the_step_is_dr
     assert first.store.steps() == []  # nothing was trained
 
 
-def test_an_evaluation_that_stops_the_run_loses_neither_its_step_nor_the_model(make):
-    loop = make(evaluator=Evaluator(0.25, RewardError("evaluation after step 1: ..."), every_steps=1), steps=9)
+def test_held_out_rewards_that_fail_are_said_and_the_training_goes_on(make):
+    loop = make(evaluator=Evaluator(0.25, RewardError("evaluation after step 1: ..."), 0.75, every_steps=1), steps=2)
+    loop.run()
+    assert saved(loop).step == 2 and sorted(loop.tracker.rows) == [0, 1, 2]
+    assert loop.tracker.warnings == ["evaluation after step 1: ..."]
+    assert "eval/greedy_accuracy" not in loop.tracker.rows[1]
+    assert loop.progress.accuracy_after == 0.75
+
+
+def test_held_out_rewards_that_fail_before_the_first_step_stop_the_run(make):
     with pytest.raises(RewardError):
-        loop.run()
-    state = saved(loop)
-    assert (state.step, state.data) == (1, {"drawn": 1}) and sorted(loop.tracker.rows) == [0, 1]
-    assert json.loads((loop.store.root / "step-000001" / "state.json").read_text())["extra"]["accuracy_before"] == 0.25
+        make(evaluator=Evaluator(RewardError("evaluation after step 0: ...")), steps=2).run()

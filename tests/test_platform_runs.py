@@ -185,3 +185,13 @@ def test_a_checkpoint_named_outright_must_be_whole(tmp_path):
     (run.checkpoints / "step-000004" / "state.json").unlink()
     with pytest.raises(CheckpointError, match=r"state\.json: missing"):
         find_checkpoint(str(run.checkpoints / "step-000004"), tmp_path)
+
+
+def test_what_a_prompt_or_pattern_says_of_tokens_is_left_as_it_is():
+    config = {
+        "data": {"system_prompt": 'Reply as JSON: {"answer": 1, "token": "word"}'},
+        "pattern": r'"token":\s*(\w+)',
+    }
+    assert redacted(config) == config
+    words = "dpo run_name=a 'reward.functions=[{params: {api_key: XYZ}}]'"
+    assert redacted({"before": [words]}) == {"before": [words.replace("XYZ", "<redacted>")]}

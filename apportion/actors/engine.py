@@ -56,7 +56,7 @@ class World:
 
 @dataclass
 class OptimizerStep:
-    grad_norm: float
+    grad_norm: float | None  # None: float16's loss scale was too high, the step was left out
     learning_rate: float
 
 
@@ -163,6 +163,10 @@ class DeepSpeedEngine:
             norm = self._plain_grad_norm() if index == passes - 1 else None
             engine.step()
         self.optimizer_steps += 1
+        if (
+            engine.fp16_enabled() and not engine.was_step_applied()
+        ):  # float16: too large at this scale, which is lowered
+            return OptimizerStep(None, rate)
         size = float(engine.get_global_grad_norm() if norm is None else norm)
         # DeepSpeed says -1 for NaN and infinity. All ranks have the same norm, so none is left waiting in a collective.
         if not math.isfinite(size) or size < 0:

@@ -34,8 +34,8 @@ class DynamicSampling:
 
     `by`: `outcome` compares the trajectories' rewards, `tokens` those of all action tokens of the group. `auto` compares
     what credit does: tokens where a judge's vote says what they earn (an all-correct group still carries signal if a
-    step is wrong), outcomes otherwise, since the other methods that compare read dense rewards by their sum. A method
-    of one's own that compares dense rewards token by token takes `tokens`.
+    step is wrong), outcomes otherwise, since the other methods that compare read dense rewards by their sum. With a
+    method that reads dense rewards token by token (PPO, one of one's own) write `tokens`.
     """
 
     by: str = "auto"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from apportion.actors.critic import CriticSpec, CriticWorker
@@ -14,6 +13,7 @@ from apportion.assembly.needs import needs_of
 from apportion.conf.schema import Config
 from apportion.conf.teachers import teacher_paths
 from apportion.data.builtin import resolve_model
+from apportion.data.prompts import template_text
 from apportion.platform.cluster import ActorRequest
 
 
@@ -36,7 +36,7 @@ def policy_requests(config: Config, model: str) -> list[ActorRequest]:
         model, m.dtype, m.attention, m.trust_remote_code, config.policy.lora, config.policy, loss,
         _optimizer_steps(config), credit=dict(a.credit) if needs_of(config).groups_together else None,
         distillation=_distillation(config), share_prompts=config.policy.share_prompts,
-        chat_template=None if m.chat_template is None else Path(m.chat_template).read_text(encoding="utf-8"),
+        chat_template=template_text(m.chat_template),
     )  # fmt: skip
     return _rank_requests(config, "policy", PolicyWorker, spec, config.cluster.gpus_per_policy_rank)
 

@@ -65,7 +65,11 @@ def units_of_one_advantage(credit: Mapping[str, Any]) -> frozenset[str] | None:
         return frozenset().union(*known) if known else None
     if not declared:
         return frozenset()  # whatever it wraps
-    own = {unit for unit, conditions in declared.items() if _holds("credit", credit, conditions)}
+    own = set()
+    for unit, conditions in declared.items():
+        ways = conditions if isinstance(conditions, list) else [conditions]
+        if any(_holds("credit", credit, way) for way in ways):
+            own.add(unit)
     return frozenset(own).union(*(units or () for units in inner))
 
 

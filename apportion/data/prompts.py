@@ -46,12 +46,20 @@ def load_tokenizer(path: str, chat_template: str | None = None, trust_remote_cod
         raise DataError(f"{path}: the tokenizer has no eos token, expected one that ends an answer")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if chat_template is not None:
-        file = Path(chat_template).expanduser()
-        if not file.is_file():
-            raise DataError(f"model.chat_template: got {chat_template!r}, no such file; expected a jinja file")
-        tokenizer.chat_template = file.read_text(encoding="utf-8")
+    text = template_text(chat_template)
+    if text is not None:
+        tokenizer.chat_template = text
     return tokenizer
+
+
+def template_text(chat_template: str | None) -> str | None:
+    """What the jinja file of `model.chat_template` holds; None where the tokenizer's own is used."""
+    if chat_template is None:
+        return None
+    file = Path(chat_template).expanduser()
+    if not file.is_file():
+        raise DataError(f"model.chat_template: got {chat_template!r}, no such file; expected a jinja file")
+    return file.read_text(encoding="utf-8")
 
 
 @dataclass

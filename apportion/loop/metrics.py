@@ -52,7 +52,9 @@ def update_metrics(reports: list[UpdateReport], role: str) -> dict[str, float]:
     metrics = totals.means()
     # Without a row that teaches, no pass counts, and the loss is 0.
     metrics[f"{role}/loss"] = totals.sums.get(f"{role}/loss", 0.0) / len(steps)
-    metrics[f"{role}/grad_norm"] = sum(s.grad_norm for s in steps) / len(steps)
+    norms = [s.grad_norm for s in steps if s.grad_norm is not None]
+    if norms:
+        metrics[f"{role}/grad_norm"] = sum(norms) / len(norms)
     if role == "policy":
         metrics["policy/learning_rate"] = steps[-1].learning_rate
         metrics["policy/optimizer_steps"] = len(steps)

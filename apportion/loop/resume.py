@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from apportion.loop.state import Progress
@@ -23,9 +24,10 @@ def progress_of(state: RunState) -> Progress:
     return Progress(step=state.step, policy_version=state.policy_version, **state.extra)
 
 
-def check_steps_left(state: RunState, steps: int) -> None:
-    """ConfigError where a run of `steps` steps that is resumed from `state` has nothing left to do."""
-    if state.step >= steps:
+def check_steps_left(state: RunState, steps: int, folder: Path) -> None:
+    """ConfigError where the run of `steps` steps in `folder`, resumed from `state`, has nothing left to do. One that was
+    stopped between its last checkpoint and its summary still has its end to do."""
+    if state.step >= steps and (folder / "summary.json").is_file():
         raise ConfigError(
             f"resume: got a checkpoint of step {state.step} of {steps}, so nothing is left to do; expected train.steps "
             f"above {state.step}"

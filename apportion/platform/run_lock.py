@@ -24,7 +24,7 @@ _NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS)
 def held(folder: Path) -> Iterator[None]:
     """Hold a run's folder; ConfigError where another process does."""
     with open(folder / LOCK_FILE, "a") as file:
-        if not _locked(file):
+        if not _locked(file, fcntl.LOCK_EX):
             raise ConfigError(
                 f"run folder: got {folder}, which another process is running; expected a run that has ended: wait for "
                 "that process, or stop it"
@@ -37,14 +37,14 @@ def is_held(folder: Path) -> bool:
     if not (folder / LOCK_FILE).is_file():
         return False
     with open(folder / LOCK_FILE) as file:
-        return not _locked(file)
+        return not _locked(file, fcntl.LOCK_SH)  # on NFS a file that is open for reading takes no other
 
 
-def _locked(file: IO[str]) -> bool:
+def _locked(file: IO[str], mode: int) -> bool:
     """Take the lock until the file is closed; False where it is taken."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        fcntl.flock(file, mode | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # the latter on CIFS
         return False
     except OSError as error:
         if error.errno not in _NO_LOCKS:

@@ -21,6 +21,7 @@ from apportion.platform.errors import ConfigError, nearest
 from apportion.platform.files import write_text_atomically
 
 REDACTED = "<redacted>"
+COMMAND_LINES = "before"  # the key under which a configuration holds words of commands
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=@-]*")
 _SECRET_WORDS = r"token|secret|password|passwd|api_?key|access_?key|private_?key|credentials?|authorization|auth"
 _SECRET_KEY = re.compile(rf"(?:^|_)(?:{_SECRET_WORDS})$")
@@ -121,11 +122,12 @@ def redacted(config: Any) -> Any:
         return {key: _redacted_under(str(key), value) for key, value in config.items()}
     if isinstance(config, list | tuple):
         return [redacted(value) for value in config]
-    return redacted_text(config) if isinstance(config, str) else config
+    # `"token": "word"` in a prompt or pattern is no secret; in words of a command it may be.
+    return redacted_text(config, entries=False) if isinstance(config, str) else config
 
 
-def redacted_text(text: str) -> str:
-    """A text (an override, a log line, an address) without secrets.
+def redacted_text(text: str, entries: bool = True) -> str:
+    """A text (an override, a log line, an address) without secrets; `entries`: those written as `key: value` too.
 
     >>> redacted_text("http://me:pw@host/v1?api_key=abc&n=1")
     'http://<redacted>@host/v1?api_key=<redacted>&n=1'
@@ -136,7 +138,7 @@ def redacted_text(text: str) -> str:
         text = _URL_PASSWORD.sub(rf"\1{REDACTED}@", text)
     text = _HEADER.sub(rf"\1{REDACTED}", text)
     text = _ASSIGNMENT.sub(_redacted_value, _KNOWN_SHAPES.sub(REDACTED, text))
-    return _ENTRY.sub(_redacted_entry, text)
+    return _ENTRY.sub(_redacted_entry, text) if entries else text
 
 
 def _environment_secrets() -> list[str]:
@@ -164,6 +166,8 @@ def _redacted_entry(match: re.Match[str]) -> str:
 
 
 def _redacted_under(key: str, value: Any) -> Any:
+    if key == COMMAND_LINES and isinstance(value, list):
+        return [redacted_text(str(line)) for line in value]
     # A number is no secret under a key like `kl_per_token`, but may well be a password.
     harmless = value is None or isinstance(value, bool) or (isinstance(value, int | float) and "token" in key.lower())
     return redacted(value) if harmless or not _is_secret_key(key) else REDACTED
