@@ -87,18 +87,23 @@ def interrupted(folder, started, head):
         "train", "experiment=tiny_grpo", *COMMON, "train.steps=100000", "cluster.weight_transfer=broadcast",
         f"runs_folder={folder}/runs", "run_name=endless",
     )  # fmt: skip
+    killed = started(
+        "train", "experiment=tiny_grpo", *QUICK, "train.steps=100000", f"runs_folder={folder}/runs", "run_name=killed"
+    )
     words = [APPORTION, "train", "experiment=tiny_grpo", *QUICK, "train.steps=1", f"runs_folder={folder}/runs"]
     job = submitted(started, head, [*words, "run_name=job"])
     stranger = started(*words[1:], "run_name=stranger", f"cluster.address={head.address}")
     deadline = time.monotonic() + 200
-    while not steps_of(folder / "runs/endless") and endless.process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.2)
+    for run, name in ((endless, "endless"), (killed, "killed")):
+        while not steps_of(folder / "runs" / name) and run.process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.2)
     os.killpg(endless.process.pid, signal.SIGINT)  # as a terminal does, to the whole group
-    return endless.finished(60), job.finished(), stranger.finished(120)
+    killed.process.terminate()  # as a scheduler does, to the process alone
+    return endless.finished(60), job.finished(), stranger.finished(120), killed.finished(60)
 
 
 def test_ctrl_c_ends_a_run_with_130_and_nothing_is_left_running(interrupted, folder):
-    endless, _, _ = interrupted
+    endless, *_ = interrupted
     assert steps_of(folder / "runs/endless")
     assert endless.code == 130, endless.output
     assert endless.output.rstrip().endswith("interrupted")
@@ -106,8 +111,16 @@ def test_ctrl_c_ends_a_run_with_130_and_nothing_is_left_running(interrupted, fol
     assert endless.left_running() == []
 
 
+def test_a_polite_kill_ends_a_run_as_ctrl_c_does(interrupted, folder):
+    *_, killed = interrupted
+    assert steps_of(folder / "runs/killed")
+    assert killed.code == 130, killed.output
+    assert killed.output.rstrip().endswith("interrupted")
+    assert killed.left_running() == []
+
+
 def test_a_job_submitted_to_a_protected_cluster_runs_there_and_leaves_the_cluster_up(interrupted, folder, head):
-    _, job, _ = interrupted
+    _, job, *_ = interrupted
     assert job.code == 0, job.output
     assert sorted(steps_of(folder / "runs/job")) == [1]
     assert head.process.process.poll() is None
@@ -126,6 +139,6 @@ def _runs_for(pid: int, logs: str) -> bool:
 
 
 def test_a_cluster_that_wants_a_token_refuses_a_run_without_it_in_one_line(interrupted, head):
-    _, _, stranger = interrupted
+    _, _, stranger, _ = interrupted
     assert stranger.code == 2, stranger.output
     assert error_of(stranger).startswith(f"error: cluster.address: cannot reach {head.address}: ")

@@ -9,9 +9,12 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,8 +74,6 @@ class Cluster:
     def __init__(
         self, address: str | None, run_name: str, cpus: float, log_folder: Path, store_gib: float | None
     ) -> None:
-        import ray
-
         self._actors: list[Actor] = []
         self.log_folder = log_folder
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -82,13 +83,8 @@ class Cluster:
         common = {"namespace": run_name, "log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
         self.joined = bool(address or os.environ.get("RAY_ADDRESS"))
         try:
-            if self.joined:
-                ray.init(address=address or os.environ["RAY_ADDRESS"], **common)
-            else:
-                memory = None if store_gib is None else int(store_gib * 2**30)
-                # CPUs are Ray's accounting only: compute actors take turns on the cores.
-                count = max(int(cpus) + 1, os.cpu_count() or 1)
-                ray.init(address="local", num_cpus=count, include_dashboard=False, object_store_memory=memory, **common)
+            with _own_signals():
+                self._connect(address, cpus, store_gib, common)
         except (ConnectionError, RuntimeError, ValueError) as error:
             where = address or os.environ.get("RAY_ADDRESS") or "a local Ray"
             raise ConfigError(f"cluster.address: cannot reach {where}: {_first_line(error)}") from error
@@ -97,6 +93,17 @@ class Cluster:
                 f"Ray did not start on this machine: {_first_line(error)} Its logs are under /tmp/ray/session_latest/logs; "
                 "a busy or full machine may only need another try"
             ) from error
+
+    def _connect(self, address: str | None, cpus: float, store_gib: float | None, common: dict[str, Any]) -> None:
+        import ray
+
+        if self.joined:
+            ray.init(address=address or os.environ["RAY_ADDRESS"], **common)
+            return
+        memory = None if store_gib is None else int(store_gib * 2**30)
+        # CPUs are Ray's accounting only: compute actors take turns on the cores.
+        count = max(int(cpus) + 1, os.cpu_count() or 1)
+        ray.init(address="local", num_cpus=count, include_dashboard=False, object_store_memory=memory, **common)
 
     def launch(self, requests: Sequence[ActorRequest]) -> list[Actor]:
         """Start actors side by side without waiting for them; `ready` does."""
@@ -204,6 +211,19 @@ def _not_made(text: str, actor: Actor, what: str) -> ApportionError:
     return ActorError(
         f"{actor.name}: could not be made in {what}: {lines[-1]}\n" + "\n".join(f"    {line}" for line in shown)
     )
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Ray puts handlers of its own in place when it starts, with which a polite kill ends the process at once, untidied."""
+    own = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in own.items():
+                if handler is not None:
+                    signal.signal(number, handler)
 
 
 def _death(error: Exception) -> str:
