@@ -1,11 +1,17 @@
 """What many tests share: the tiny model's folder, a batch ready for an update, a stand-in for what the command line runs."""
 
 import os
+import signal
 import sys
 import types
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; read when numpy and torch are imported
     os.environ["OMP_NUM_THREADS"] = "1"
+
+if (
+    signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+):  # as a shell's background job has it, and so the runs that tests start
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import numpy as np
 import pytest

@@ -65,11 +65,7 @@ def units_of_one_advantage(credit: Mapping[str, Any]) -> frozenset[str] | None:
         return frozenset().union(*known) if known else None
     if not declared:
         return frozenset()  # whatever it wraps
-    own = set()
-    for unit, conditions in declared.items():
-        ways = conditions if isinstance(conditions, list) else [conditions]
-        if any(_holds("credit", credit, way) for way in ways):
-            own.add(unit)
+    own = {unit for unit, conditions in declared.items() if _holds("credit", credit, conditions)}
     return frozenset(own).union(*(units or () for units in inner))
 
 

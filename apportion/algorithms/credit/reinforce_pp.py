@@ -27,9 +27,7 @@ class ReinforcePlusPlus:
     whiten: str = "sample"
     needs: ClassVar[frozenset[str]] = frozenset()
     group_relative_with: ClassVar[dict[str, Any]] = {"baseline": "group"}
-    one_advantage_per: ClassVar[dict[str, Any]] = {
-        "response": [{"baseline": "group"}, {"baseline": "none", "gamma": 1.0}]
-    }
+    one_advantage_per: ClassVar[dict[str, Any]] = {"response": {"baseline": "group"}}
 
     def __post_init__(self) -> None:
         if self.baseline not in ("none", "group"):
