@@ -32,11 +32,11 @@ quickstart: $(INSTALLED)
 test: $(INSTALLED)
 	@failed=0; \
 	$(BIN)/pytest -m "not system" $(SIDE_BY_SIDE) --cov=apportion --cov-report= || failed=1; \
-	$(BIN)/pytest -m system --cov=apportion --cov-append --cov-report=term || failed=1; \
+	$(BIN)/pytest -m system --durations=20 --cov=apportion --cov-append --cov-report=term || failed=1; \
 	exit $$failed
 
 unit: $(INSTALLED)
-	$(BIN)/pytest -m "not system" $(SIDE_BY_SIDE)
+	$(BIN)/pytest -m "not system and not slow" $(SIDE_BY_SIDE)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

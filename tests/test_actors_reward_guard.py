@@ -28,7 +28,7 @@ def run(rest: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.system
+@pytest.mark.slow
 def test_a_function_that_keeps_the_interpreter_ends_the_process_and_is_named():
     done = run("""
         with guard:
@@ -41,7 +41,7 @@ def test_a_function_that_keeps_the_interpreter_ends_the_process_and_is_named():
     assert last.startswith("reward functions first, stuck: one of them kept the interpreter for 1.5 s")
 
 
-@pytest.mark.system
+@pytest.mark.slow
 def test_a_function_that_waits_and_a_process_that_is_not_scoring_are_left_alone():
     done = run("""
         for _ in range(2):

@@ -128,7 +128,7 @@ def test_closing_a_scorer_ends_the_child(verifier):
     assert child.poll() == -signal.SIGKILL
 
 
-@pytest.mark.system
+@pytest.mark.slow
 def test_a_gym_answer_is_scored_by_the_task_in_the_child():
     from apportion.data.sources import load_sources
 

@@ -136,7 +136,7 @@ def test_what_an_unfinished_stage_left_is_not_taken_for_its_result(tmp_path, lef
         run_before(config_of(tmp_path, "dpo run_name=teacher data.train=nowhere.jsonl"))
 
 
-@pytest.mark.system
+@pytest.mark.slow
 def test_a_failing_stage_stops_the_run_after_its_own_message(tmp_path, capfd):
     line = "dpo run_name=teacher model.path=builtin:tiny data.train=nowhere.jsonl"
     with pytest.raises(ApportionError, match=r"before: `apportion dpo run_name=teacher \.\.\.` ended with exit code"):

@@ -28,7 +28,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.system
+@pytest.mark.slow
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_each_question_runs_every_arm(question: str) -> None:
     outcome = importlib.import_module(f"benchmarks.credit.{question}").run(0, Scale(most=2))

@@ -34,7 +34,7 @@ def test_the_pages_own_tests_pass(folder, monkeypatch):
         test()
 
 
-@pytest.mark.system
+@pytest.mark.slow
 def test_the_pages_method_is_refused_a_group_of_one(folder):
     program = Path(sys.executable).parent / "apportion"
     words = "plan experiment=tiny_grpo --config-dir my_conf algorithm=opo rollout.responses_per_prompt=1"

@@ -36,7 +36,7 @@ def member(address: ChannelAddress, number: int, answers) -> None:
         answers.put((number, version, {n: t.float().tolist() for n, t in received}, bundle.verify()))
 
 
-@pytest.mark.system
+@pytest.mark.slow
 def test_every_member_receives_the_trainers_bytes_each_time():
     address = ChannelAddress("127.0.0.1", free_port(), 3, "gloo", 60)
     context = multiprocessing.get_context("spawn")
@@ -60,7 +60,7 @@ def test_every_member_receives_the_trainers_bytes_each_time():
         assert wrong == ([] if version == 1 else ["a", "b", "c"])  # the second time the trainer's weights are others
 
 
-@pytest.mark.system
+@pytest.mark.slow
 def test_joining_is_not_waited_for_without_end():
     address = ChannelAddress("127.0.0.1", free_port(), 2, "gloo", 1)
     with pytest.raises(WeightSyncError, match=r"got no broadcast among 2 members at 127.0.0.1:\d+ within 1 s"):

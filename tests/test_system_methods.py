@@ -1,10 +1,10 @@
 """Every method's recipe for two steps on real Ray and DeepSpeed, with what is its own in metrics and samples."""
 
-import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from run_commands import QUICK, starting
+from run_commands import QUICK, Run, lines_of, starting
 
 pytestmark = pytest.mark.system
 
@@ -44,27 +44,33 @@ def started(folder):
         yield start
 
 
-def run(folder, started, name: str) -> tuple[list[dict], list[dict]]:
+@pytest.fixture(scope="module")
+def runs(folder, started):
+    """Every method's run, two at a time: much of a run's start is one thread's work."""
+
+    def run(name: str) -> Run:
+        words = [
+            "train", "experiment=tiny_grpo", f"algorithm={name}", *METHODS[name], *QUICK, f"run_name={name}",
+            "data.train=function:own.py:rows", "reward.functions=own.py:parity", "train.steps=2", "policy.zero_stage=1",
+        ]  # fmt: skip
+        return started(*words).finished(480)
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(METHODS, pool.map(run, METHODS), strict=True))
+
+
+def read(folder, runs: dict[str, Run], name: str) -> tuple[list[dict], list[dict]]:
     """The lines of metrics and of samples."""
-    words = [
-        "train", "experiment=tiny_grpo", f"algorithm={name}", *METHODS[name], *QUICK, f"run_name={name}",
-        "data.train=function:own.py:rows", "reward.functions=own.py:parity", "train.steps=2", "policy.zero_stage=1",
-    ]  # fmt: skip
-    done = started(*words).finished()
-    assert done.code == 0, done.output
-    read = [
-        [json.loads(line) for line in (folder / "runs" / name / file).read_text().splitlines()]
-        for file in ("metrics.jsonl", "samples.jsonl")
-    ]
-    return read[0], read[1]
+    assert runs[name].code == 0, runs[name].output
+    return lines_of(folder / "runs" / name), lines_of(folder / "runs" / name, "samples.jsonl")
 
 
 def credit_of(samples: list[dict]) -> list[list[float]]:
     return [sample["advantages"] for sample in samples]
 
 
-def test_macro_actions_share_credit_among_five_tokens(folder, started):
-    metrics, samples = run(folder, started, "ma_rlhf")
+def test_macro_actions_share_credit_among_five_tokens(folder, runs):
+    metrics, samples = read(folder, runs, "ma_rlhf")
     assert [line["step"] for line in metrics] == [1, 2]
     assert all(line["policy/grad_norm"] > 0 and math.isfinite(line["critic/loss"]) for line in metrics)
     for row in credit_of(samples):
@@ -72,28 +78,28 @@ def test_macro_actions_share_credit_among_five_tokens(folder, started):
     assert any(len(set(row)) > 1 for row in credit_of(samples))
 
 
-def test_one_macro_action_has_one_credit(folder, started):
-    metrics, samples = run(folder, started, "ma_rlhf_one_action")
+def test_one_macro_action_has_one_credit(folder, runs):
+    metrics, samples = read(folder, runs, "ma_rlhf_one_action")
     assert all(line["policy/grad_norm"] > 0 for line in metrics)
     assert all(len(set(row)) == 1 for row in credit_of(samples)) and any(map(any, credit_of(samples)))
 
 
 @pytest.mark.parametrize("name", ["thr", "nthr", "thr_gspo"])
-def test_hidden_rewards_differ_from_token_to_token(folder, started, name):
-    metrics, samples = run(folder, started, name)
+def test_hidden_rewards_differ_from_token_to_token(folder, runs, name):
+    metrics, samples = read(folder, runs, name)
     assert any(line["policy/grad_norm"] > 0 for line in metrics)
     assert any(len({abs(value) for value in row}) > 1 for row in credit_of(samples))
 
 
-def test_distillation_on_policy_has_a_gradient_and_no_credit(folder, started):
-    metrics, samples = run(folder, started, "aligndistil")
+def test_distillation_on_policy_has_a_gradient_and_no_credit(folder, runs):
+    metrics, samples = read(folder, runs, "aligndistil")
     first = metrics[0]  # the teachers are the student itself: there is nothing to learn yet
     assert first["policy/distillation_total_variation"] == first["policy/distillation_kl"] == 0
     assert first["policy/distillation_alpha"] == pytest.approx(1e-3)
     assert not any(map(any, credit_of(samples)))
 
 
-def test_distillation_off_policy_learns_from_the_datas_responses_and_samples_none(folder, started):
-    metrics, samples = run(folder, started, "aligndistil_offpolicy")
+def test_distillation_off_policy_learns_from_the_datas_responses_and_samples_none(folder, runs):
+    metrics, samples = read(folder, runs, "aligndistil_offpolicy")
     assert [line["step"] for line in metrics] == [1, 2]
     assert all(sample["response"].startswith("It is ") for sample in samples)
