@@ -7,11 +7,13 @@ python benchmarks/recipe_page.py runs/thr runs/poad ...
 from __future__ import annotations
 
 import json
+import shlex
 import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
 from bench_report import ROOT, machine
 
 PAGE, PICTURES = ROOT / "docs" / "recipes.md", ROOT / "docs" / "recipes"
@@ -24,6 +26,7 @@ class Run:
     rewards: list[float]  # of each step, the mean over its samples
     accuracies: list[tuple[int, float]]  # step, held-out greedy accuracy
     minutes: float
+    before: float  # minutes of the stages that it trained first
 
 
 def read(folder: Path) -> Run:
@@ -31,7 +34,10 @@ def read(folder: Path) -> Run:
     summary = json.loads((folder / "summary.json").read_text())
     accuracies = [(line["step"], line["eval/greedy_accuracy"]) for line in lines if "eval/greedy_accuracy" in line]
     rewards = [line["reward/mean"] for line in lines if "reward/mean" in line]
-    return Run(folder.name, rewards, accuracies, summary["wall_seconds"] / 60)
+    words = [shlex.split(line) for line in yaml.safe_load((folder / "config.yaml").read_text()).get("before", [])]
+    names = [word.partition("=")[2] for line in words for word in line if word.startswith("run_name=")]
+    stages = [json.loads((folder.parent / name / "summary.json").read_text())["wall_seconds"] / 60 for name in names]
+    return Run(folder.name, rewards, accuracies, summary["wall_seconds"] / 60, sum(stages))
 
 
 def draw(run: Run) -> None:
@@ -55,9 +61,9 @@ def draw(run: Run) -> None:
 def row(run: Run) -> str:
     (_, before), (_, after) = run.accuracies[0], run.accuracies[-1]
     first, last = statistics.mean(run.rewards[:ENDS]), statistics.mean(run.rewards[-ENDS:])
+    minutes = f"{run.minutes:.1f}" + (f" and {run.before:.1f} of its teachers" if run.before else "")
     return (
-        f"| `{run.recipe}` | {len(run.rewards)} | {run.minutes:.1f} | {first:.2f} -> {last:.2f} | "
-        f"{before:.3f} -> {after:.3f} |"
+        f"| `{run.recipe}` | {len(run.rewards)} | {minutes} | {first:.2f} -> {last:.2f} | {before:.3f} -> {after:.3f} |"
     )
 
 
@@ -74,7 +80,7 @@ def main(folders: list[str]) -> int:
         "is better than another; for comparisons see [credit-study.md](credit-study.md).",
         "",
         f"Machine: {machine()}. Other programs ran beside these runs, so minutes are upper bounds. Reward is the mean of the",
-        f"first and of the last {ENDS} steps' samples. Minutes of `aligndistil` are without its two teachers, which take as long once.",
+        f"first and of the last {ENDS} steps' samples.",
         "",
         "| `experiment=` | steps | minutes | reward | held-out greedy accuracy |",
         "|---|---|---|---|---|",
