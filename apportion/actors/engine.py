@@ -163,9 +163,8 @@ class DeepSpeedEngine:
             norm = self._plain_grad_norm() if index == passes - 1 else None
             engine.step()
         self.optimizer_steps += 1
-        if (
-            engine.fp16_enabled() and not engine.was_step_applied()
-        ):  # float16: too large at this scale, which is lowered
+        # float16: a gradient too large at this loss scale, which DeepSpeed lowers.
+        if engine.fp16_enabled() and not engine.was_step_applied():
             return OptimizerStep(None, rate)
         size = float(engine.get_global_grad_norm() if norm is None else norm)
         # DeepSpeed says -1 for NaN and infinity. All ranks have the same norm, so none is left waiting in a collective.

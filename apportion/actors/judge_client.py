@@ -14,7 +14,6 @@ Never shown: a header, an address's user part or query, the body of an answer th
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import itertools
 import json
@@ -29,7 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from apportion.actors.engines import EngineSpec, Request, RolloutEngine, Sampling, make_engine
+from apportion.actors.engines import EngineSpec, Request, RolloutEngine, Sampling, make_engine, seed_of
 from apportion.actors.reward_call import LimitedCaller, failure_of
 from apportion.actors.reward_service import FIRST_PAUSE_SECONDS, RETRIED_STATUS, shown_url
 from apportion.algorithms.steps import critique_prompt, parse_verdict
@@ -209,8 +208,7 @@ class ModelJudge:
         settings = self._spec.engine_spec
         if not settings.seeded:
             return None
-        key = f"{settings.seed}/{k}/".encode() + prompt.tobytes()
-        return int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "big") >> 1
+        return seed_of(f"{settings.seed}/{k}/".encode() + prompt.tobytes())
 
 
 # an OpenAI-compatible address

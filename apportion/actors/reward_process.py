@@ -47,10 +47,14 @@ class VerifierSource(FunctionSource):
     def score(self, call: RewardCall) -> list[Any]:
         share = SHARE if len(call) > 1 else 1.0
         elements: list[Any] = []
-        left, lost, asked = self._limit, 0, False
+        left, lost, asked = self.limit_seconds, 0, False
         for index in range(len(call)):
             if left <= 0 or lost == MOST_LOST:
-                why = f"{lost} samples before it took too long" if lost else f"the {self._limit:g} s for all are over"
+                why = (
+                    f"{lost} samples before it took too long"
+                    if lost
+                    else f"the {self.limit_seconds:g} s for all are over"
+                )
                 elements.append(Failure("timeout", f"{self.name}: not called, as {why}"))
                 continue
             start = time.monotonic()
@@ -75,7 +79,7 @@ class VerifierSource(FunctionSource):
         if self._child is None or not self._child.alive:
             self._end()
             self._child = _Child(self._verifier)
-        self._child.send((self.name, self._limit, samples))
+        self._child.send((self.name, self.limit_seconds, samples))
 
     def _sample(self, call: RewardCall, index: int) -> dict[str, Any]:
         arguments = self._arguments(call.select([index]))

@@ -154,14 +154,13 @@ class FunctionSource:
 
     def __init__(self, name: str, function: Callable[..., Any], entry: RewardEntry) -> None:
         self.name, self.weight = name, entry.weight
-        self._function, self._params, self._limit, self._one_by_one = (
+        self._function, self._params, self.limit_seconds, self._one_by_one = (
             function,
             entry.params,
             entry.timeout_seconds,
             entry.one_by_one,
         )
         self.is_users = entry.function not in VERIFIERS
-        self.limit_seconds = entry.timeout_seconds
         self._is_async = any(inspect.iscoroutinefunction(f) for f in (function, type(function).__call__))
         self._caller = LimitedCaller(name, self._is_async)
         parameters = inspect.signature(function).parameters.values()
@@ -189,7 +188,7 @@ class FunctionSource:
         if self._one_by_one and len(call) > 1:
             return self._each(call)
         try:
-            return self._asked(call, self._limit)
+            return self._asked(call, self.limit_seconds)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - what a user's function raises is a failure of its samples
             if len(call) == 1 or isinstance(error, TooManyHung):
                 return [failure_of(error, self.name)] * len(call)
@@ -218,13 +217,17 @@ class FunctionSource:
         return self._side_by_side(call) if self._is_async else self._in_turn(call)
 
     def _in_turn(self, call: RewardCall) -> list[Any]:
-        deadline = time.monotonic() + self._limit
+        deadline = time.monotonic() + self.limit_seconds
         elements: list[Any] = []
         late = 0
         for index in range(len(call)):
             left = deadline - time.monotonic()
             if left <= 0 or late == HUNG_SAMPLES:
-                why = f"{late} samples before it took too long" if late else f"the {self._limit:g} s for all are over"
+                why = (
+                    f"{late} samples before it took too long"
+                    if late
+                    else f"the {self.limit_seconds:g} s for all are over"
+                )
                 elements.append(Failure("timeout", f"{self.name}: not called, as {why}"))
                 continue
             try:
@@ -237,13 +240,13 @@ class FunctionSource:
     def _side_by_side(self, call: RewardCall) -> list[Any]:
         async def one(index: int) -> list[Any]:
             answer = self._function(**self._arguments(call.select([index])))
-            return self._listed(await within(answer, self._limit, self._limit), 1)
+            return self._listed(await within(answer, self.limit_seconds, self.limit_seconds), 1)
 
         async def all_of_them() -> list[Any]:
             return await asyncio.gather(*map(one, range(len(call))), return_exceptions=True)
 
         try:
-            answers = self._caller.call(all_of_them, self._limit + ASYNC_GRACE_SECONDS)
+            answers = self._caller.call(all_of_them, self.limit_seconds + ASYNC_GRACE_SECONDS)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - as in `score`
             return [failure_of(error, self.name)] * len(call)
         return [failure_of(a, self.name) if isinstance(a, BaseException) else a[0] for a in answers]

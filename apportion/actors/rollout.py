@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from dataclasses import dataclass
 
 import numpy as np
 
-from apportion.actors.engines import EngineSpec, Request, Sample, Sampling, make_engine
+from apportion.actors.engines import EngineSpec, Request, Sample, Sampling, make_engine, seed_of
 from apportion.actors.engines.given_responses import GivenResponses
 from apportion.actors.environment_client import RemoteEnvironments
 from apportion.actors.episodes import EpisodeRunner, EpisodeSpec, Seeds
@@ -116,8 +115,7 @@ class RolloutWorker(ActorBase):
         )
 
     def _seed(self, prompt: Prompt, index: int | str) -> int:
-        key = f"{self._spec.seed}/{prompt.prompt_id}/{index}/{self._version}".encode()
-        return int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "big") >> 1
+        return seed_of(f"{self._spec.seed}/{prompt.prompt_id}/{index}/{self._version}".encode())
 
     def load_weights(self, bundle: WeightBundle, check: bool) -> SyncReceipt:
         receipt = self._engine.load(bundle, self._name, check)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Protocol
@@ -27,6 +28,11 @@ class Sampling:
     max_tokens: int = 256
     stop: list[str] = field(default_factory=list)
     response_column: str | None = None  # nothing is sampled: the responses are the prompts' own, of this column
+
+
+def seed_of(key: bytes) -> int:
+    """A sampling seed of 31 bits that follows from `key` alone, in every process."""
+    return int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "big") >> 1
 
 
 @dataclass
