@@ -16,6 +16,7 @@ from apportion.conf.preference_schema import PreferencePolicyConfig
 from apportion.conf.schema import LoraConfig
 from apportion.data.builtin import resolve_model
 from apportion.data.pair_tokens import Answer, EncodedExample, pack
+from apportion.data.prompts import TokenizerPath
 from apportion.preference_trainer import BatchOrder, PreferenceTrainer, StageSettings, make_order
 
 RNG = np.random.default_rng(0)
@@ -270,7 +271,7 @@ def test_a_saved_reward_model_scores_in_transformers_and_as_a_reward_what_it_sco
     assert loaded.config.num_labels == 1
     with torch.no_grad():
         assert [loaded(torch.tensor([ids])).logits.item() for ids in sequences] == pytest.approx(expected, rel=1e-3)
-    source = ModelSource(RewardEntry(f"model:{tmp_path / 'model'}"), tiny)
+    source = ModelSource(RewardEntry(f"model:{tmp_path / 'model'}"), TokenizerPath(tiny))
     try:
         assert source.reads_ids
         assert source._forward(sequences) == pytest.approx(expected, rel=1e-3)

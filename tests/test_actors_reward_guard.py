@@ -10,6 +10,7 @@ import pytest
 from scoring_parts import batch_of
 
 from apportion.actors.reward import RewardWorker
+from apportion.data.prompts import TokenizerPath
 
 PROGRAM = """
 import re, sys, time
@@ -57,7 +58,7 @@ def test_a_function_that_waits_and_a_process_that_is_not_scoring_are_left_alone(
 def test_a_reward_actor_is_guarded_where_it_calls_a_users_function_and_only_there(tmp_path):
     (tmp_path / "mine.py").write_text("def f(completions):\n    return [1.0] * len(completions)\n")
     entries = ["numeric_match", {"function": f"{tmp_path / 'mine.py'}:f", "timeout_seconds": 5.0}]
-    guarded = RewardWorker(entries, 60.0, None, "builtin:tiny", "\n\n")
+    guarded = RewardWorker(entries, 60.0, None, TokenizerPath("builtin:tiny"), "\n\n")
     assert (guarded._guard._functions, guarded._guard._seconds) == ("f", 35.0)
     batch, prompts = batch_of("a 0", "b 2")
     assert guarded.score(batch, prompts)[1].rewards.tolist() == [2.0, 1.0]
@@ -67,5 +68,5 @@ def test_a_reward_actor_is_guarded_where_it_calls_a_users_function_and_only_ther
     assert guarded.score(batch, prompts)[1].rewards.tolist() == [2.0, 1.0]
     guarded._guard._connection.close()
     assert guarded._guard._process.wait(10) == 0
-    plain = RewardWorker(["numeric_match", "math_verify"], 60.0, None, "builtin:tiny", "\n\n")
+    plain = RewardWorker(["numeric_match", "math_verify"], 60.0, None, TokenizerPath("builtin:tiny"), "\n\n")
     assert isinstance(plain._guard, nullcontext)

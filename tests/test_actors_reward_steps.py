@@ -6,6 +6,7 @@ from scoring_parts import batch_of, score, trajectory
 
 from apportion.batch import Batch
 from apportion.conf.schema_experience import RewardConfig
+from apportion.data.prompts import TokenizerPath
 from apportion.platform.errors import ConfigError
 
 END = 1  # a special token
@@ -75,7 +76,9 @@ def test_the_policys_own_tokenizer_is_read_from_its_folder(tiny):
     given = trajectory("rows:0:0", "?", [0] * len(ids))
     given.token_ids = np.array([7, 8, *ids], np.int32)
     _, prompts = batch_of("?")
-    batch, _ = score(lambda completions: [[1.0, 2.0]], Batch.from_trajectories([given]), prompts, tokenizer=tiny)
+    batch, _ = score(
+        lambda completions: [[1.0, 2.0]], Batch.from_trajectories([given]), prompts, tokenizer=TokenizerPath(tiny)
+    )
     assert np.flatnonzero(batch.token_rewards).tolist() == [len("so 1+1=2\n\n") - 1, len(ids) - 1]
     assert batch.rewards.tolist() == [3.0]
 

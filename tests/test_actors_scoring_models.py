@@ -49,7 +49,10 @@ def expected_logit(folder, ids) -> float:
 def test_a_reward_model_with_the_policys_vocabulary_reads_the_sampled_ids(reward_model):
     batch, prompts = batch_of("a", "abcde", "abc")
     scored, report = score(
-        {"function": f"model:{reward_model}", "batch_size": 2}, batch, prompts, tokenizer=str(reward_model)
+        {"function": f"model:{reward_model}", "batch_size": 2},
+        batch,
+        prompts,
+        tokenizer=TokenizerPath(str(reward_model)),
     )
     wanted = [expected_logit(reward_model, batch.sequence(i).tolist()) for i in range(3)]
     np.testing.assert_allclose(scored.rewards, wanted, atol=1e-5)
@@ -66,7 +69,9 @@ def test_a_reward_model_of_another_tokenizer_reads_the_text_through_its_own_temp
 
 
 def test_a_sequence_past_the_reward_models_context_fails_alone(reward_model):
-    scored, report = score(f"model:{reward_model}", *batch_of("yes", "x" * 40), tokenizer=str(reward_model))
+    scored, report = score(
+        f"model:{reward_model}", *batch_of("yes", "x" * 40), tokenizer=TokenizerPath(str(reward_model))
+    )
     assert scored.sample_mask.tolist() == [True, False]
     assert report.first_traceback == "reward_model: got 42 tokens, the model takes 32"
 

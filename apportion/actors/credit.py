@@ -23,6 +23,7 @@ from apportion.algorithms.statistics import at_last_token
 from apportion.algorithms.steps import token_starts
 from apportion.batch import Batch, Marks, Signals, Totals
 from apportion.data.metrics import accuracy, average_at_k, mean_pass_at_k
+from apportion.data.prompts import load_tokenizer
 from apportion.platform.process import ActorBase
 
 
@@ -36,6 +37,7 @@ class CreditSpec:
     kl_estimator: str
     tokenizer: str
     keep_groups_together: bool = False
+    trust_remote_code: bool = False  # of the tokenizer
 
 
 @dataclass
@@ -225,9 +227,7 @@ class CreditWorker(ActorBase):
     @property
     def tokenizer(self) -> Any:
         if self._tokenizer is None:
-            from transformers import AutoTokenizer
-
-            self._tokenizer = AutoTokenizer.from_pretrained(self.spec.tokenizer)
+            self._tokenizer = load_tokenizer(self.spec.tokenizer, None, self.spec.trust_remote_code)
         return self._tokenizer
 
     def evaluate(self, correct_at: float, ks: list[int], show: int, greedy: list[Batch], sampled: list[Batch]) -> Any:

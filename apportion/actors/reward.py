@@ -14,7 +14,7 @@ from apportion.platform.process import ActorBase
 
 class RewardWorker(ActorBase):
     def __init__(
-        self, entries: Any, timeout_seconds: float, clip: float | None, tokenizer: str, step_delimiter: str
+        self, entries: Any, timeout_seconds: float, clip: float | None, tokenizer: Any, step_delimiter: str
     ) -> None:
         self._scorer = Scorer(entries, timeout_seconds, clip, tokenizer, step_delimiter)
         users = [s for s in self._scorer.components.values() if isinstance(s, FunctionSource) and s.is_users]

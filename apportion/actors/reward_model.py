@@ -13,7 +13,7 @@ import numpy as np
 from apportion.actors.reward_call import Failure, LimitedCaller, RewardCall, failure_of
 from apportion.actors.reward_sources import RewardEntry
 from apportion.data.builtin import resolve_model
-from apportion.data.prompts import load_tokenizer
+from apportion.data.prompts import TokenizerPath
 from apportion.platform.errors import ConfigError
 
 SETTINGS = ("dtype", "device", "trust_remote_code")
@@ -23,7 +23,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 class ModelSource:
     """One component of the reward: the model's single logit, as it is.
 
-    `policy_tokenizer` is the policy's tokenizer, or the path of its model; None counts as another one.
+    `policy_tokenizer` is the policy's tokenizer, or where it is; None counts as another one.
     Settings in the entry's `params`: `dtype` (float32), `device` (cuda if there is
     one) and `trust_remote_code` (false).
     """
@@ -41,8 +41,8 @@ class ModelSource:
         self._batch_size, self._limit = entry.batch_size or 16, entry.timeout_seconds
         self._caller = LimitedCaller(self.name)
         self._model, self._tokenizer = _load(path, settings)
-        if isinstance(policy_tokenizer, str):
-            policy_tokenizer = load_tokenizer(policy_tokenizer)
+        if isinstance(policy_tokenizer, TokenizerPath):
+            policy_tokenizer = policy_tokenizer.load()
         self._longest = getattr(self._model.config, "max_position_embeddings", None)
         self.reads_ids = policy_tokenizer is not None and policy_tokenizer.get_vocab() == self._tokenizer.get_vocab()
 

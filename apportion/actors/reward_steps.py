@@ -8,11 +8,11 @@ import numpy as np
 
 from apportion.actors.judge import steps_of_response
 from apportion.batch import Batch
-from apportion.data.prompts import load_tokenizer
+from apportion.data.prompts import TokenizerPath
 
 
 class PolicySteps:
-    """Cuts responses at `delimiter`. `tokenizer` is the policy's, or the path of its model, which is read when first needed."""
+    """Cuts responses at `delimiter`. `tokenizer` is the policy's, or where it is, which is read when first needed."""
 
     def __init__(self, tokenizer: Any, delimiter: str) -> None:
         self._tokenizer, self._delimiter = tokenizer, delimiter
@@ -34,6 +34,6 @@ class PolicySteps:
         return count, step_ids
 
     def _decode(self, ids: list[int]) -> str:
-        if isinstance(self._tokenizer, str):
-            self._tokenizer = load_tokenizer(self._tokenizer)
+        if isinstance(self._tokenizer, TokenizerPath):
+            self._tokenizer = self._tokenizer.load()
         return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -75,7 +75,7 @@ class Scorer:
     """The weighted sum of the components in `entries`, and of the environment's rewards where a batch brings some.
 
     `clip` clamps a plain reward, and each token's where rewards are dense, to [-clip, clip]. `tokenizer` (the policy's,
-    or its model's path) lets a reward model that shares it read token ids, and finds the steps, parted by
+    or a `TokenizerPath`) lets a reward model that shares it read token ids, and finds the steps, parted by
     `step_delimiter`, of lists with one number a step; without it there are none. One `score` at a time, and a batch
     only once: rewards that a batch comes with count as the environment's.
     """

@@ -13,6 +13,7 @@ from apportion.assembly.hosts import joins, thread_count, threads_environment
 from apportion.assembly.needs import Needs
 from apportion.conf.judges import judge_spec, own_model
 from apportion.conf.schema import Config
+from apportion.data.prompts import TokenizerPath
 from apportion.platform.cluster import ActorRequest
 from apportion.platform.runs import RunFolder
 
@@ -29,7 +30,8 @@ def serving_requests(config: Config, model: str, needs: Needs | None = None) -> 
                      environment)
         for i in range(c.rollout_engines)
     ]  # fmt: skip
-    arguments = (reward.functions, reward.timeout_seconds, reward.clip, model, reward.step_delimiter)
+    tokenizer = TokenizerPath(model, config.model.trust_remote_code)
+    arguments = (reward.functions, reward.timeout_seconds, reward.clip, tokenizer, reward.step_delimiter)
     rewards = [ActorRequest(f"reward-{i}", RewardWorker, arguments) for i in range(reward.workers)]
     credit = ActorRequest("credit-0", CreditWorker, (_credit_spec(config, model, needs),))
     environments = _environment_requests(config)
@@ -97,6 +99,7 @@ def _credit_spec(config: Config, model: str, needs: Needs | None) -> CreditSpec:
         kl_estimator=a.kl.estimator,
         tokenizer=model,
         keep_groups_together=bool(needs and needs.groups_together),
+        trust_remote_code=config.model.trust_remote_code,
     )
 
 

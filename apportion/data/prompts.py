@@ -52,6 +52,17 @@ def load_tokenizer(path: str, chat_template: str | None = None, trust_remote_cod
     return tokenizer
 
 
+@dataclass(frozen=True)
+class TokenizerPath:
+    """A model's tokenizer that is loaded where it is first needed."""
+
+    path: str
+    trust_remote_code: bool = False
+
+    def load(self) -> Any:
+        return load_tokenizer(self.path, None, self.trust_remote_code)
+
+
 def template_text(chat_template: str | None) -> str | None:
     """What the jinja file of `model.chat_template` holds; None where the tokenizer's own is used."""
     if chat_template is None:
