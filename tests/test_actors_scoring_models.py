@@ -5,6 +5,7 @@ import pytest
 from scoring_parts import batch_of, score
 
 from apportion.actors.scoring import Scorer
+from apportion.data.prompts import TokenizerPath
 from apportion.platform.errors import ConfigError
 
 
