@@ -270,9 +270,8 @@ class Trainer:
             return {}
         try:
             report = self._evaluate(self.evaluator)
-        except (
-            RewardError
-        ) as error:  # of a few held-out answers: what is trained goes on, those that it learns from are judged apart
+        except RewardError as error:
+            # Of held-out answers alone: what is trained goes on; the rewards that it learns from are judged apart.
             self.tracker.warn(str(error))
             return {"timing/evaluate": self._timing["evaluate"]}
         if last:

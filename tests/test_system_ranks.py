@@ -14,7 +14,10 @@ import torch
 from apportion.actors.critic import CriticSpec, CriticWorker
 from apportion.actors.engine import World
 from apportion.actors.policy import LossSpec, PolicySpec, PolicyWorker
-from apportion.batch import Batch, Totals
+from apportion.actors.preference import PreferenceSpec, PreferenceWorker, ReferenceLogprobs, StepReport, StepShare
+from apportion.algorithms.preference import Dpo, RewardModel
+from apportion.batch import Batch, Signals, Totals
+from apportion.data.pair_tokens import Answer, EncodedExample, PreferenceData, pack
 from apportion.platform.cluster import ActorRequest, Cluster, gather
 
 pytestmark = pytest.mark.system
@@ -76,8 +79,32 @@ class PolicyRank(PolicyWorker):
             outcome.reloaded = self._copied()
         return outcome
 
+    def seen(self, spec: PolicySpec, world: World, shard: Batch) -> Signals:
+        self.spec = spec
+        self.setup(world)
+        return self.signals(shard)[1]
+
     def _copied(self) -> dict[str, np.ndarray]:
         return {n: w.detach().float().numpy().copy() for n, w in self._huggingface_weights()}
+
+
+class PreferenceRank(PreferenceWorker):
+    def __init__(self) -> None:
+        pass
+
+    def begin(self, spec: PreferenceSpec, world: World, data: PreferenceData, own: np.ndarray) -> ReferenceLogprobs:
+        self.spec, self.objective, self.reference = spec, spec.objective, None
+        self.setup(world)
+        self.load_data(data, data)
+        return self.reference_logprobs(own, own)[1] if self.objective.needs_reference else ReferenceLogprobs(*[[]] * 2)
+
+    def finish(
+        self, references: list[ReferenceLogprobs], share: StepShare
+    ) -> tuple[StepReport, StepReport, dict[str, np.ndarray]]:
+        if self.objective.needs_reference:
+            self.set_reference(*references)
+        update = self.update(share)
+        return update, self.evaluate(share.examples), {n: w.numpy().copy() for n, w in self._huggingface_weights()}
 
 
 class CriticRank(CriticWorker):
@@ -122,20 +149,8 @@ class Ranks:
 
     def trained(self, spec, batch: Batch, count: int, folder: Path | None = None) -> Outcome:
         """The outcome of a case, the ranks' parts put together: sums added, the first pass in the batch's order."""
-        if self.broken:
-            pytest.fail("an earlier case has left its ranks waiting for each other")
-        actors = self.alone if count == 1 else self.pair
         parts = [np.arange(len(batch))] if count == 1 else [np.array([0, 1, 2, 3, 4, 6, 7]), np.array([5])]
-        [(address, port)] = gather([actors[0].call("free_port", True)], 60, "meeting")
-        calls = [
-            actor.call(
-                "trained", spec, World(rank, count, address, port, 1), batch.select(part), folder and str(folder)
-            )
-            for rank, (actor, part) in enumerate(zip(actors, parts, strict=True))
-        ]
-        self.broken = True
-        outcomes = gather(calls, 120, "a case")
-        self.broken = False
+        outcomes = self.ask("trained", spec, [(batch.select(part), folder and str(folder)) for part in parts])
         whole = outcomes[0]
         for other in outcomes[1:]:
             whole.totals.merge(other.totals)
@@ -147,6 +162,25 @@ class Ranks:
                 ordered[places] = outcome.first
             whole.first = ordered
         return whole
+
+    def ask(self, method: str, spec, arguments: list[tuple]) -> list:
+        """What one rank or two answer that are set up anew, each with arguments of its own."""
+        [(address, port)] = gather([self.ranks(arguments)[0].call("free_port", True)], 60, "meeting")
+        worlds = [World(rank, len(arguments), address, port, 1) for rank in range(len(arguments))]
+        return self.go_on(method, [(spec, world, *own) for world, own in zip(worlds, arguments, strict=True)])
+
+    def go_on(self, method: str, arguments: list[tuple]) -> list:
+        """The same of ranks that are set up."""
+        if self.broken:
+            pytest.fail("an earlier case has left its ranks waiting for each other")
+        calls = [rank.call(method, *own) for rank, own in zip(self.ranks(arguments), arguments, strict=True)]
+        self.broken = True
+        outcomes = gather(calls, 120, "a case")
+        self.broken = False
+        return outcomes
+
+    def ranks(self, arguments: list[tuple]) -> list:
+        return self.alone if len(arguments) == 1 else self.pair
 
 
 @pytest.fixture(scope="module")
@@ -286,3 +320,58 @@ def test_a_critic_on_two_sharded_ranks_learns_what_it_learns_on_one(cluster, tin
     assert right.grad_norms[0] > 0
     for name, weight in right.weights.items():
         np.testing.assert_allclose(got.weights[name], weight, atol=3e-6, rtol=1e-4, err_msg=name)
+
+
+def test_influences_on_two_sharded_ranks_are_those_of_one(policy, tiny, credited):
+    """Groups are whole; the second rank has one of four, and makes passes only to keep pace."""
+    spec = replace(policy_spec(tiny), credit={"name": "hidden_reward", "p": 0.2})
+    [right] = policy.ask("seen", spec, [(credited,)])
+    sharded = replace(spec, settings=Settings(zero_stage=3, **SMALL))
+    parts = policy.ask("seen", sharded, [(credited.select(np.arange(6)),), (credited.select(np.arange(6, 8)),)])
+    assert np.count_nonzero(right.influences) > 20
+    for name in ("old_logprobs", "entropies", "influences"):
+        got = np.concatenate([getattr(part, name) for part in parts])
+        np.testing.assert_allclose(got, getattr(right, name), atol=3e-5, rtol=1e-4, err_msg=name)
+
+
+def pairs() -> PreferenceData:
+    rng = np.random.default_rng(3)
+
+    def drawn(length: int) -> np.ndarray:
+        return rng.integers(8, 264, length).astype(np.int32)
+
+    lengths = [(3, 5, 2), (7, 1, 4), (2, 9, 9), (5, 3, 6)]
+    return pack(
+        [
+            EncodedExample(f"p:{i}", drawn(p), [Answer(drawn(n), np.zeros(n, np.int32), "") for n in answers])
+            for i, (p, *answers) in enumerate(lengths)
+        ]
+    )
+
+
+@pytest.mark.parametrize("objective", [Dpo(), RewardModel()], ids=lambda objective: objective.name)
+def test_a_preference_stage_on_two_sharded_ranks_learns_what_it_learns_on_one(cluster, tiny, objective):
+    data, ranks = pairs(), start(cluster, PreferenceRank)
+
+    def trained(settings: Settings, parts: list[np.ndarray]):
+        spec = PreferenceSpec(tiny, "float32", "sdpa", False, None, settings, objective, None, 2, 0)
+        references = ranks.ask("begin", spec, [(data, part) for part in parts])
+        shares = [StepShare(part, np.full(len(part), 0.25, np.float32)) for part in parts]
+        updates, evaluations, weights = zip(
+            *ranks.go_on("finish", [(references, share) for share in shares]), strict=True
+        )
+        update, evaluation = Totals(), Totals()
+        for mine, held_out in zip(updates, evaluations, strict=True):
+            update.merge(mine.totals)
+            evaluation.merge(held_out.totals)
+        return update, evaluation, updates[0].step.grad_norm, weights[0]
+
+    right = trained(Settings(), [np.arange(4)])
+    got = trained(Settings(zero_stage=3, **SMALL), [np.arange(3), np.array([3])])
+    assert got[0].sums[f"{objective.name}/loss"] == pytest.approx(right[0].sums[f"{objective.name}/loss"], rel=1e-4)
+    assert got[1].means() == pytest.approx(right[1].means(), rel=1e-3, abs=1e-5)
+    assert right[2] > 0.1
+    assert got[2] == pytest.approx(right[2], rel=2e-4)
+    assert got[3].keys() == right[3].keys()
+    for name, weight in right[3].items():
+        np.testing.assert_allclose(got[3][name], weight, atol=3e-6, rtol=1e-4, err_msg=name)

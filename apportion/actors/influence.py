@@ -101,10 +101,13 @@ class InfluencePass:
         size = int(shard.response_lengths.sum())
         logprobs, entropies, influences = (np.zeros(size, np.float32) for _ in range(3))
         head = OutputHead(engine.module(), _action_ids(shard).unique().to(engine.device))
-        passes = 0
-        for groups in whole_groups(shard, self.micro_batch_tokens):
-            micros = cut(shard, np.concatenate(groups), self.micro_batch_tokens, self.share_prompts)
-            passes += len(micros)
+        passes = [
+            (groups, cut(shard, np.concatenate(groups), self.micro_batch_tokens, self.share_prompts))
+            for groups in whole_groups(shard, self.micro_batch_tokens)
+        ]
+        # Asked before the first pass: in the middle of them, ranks with fewer would ask while others still gather.
+        extra = engine.extra_passes(sum(len(micros) for _, micros in passes))
+        for groups, micros in passes:
             states, packed = self._states(engine, micros)
             logprobs[packed] = states.logprobs.cpu().numpy()
             entropies[packed] = states.entropies.cpu().numpy()
@@ -115,7 +118,7 @@ class InfluencePass:
                 if len(tokens):
                     chosen = torch.from_numpy(place[tokens]).to(engine.device)
                     influences[tokens] = self._influence(shard, rows, states, chosen, head)
-        for _ in range(engine.extra_passes(passes)):
+        for _ in range(extra):
             self._states(engine, [nothing()])
         return Signals(old_logprobs=logprobs, entropies=entropies, influences=influences)
 
