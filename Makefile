@@ -3,7 +3,7 @@ VENV := .venv
 REQUIREMENTS ?= cpu# or cuda
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# Tests that start nothing run beside each other; those that start Ray one after the other.
+# Two files of tests at a time: much of what a run on real actors needs to start is one thread's work.
 SIDE_BY_SIDE := -n 2 --dist loadfile
 # ninja, with which DeepSpeed compiles, is looked for there.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -26,13 +26,17 @@ $(INSTALLED): requirements/install.sh requirements/$(REQUIREMENTS).txt requireme
 	@requirements/install.sh $(VENV) $(REQUIREMENTS)
 	@touch $@
 
+ifeq ($(REQUIREMENTS),cuda)
+QUICKSTART_GPU := cluster.gpus_per_policy_rank=0.5 cluster.gpus_per_rollout_engine=0.5 rollout.gpu_memory_utilization=0.4
+endif
+
 quickstart: $(INSTALLED)
-	$(BIN)/apportion train experiment=quickstart
+	$(BIN)/apportion train experiment=quickstart $(QUICKSTART_GPU)
 
 test: $(INSTALLED)
 	@failed=0; \
 	$(BIN)/pytest -m "not system" $(SIDE_BY_SIDE) --cov=apportion --cov-report= || failed=1; \
-	$(BIN)/pytest -m system --durations=20 --cov=apportion --cov-append --cov-report=term || failed=1; \
+	$(BIN)/pytest -m system $(SIDE_BY_SIDE) --durations=20 --cov=apportion --cov-append --cov-report=term || failed=1; \
 	exit $$failed
 
 unit: $(INSTALLED)

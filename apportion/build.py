@@ -69,6 +69,8 @@ def _train(config: Config, resolved: dict[str, Any], locks: ExitStack) -> int:
     with terminated_as_interrupt(), closing(tracker), _cluster(config, needs, folder) as cluster:
         say("starting actors (vLLM and DeepSpeed take some tens of seconds)")
         actors = _actors(config, needs, model, cluster, folder)
+        writers = [*actors.policy, *actors.critic]
+        cluster.check_shared(writers, folder.config_file, config.cluster.start_timeout_seconds)
         trainer = _trainer(config, needs, actors, prompts, tracker, folder)
         trainer.evaluator = _evaluator(config, actors, held_out, tracker.warn) if held_out else None
         if checkpoint:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from apportion.conf.combinations import this_machine
+from apportion.conf.devices import this_machine
 from apportion.data.builtin import cache_folder
 
 GIB = 2**30

@@ -15,8 +15,9 @@ from math import ceil
 
 from apportion.actors.reward_check import check_functions
 from apportion.conf.before import stages
-from apportion.conf.combinations import Machine, check_combinations, longest_sampled, this_machine
+from apportion.conf.combinations import check_combinations, longest_sampled
 from apportion.conf.companions import check_companions
+from apportion.conf.devices import Machine, this_machine
 from apportion.conf.environment import check_environment
 from apportion.conf.judges import check_judge, own_model
 from apportion.conf.models import VALUE_BYTES, ModelFacts, read_model
@@ -205,11 +206,9 @@ def _actors(config: Config, needs: frozenset[str], model: ModelFacts | None) -> 
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     batch = {"batch": total * longest * 64}  # ids, masks, log-probs and credit of a token, packed and padded
     actors.append(ActorPlan("credit", 1, 0, 0, 1, {**batch, "process": round(_PROCESS_BYTES["credit"] * GIB)}))
-    actors.append(
-        ActorPlan("reward", config.reward.workers, 0, 0, 1, {"process": round(_PROCESS_BYTES["reward"] * GIB)})
-    )
+    process = {"process": round(_PROCESS_BYTES["reward"] * GIB)}
+    actors.append(ActorPlan("reward", config.reward.workers, 0, cluster.gpus_per_reward_worker, 1, process))
     if config.environment.cls is not None:
-        process = {"process": round(_PROCESS_BYTES["reward"] * GIB)}
         actors.append(ActorPlan("environment", config.environment.workers, 0, 0, config.environment.threads, process))
     return actors
 
@@ -319,6 +318,11 @@ def _notes(
         notes += _cache_notes(config, model)
     if config.policy.lora is not None and "values" in needs:
         notes.append("LoRA is the policy's alone: the critic trains all of its weights")
+    if config.train.max_minutes is not None:
+        notes.append(f"ends after {config.train.max_minutes:g} minutes at the latest (train.max_minutes)")
+    slow = [a.role for a in actors if a.role in ("policy", "critic", "reference") and a.gpus == 0]
+    if slow and any(a.gpus for a in actors):
+        notes.append(f"on CPUs while others have GPUs: {', '.join(slow)} (cluster.gpus_per_*)")
     if machine is None:
         notes.append("the cluster's size is not known here: it is joined by address")
     else:

@@ -12,7 +12,7 @@ from apportion.actors.engine import World
 from apportion.actors.preference import PreferenceSpec, PreferenceWorker
 from apportion.algorithms import registry
 from apportion.algorithms.preference import Dpo, Objective, RewardModel, Sft
-from apportion.assembly.hosts import cores_environment
+from apportion.assembly.hosts import cores_environment, device_environment, longest_wait
 from apportion.conf.preference_schema import DpoRunConfig, PreferenceConfig, RewardModelRunConfig, SftRunConfig
 from apportion.data.builtin import resolve_model
 from apportion.data.pair_tokens import EncodedExample, ExampleEncoder, PreferenceData, encode_sources, hold_out, pack
@@ -64,6 +64,7 @@ def _train(config: PreferenceConfig, resolved: dict[str, Any], locks: ExitStack)
         cluster = Cluster(c.address, folder.name, c.policy_ranks, folder.path / "logs", c.object_store_gib)
         try:
             ranks = _ranks(config, cluster, _spec(config, objective, model, steps))
+            cluster.check_shared(ranks, folder.config_file, c.start_timeout_seconds)
             store = CheckpointStore(folder.checkpoints, config.checkpoint.keep)
             trainer = PreferenceTrainer(ranks, examples, held_out, settings, tracker, store)
             trainer.prepare()
@@ -169,9 +170,7 @@ def _ranks(config: PreferenceConfig, cluster: Cluster, spec: PreferenceSpec) -> 
     """Ranks that train together. The first says where it can be met, then all of them load and join."""
     c = config.cluster
     threads = c.threads or os.cpu_count() or 1
-    environment = cores_environment(threads)
-    if c.gpus_per_policy_rank == 0:
-        environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    environment = cores_environment(threads) | device_environment(c.gpus_per_policy_rank)
     if not cluster.joined:
         environment["GLOO_SOCKET_IFNAME"] = "lo"
     requests = [
@@ -180,8 +179,9 @@ def _ranks(config: PreferenceConfig, cluster: Cluster, spec: PreferenceSpec) -> 
     ]
     actors = cluster.start(requests, c.start_timeout_seconds)
     [(address, port)] = gather([actors[0].call("free_port", not cluster.joined)], 60, "meeting of ranks")
+    seconds = longest_wait(c)
     worlds = [
-        World(rank, len(actors), address, port, threads, config.seed, config.train.deterministic)
+        World(rank, len(actors), address, port, threads, config.seed, config.train.deterministic, seconds)
         for rank in range(len(actors))
     ]
     calls = [actor.call("setup", world) for actor, world in zip(actors, worlds, strict=True)]

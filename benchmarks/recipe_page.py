@@ -80,7 +80,7 @@ def main(folders: list[str]) -> int:
         "is better than another; for comparisons see [credit-study.md](credit-study.md).",
         "",
         f"Machine: {machine()}. Other programs ran beside these runs, so minutes are upper bounds. Reward is the mean of the",
-        f"first and of the last {ENDS} steps' samples.",
+        f"first and of the last {ENDS} steps' samples. Where fewer steps are shown than the recipe has, `train.max_minutes` ended the run.",
         "",
         "| `experiment=` | steps | minutes | reward | held-out greedy accuracy |",
         "|---|---|---|---|---|",

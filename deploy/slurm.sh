@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One run on Slurm: sbatch --nodes=2 deploy/slurm.sh experiment=gsm8k runs_folder=/shared/runs
+# One run on Slurm: sbatch --nodes=2 deploy/slurm.sh experiment=gsm8k runs_folder=/shared/runs cluster.policy_ranks=8 cluster.rollout_engines=8
 # Arguments go to `apportion train`. Submit from the repository, which lies with its .venv on a folder that all nodes see.
 #SBATCH --job-name=apportion
 #SBATCH --nodes=2
@@ -22,7 +22,9 @@ chmod 600 "$RAY_AUTH_TOKEN_PATH"
 python -c 'import secrets; print(secrets.token_hex(32), end="")' >"$RAY_AUTH_TOKEN_PATH"
 
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-address=$(getent ahostsv4 "$head" | awk 'NR == 1 {print $1}'):6379
+# As the head itself knows it: /etc/hosts may give its name an address that no other node reaches.
+address=$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname -I | awk '{print $1}'):6379
+export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=300 # the first import from a shared disk takes minutes
 
 # The run ends by itself, with a checkpoint, a quarter of an hour before Slurm would end it: resume=RUN goes on.
 minutes=$(((SLURM_JOB_END_TIME - $(date +%s)) / 60 - 15))

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from apportion.cli import compose_config, to_config
-from apportion.conf.combinations import Machine
+from apportion.conf.devices import Machine
 from apportion.data import step_sums
 from apportion.plan import make_plan
 from apportion.platform.errors import ConfigError

@@ -7,7 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from apportion.cli import compose_config, to_config
-from apportion.conf.combinations import Machine
+from apportion.conf.devices import Machine
 from apportion.plan import GIB, make_plan
 from apportion.platform.errors import ConfigError
 
@@ -327,3 +327,8 @@ def test_a_cache_too_small_for_one_sequence_is_refused(tmp_path):
     line = refusal(f"model.path={tmp_path}", "data.max_prompt_tokens=2024", "policy.micro_batch_tokens=2048")
     # 2 x 64 layers x 64 heads x 64 x 2 bytes: a MiB for each token
     assert line == "rollout.kv_cache_gib: got 1, expected at least 2 for one sequence of 2048 tokens"
+
+
+def test_a_plan_says_when_the_clock_ends_a_run():
+    assert "ends after 8.5 minutes at the latest (train.max_minutes)" in planned().notes
+    assert not any("minutes" in note for note in planned("train.max_minutes=null").notes)

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from apportion.platform import weights
 from apportion.platform.channel import ChannelAddress, WeightChannel
 from apportion.platform.errors import WeightSyncError
-from apportion.platform.weights import WeightBundle, receive
+from apportion.platform.weights import WeightBundle, receive, send
 
 
 def free_port() -> int:
@@ -28,16 +29,17 @@ def tensors() -> list[tuple[str, torch.Tensor]]:
 
 
 def member(address: ChannelAddress, number: int, answers) -> None:
+    weights.PIECE_BYTES = 7  # four pieces, which cut through tensors and through numbers
     channel = WeightChannel(address, number, "cpu")
     for version in (1, 2):
         entries = WeightBundle.pack(tensors(), version).entries
-        flat, received = receive(channel, entries)
-        bundle = WeightBundle(version, entries, flat.numpy())
-        answers.put((number, version, {n: t.float().tolist() for n, t in received}, bundle.verify()))
+        bundle = WeightBundle(version, entries, receive(channel, entries))
+        answers.put((number, version, {n: t.float().tolist() for n, t in bundle.tensors()}, bundle.verify()))
 
 
 @pytest.mark.slow
-def test_every_member_receives_the_trainers_bytes_each_time():
+def test_every_member_receives_the_trainers_bytes_each_time(monkeypatch):
+    monkeypatch.setattr(weights, "PIECE_BYTES", 7)
     address = ChannelAddress("127.0.0.1", free_port(), 3, "gloo", 60)
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
@@ -48,7 +50,7 @@ def test_every_member_receives_the_trainers_bytes_each_time():
         channel = WeightChannel(address, 0, "cpu")
         for version in (1, 2):
             bundle = WeightBundle.pack(((n, t * version) for n, t in tensors()), version)
-            channel.broadcast(torch.from_numpy(bundle.data))
+            send(channel, bundle.data)
         told = sorted((answers.get(timeout=60) for _ in range(4)), key=lambda answer: answer[:2])
     finally:
         for process in others:

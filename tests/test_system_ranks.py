@@ -349,9 +349,14 @@ def pairs() -> PreferenceData:
     )
 
 
+@pytest.fixture(scope="module")
+def preference(cluster):
+    return start(cluster, PreferenceRank)
+
+
 @pytest.mark.parametrize("objective", [Dpo(), RewardModel()], ids=lambda objective: objective.name)
-def test_a_preference_stage_on_two_sharded_ranks_learns_what_it_learns_on_one(cluster, tiny, objective):
-    data, ranks = pairs(), start(cluster, PreferenceRank)
+def test_a_preference_stage_on_two_sharded_ranks_learns_what_it_learns_on_one(preference, tiny, objective):
+    data, ranks = pairs(), preference
 
     def trained(settings: Settings, parts: list[np.ndarray]):
         spec = PreferenceSpec(tiny, "float32", "sdpa", False, None, settings, objective, None, 2, 0)

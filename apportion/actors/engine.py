@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -52,6 +53,7 @@ class World:
     threads: int | None = None
     seed: int = 0
     deterministic: bool = False
+    timeout_seconds: float = 1800.0  # of joining, and of each collective operation
 
 
 @dataclass
@@ -236,7 +238,8 @@ def join_world(world: World) -> torch.device:
     import deepspeed
 
     if not torch.distributed.is_initialized():
-        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+        limit = timedelta(seconds=world.timeout_seconds)
+        deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False, timeout=limit)
     return torch.device("cuda", 0) if cuda else torch.device("cpu")
 
 

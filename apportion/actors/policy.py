@@ -25,7 +25,7 @@ from apportion.batch import Batch, Signals, Totals
 from apportion.platform.channel import ChannelAddress, WeightChannel
 from apportion.platform.process import ActorBase
 from apportion.platform.random_states import load_random_states, save_random_states
-from apportion.platform.weights import WeightBundle
+from apportion.platform.weights import WeightBundle, send
 
 
 @dataclass
@@ -280,7 +280,7 @@ class PolicyWorker(ActorBase):
     def send_weights(self) -> None:
         """Broadcast what `weights` packed last; every engine must be receiving."""
         assert self._channel is not None and self._room is not None
-        self._channel.broadcast(torch.from_numpy(self._room).to(self._channel.device))
+        send(self._channel, self._room)
 
     def _huggingface_weights(self):
         """(name, tensor) as a Hugging Face checkpoint names them; adapters merged into what they adapt."""
@@ -296,7 +296,7 @@ class PolicyWorker(ActorBase):
         target = Path(folder)
         self.engine.save(target / "policy")
         save_random_states(target / "policy", f"rank-{self.world.rank}")
-        named = {n: t.clone() if self.world.rank == 0 else t for n, t in self._huggingface_weights()}
+        named = {n: t.to("cpu", copy=True) if self.world.rank == 0 else t for n, t in self._huggingface_weights()}
         if self.world.rank == 0:
             spec = self.spec
             save_huggingface(spec.model, named, target / "model", spec.trust_remote_code, spec.chat_template)

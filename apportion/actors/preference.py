@@ -302,7 +302,7 @@ class PreferenceWorker(ActorBase):
         target, spec = Path(folder), self.spec
         self.engine.save(target / "policy")
         save_random_states(target / "policy", f"rank-{self.world.rank}")
-        named = {n: t.clone() if self.world.rank == 0 else t for n, t in self._huggingface_weights()}
+        named = {n: t.to("cpu", copy=True) if self.world.rank == 0 else t for n, t in self._huggingface_weights()}
         if self.world.rank:
             return
         write = save_score_model if self.objective.reads == SEQUENCE_SCORES else save_huggingface

@@ -33,7 +33,7 @@ class ReferenceWorker(ActorBase):
         if spec.threads:
             torch.set_num_threads(spec.threads)
         self.spec = spec
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         model = load_causal_lm(spec.model, spec.dtype, spec.attention, spec.trust_remote_code)
         self.module = CausalLMLogprobs(model, spec.logits_chunk_tokens).to(self.device).eval()
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 
-from apportion.conf.schema import Config
+from apportion.conf.preference_schema import RanksConfig
+from apportion.conf.schema import ClusterConfig, Config
 
 
 def joins(config: Config) -> bool:
@@ -13,6 +14,11 @@ def joins(config: Config) -> bool:
 
 def thread_count(config: Config) -> int:
     return config.cluster.threads or os.cpu_count() or 1
+
+
+def longest_wait(cluster: ClusterConfig | RanksConfig) -> float:
+    """Seconds that ranks wait for each other at most: not less than anyone waits for them."""
+    return max(cluster.start_timeout_seconds, cluster.call_timeout_seconds)
 
 
 def threads_environment(config: Config) -> dict[str, str]:
@@ -27,8 +33,10 @@ def cores_environment(threads: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": policy, "TOKENIZERS_PARALLELISM": "false"}
 
 
-def training_environment(config: Config, gpus: float) -> dict[str, str]:
-    environment = threads_environment(config)
-    if gpus == 0:
-        environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    return environment
+def device_environment(gpus: float) -> dict[str, str]:
+    """Ray shows an actor that asked for no GPU all of its node's, which it has given to others."""
+    return {} if gpus else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def compute_environment(config: Config, gpus: float) -> dict[str, str]:
+    return threads_environment(config) | device_environment(gpus)

@@ -9,7 +9,7 @@ from apportion.actors.episodes import EpisodeLimits, EpisodeSpec
 from apportion.actors.judge import JudgeWorker
 from apportion.actors.reward import RewardWorker
 from apportion.actors.rollout import RolloutSpec, RolloutWorker
-from apportion.assembly.hosts import joins, thread_count, threads_environment
+from apportion.assembly.hosts import compute_environment, device_environment, joins, thread_count, threads_environment
 from apportion.assembly.needs import Needs
 from apportion.conf.judges import judge_spec, own_model
 from apportion.conf.schema import Config
@@ -22,7 +22,9 @@ def serving_requests(config: Config, model: str, needs: Needs | None = None) -> 
     """Rollout engines, reward workers and the credit worker."""
     reward, c = config.reward, config.cluster
     gpus = c.gpus_per_rollout_engine
-    environment = threads_environment(config)
+    # vLLM looks for its device itself: a build for CUDA does not start without one, and is refused beforehand.
+    vllm = config.rollout.engine == "vllm"
+    environment = threads_environment(config) if vllm else compute_environment(config, gpus)
     if not joins(config):
         environment["GLOO_SOCKET_IFNAME"] = "lo"  # a Ray of our own: whoever they speak to is on this machine
     rollouts = [
@@ -32,8 +34,13 @@ def serving_requests(config: Config, model: str, needs: Needs | None = None) -> 
     ]  # fmt: skip
     tokenizer = TokenizerPath(model, config.model.trust_remote_code)
     arguments = (reward.functions, reward.timeout_seconds, reward.clip, tokenizer, reward.step_delimiter)
-    rewards = [ActorRequest(f"reward-{i}", RewardWorker, arguments) for i in range(reward.workers)]
-    credit = ActorRequest("credit-0", CreditWorker, (_credit_spec(config, model, needs),))
+    rewards = [
+        ActorRequest(f"reward-{i}", RewardWorker, arguments, 0, c.gpus_per_reward_worker,
+                     device_environment(c.gpus_per_reward_worker))
+        for i in range(reward.workers)
+    ]  # fmt: skip
+    credit_arguments = (_credit_spec(config, model, needs),)
+    credit = ActorRequest("credit-0", CreditWorker, credit_arguments, environment=device_environment(0))
     environments = _environment_requests(config)
     return {"rollout": rollouts, "reward": rewards, "credit": [credit], "environment": environments}
 
@@ -43,7 +50,10 @@ def _environment_requests(config: Config) -> list[ActorRequest]:
     if e.cls is None:
         return []
     spec = EnvironmentSpec(e.cls, dict(e.params), e.step_timeout_seconds, e.threads)
-    return [ActorRequest(f"environment-{i}", EnvironmentWorker, (spec,)) for i in range(e.workers)]
+    return [
+        ActorRequest(f"environment-{i}", EnvironmentWorker, (spec,), environment=device_environment(0))
+        for i in range(e.workers)
+    ]
 
 
 def _episodes(config: Config, model: str) -> EpisodeSpec | None:
@@ -106,8 +116,8 @@ def _credit_spec(config: Config, model: str, needs: Needs | None) -> CreditSpec:
 def judge_requests(config: Config, model: str, folder: RunFolder) -> list[ActorRequest]:
     spec = judge_spec(config, model, folder.path, thread_count(config))
     cpus = float(own_model(config.judge) is not None)
-    environment = threads_environment(config)
+    gpus, vllm = config.cluster.gpus_per_judge, cpus > 0 and config.judge.engine == "vllm"
+    environment = threads_environment(config) if vllm else compute_environment(config, gpus)
     return [
-        ActorRequest(f"judge-{i}", JudgeWorker, (spec,), cpus, config.cluster.gpus_per_judge, environment)
-        for i in range(config.judge.workers)
+        ActorRequest(f"judge-{i}", JudgeWorker, (spec,), cpus, gpus, environment) for i in range(config.judge.workers)
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from apportion.actors.engine import World
 from apportion.actors.environment_client import share
-from apportion.assembly.hosts import thread_count
+from apportion.assembly.hosts import longest_wait, thread_count
 from apportion.conf.schema import Config
 from apportion.loop.state import Actors
 from apportion.platform.channel import ChannelAddress
@@ -32,8 +32,9 @@ def _join(config: Config, cluster: Cluster, actors: list[Actor]) -> list[Call]:
     if not actors:
         return []
     address, port = _meeting_point(config, cluster, actors[0])
+    seconds = longest_wait(config.cluster)
     worlds = [
-        World(rank, len(actors), address, port, thread_count(config), config.seed, config.train.deterministic)
+        World(rank, len(actors), address, port, thread_count(config), config.seed, config.train.deterministic, seconds)
         for rank in range(len(actors))
     ]
     return [actor.call("setup", world) for actor, world in zip(actors, worlds, strict=True)]

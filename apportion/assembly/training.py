@@ -8,7 +8,7 @@ from apportion.actors.critic import CriticSpec, CriticWorker
 from apportion.actors.distillation import DistillationSpec
 from apportion.actors.policy import LossSpec, PolicySpec, PolicyWorker
 from apportion.actors.reference import ReferenceSpec, ReferenceWorker
-from apportion.assembly.hosts import joins, thread_count, threads_environment, training_environment
+from apportion.assembly.hosts import compute_environment, joins, thread_count
 from apportion.assembly.needs import needs_of
 from apportion.conf.schema import Config
 from apportion.conf.teachers import teacher_paths
@@ -72,7 +72,7 @@ def reference_requests(config: Config, model: str) -> list[ActorRequest]:
         threads=thread_count(config),
         share_prompts=config.policy.share_prompts,
     )
-    environment = threads_environment(config)
+    environment = compute_environment(config, c.gpus_per_reference_rank)
     return [
         ActorRequest(f"reference-{i}", ReferenceWorker, (spec,), 1, c.gpus_per_reference_rank, environment)
         for i in range(c.reference_ranks)
@@ -81,7 +81,7 @@ def reference_requests(config: Config, model: str) -> list[ActorRequest]:
 
 def _rank_requests(config: Config, role: str, cls: type, spec: Any, gpus: float) -> list[ActorRequest]:
     """Ranks that train together, as many as the policy has."""
-    environment = training_environment(config, gpus)
+    environment = compute_environment(config, gpus)
     if not joins(config):
         environment["GLOO_SOCKET_IFNAME"] = "lo"  # a Ray of our own: all ranks are on this machine
     ranks = range(config.cluster.policy_ranks)

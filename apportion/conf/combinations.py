@@ -2,37 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
 from math import ceil
-from pathlib import Path
 
+from apportion.conf.devices import Machine, check_devices
 from apportion.conf.models import VALUE_BYTES, ModelFacts
 from apportion.conf.parts import group_relative, pooled_unit, units_of_one_advantage
 from apportion.conf.schema import AlgorithmConfig, Config
 from apportion.platform.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class Machine:
-    """The machine that an embedded Ray would have for itself."""
-
-    cores: int
-    memory_bytes: int
-    gpus: int
-
-
-def this_machine() -> Machine:
-    """Cores this process may use, memory that its container may use, GPUs that are visible."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for file in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
-        if file.is_file() and (text := file.read_text().strip()).isdigit():
-            memory = min(memory, int(text))
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    devices = [d for d in visible.split(",") if d.strip() not in ("", "-1")] if visible is not None else None
-    present = len(list(Path("/dev").glob("nvidia[0-9]*")))
-    gpus = present if devices is None else min(present, len(devices))
-    return Machine(len(os.sched_getaffinity(0)), memory, gpus)
 
 
 def longest_sampled(config: Config) -> int:
@@ -50,7 +26,7 @@ def check_combinations(
     _check_lengths(config, needs, model)
     _check_algorithm(config)
     _check_rollout(config, model)
-    _check_devices(config, machine, gpus)
+    check_devices(config, machine, gpus)
     _check_evaluation(config)
     alone, steps = config.critic.warmup_steps_without_policy, config.train.steps
     if "values" in needs and alone and alone >= steps:
@@ -170,49 +146,6 @@ def _check_rollout(config: Config, model: ModelFacts | None) -> None:
                 f"rollout.kv_cache_gib: got {config.rollout.kv_cache_gib:g}, "
                 f"expected at least {ceil(needed)} for one sequence of {longest} tokens"
             )
-
-
-def _check_devices(config: Config, machine: Machine | None, gpus: float) -> None:
-    cluster = config.cluster
-    for section, count in (("policy", cluster.gpus_per_policy_rank), ("critic", cluster.gpus_per_critic_rank)):
-        settings = config.policy if section == "policy" else config.critic
-        if settings.offload_optimizer and count == 0:
-            raise ConfigError(
-                f"{section}.offload_optimizer: got true with cluster.gpus_per_{section}_rank=0, expected false: "
-                "without a GPU the optimiser is in main memory already"
-            )
-    if config.model.attention == "flash_attention_2" and cluster.gpus_per_policy_rank == 0:
-        raise ConfigError(
-            "model.attention: got flash_attention_2 with cluster.gpus_per_policy_rank=0, "
-            "expected sdpa or eager, or a GPU"
-        )
-    if cluster.weight_transfer == "broadcast":
-        _check_broadcast(cluster.gpus_per_policy_rank, cluster.gpus_per_rollout_engine)
-    if config.policy.share_prompts and config.model.attention != "sdpa":
-        raise ConfigError(
-            f"policy.share_prompts: got true with model.attention={config.model.attention}, expected model.attention=sdpa"
-        )
-    if machine is None:
-        return
-    if gpus > machine.gpus:
-        raise ConfigError(
-            f"cluster: got {gpus:g} GPUs over all actors, expected at most the {machine.gpus} of this machine; "
-            "lower cluster.gpus_per_*, or join a cluster with cluster.address"
-        )
-    if cluster.threads is not None and cluster.threads > machine.cores:
-        raise ConfigError(
-            f"cluster.threads: got {cluster.threads}, expected at most {machine.cores}, the cores of this machine, "
-            "or null for all"
-        )
-
-
-def _check_broadcast(policy: float, rollout: float) -> None:
-    """NCCL joins devices, each with one member; gloo joins processes without any."""
-    if (policy == 0) != (rollout == 0) or 0 < policy < 1 or 0 < rollout < 1:
-        raise ConfigError(
-            f"cluster.weight_transfer: got broadcast with gpus_per_policy_rank={policy:g} and gpus_per_rollout_engine="
-            f"{rollout:g}, expected whole GPUs for both or none for both; otherwise take object_store"
-        )
 
 
 def _check_evaluation(config: Config) -> None:

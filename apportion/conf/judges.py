@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from apportion.conf.devices import vllm_needs_gpu
 from apportion.conf.models import ModelFacts, read_model
 from apportion.conf.schema import Config, JudgeConfig
 from apportion.platform.errors import ConfigError
@@ -98,6 +99,11 @@ def _check_own_model(config: Config, judge: JudgeConfig, model: ModelFacts | Non
         raise ConfigError(
             f"judge.tensor_parallel_size: got {parallel} with judge.engine={judge.engine} and "
             f"cluster.gpus_per_judge={gpus:g}, expected engine vllm and a GPU for each part"
+        )
+    if judge.engine == "vllm" and gpus == 0 and vllm_needs_gpu():
+        raise ConfigError(
+            "cluster.gpus_per_judge: got 0 with a vLLM that was built for CUDA, expected at least 1, or "
+            "judge.engine=transformers"
         )
     if model is not None and model.context is not None and judge.context_tokens > model.context:
         raise ConfigError(

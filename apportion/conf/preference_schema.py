@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from apportion.conf.checks import MISSING, at_least, between, one_of
+from apportion.conf.devices import check_attention, check_share
 from apportion.conf.models import read_model
 from apportion.conf.schema import CheckpointConfig, EngineConfig, LoraConfig, ModelConfig, TrackingConfig
 from apportion.platform.errors import ConfigError
@@ -203,6 +204,8 @@ def check(config: PreferenceConfig) -> None:
             f"policy.micro_batch_tokens: got {policy.micro_batch_tokens}, expected at least {needed} = {answers} x "
             f"data.max_tokens{both}; raise it or lower data.max_tokens"
         )
+    check_share("cluster.gpus_per_policy_rank", config.cluster.gpus_per_policy_rank, config.cluster.policy_ranks)
+    check_attention(config.model.attention, config.cluster.gpus_per_policy_rank)
     if data.packing and config.model.attention != "sdpa":
         raise ConfigError(
             f"data.packing: got true with model.attention={config.model.attention}, expected model.attention=sdpa"

@@ -59,6 +59,7 @@ class ClusterConfig:
     gpus_per_reference_rank: float = 0.0
     gpus_per_judge: float = 0.0  # of each worker; a whole number times judge.tensor_parallel_size
     gpus_per_critic_rank: float = 0.0  # the critic has as many ranks as the policy
+    gpus_per_reward_worker: float = 0.0  # for reward models and functions that use one
     threads: int | None = None  # of each compute actor; null: every core of its node
     start_timeout_seconds: float = 600.0
     call_timeout_seconds: float = 1800.0  # no wait on an actor is longer
@@ -77,6 +78,7 @@ class ClusterConfig:
             "gpus_per_reference_rank",
             "gpus_per_judge",
             "gpus_per_critic_rank",
+            "gpus_per_reward_worker",
         ):
             at_least(f"cluster.{name}", getattr(self, name), 0)
 

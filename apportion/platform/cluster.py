@@ -120,6 +120,20 @@ class Cluster:
         self._actors += actors
         return actors
 
+    def check_shared(self, actors: Sequence[Actor], file: Path, timeout_seconds: float) -> None:
+        """ConfigError where an actor that will write beside `file`, which this process has written, does not see it: each
+        node would keep its own part of a checkpoint, and the parts look whole."""
+        if not self.joined:
+            return
+        seen = gather([actor.call("sees", str(file.resolve())) for actor in actors], timeout_seconds, STARTING)
+        for actor, there in zip(actors, seen, strict=True):
+            if not there:
+                where = actor.info.host if actor.info else "its node"
+                raise ConfigError(
+                    f"runs_folder: got {file.parent.parent}, where {actor.name} on {where} does not find "
+                    f"{file.parent.name}/{file.name}, expected a folder that all nodes share"
+                )
+
     def ready(self, actors: Sequence[Actor], timeout_seconds: float, joining: Sequence[Call] = ()) -> None:
         """Wait until each actor has been constructed, and `joining`, what some of them were asked at once, is done."""
         calls = [actor.call("describe") for actor in actors]

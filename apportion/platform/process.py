@@ -29,6 +29,10 @@ class ActorBase:
     def describe(self) -> ProcessInfo:
         return ProcessInfo(os.getpid(), socket.gethostname(), os.environ.get("APPORTION_LOG", ""))
 
+    def sees(self, file: str) -> bool:
+        """Whether this process's node has a file that another node's process has written."""
+        return Path(file).is_file()
+
     def peak_memory_mib(self) -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 

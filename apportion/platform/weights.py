@@ -17,6 +17,8 @@ from torch import Tensor
 
 from apportion.platform.errors import WeightSyncError
 
+PIECE_BYTES = 2**28  # of a broadcast, so that a device never holds a second model
+
 
 @dataclass
 class TensorEntry:
@@ -77,24 +79,28 @@ class WeightBundle:
         return [e.name for e in self.entries if checksum(self.data[e.offset : e.offset + e.size]) != e.checksum]
 
 
-class Receiver(Protocol):
+class Channel(Protocol):
     device: torch.device
 
     def broadcast(self, tensor: Tensor) -> None: ...
 
 
-def receive(channel: Receiver, entries: list[TensorEntry]) -> tuple[Tensor, Iterator[tuple[str, Tensor]]]:
-    """The bytes [n] uint8 of a bundle with these entries, sent over `channel`, and the tensors in them; both on its device."""
-    flat = torch.empty(sum(e.size for e in entries), dtype=torch.uint8, device=channel.device)
-    channel.broadcast(flat)
+def send(channel: Channel, data: np.ndarray) -> None:
+    """A bundle's bytes [n] uint8 to all who `receive` them now."""
+    for piece in torch.from_numpy(data).split(PIECE_BYTES):
+        channel.broadcast(piece.to(channel.device))
 
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        for entry in entries:
-            raw = flat[entry.offset : entry.offset + entry.size]
-            # A wider number may not begin just anywhere.
-            yield entry.name, entry.view(raw.clone() if entry.offset % 8 else raw)
 
-    return flat, tensors()
+def receive(channel: Channel, entries: list[TensorEntry]) -> np.ndarray:
+    """The bytes [n] uint8 of a bundle with these entries, in main memory: beside an engine's caches a GPU has room for a
+    piece of them, not for a second model."""
+    flat = torch.empty(sum(e.size for e in entries), dtype=torch.uint8)
+    for piece in flat.split(PIECE_BYTES):
+        room = torch.empty_like(piece, device=channel.device) if channel.device.type != "cpu" else piece
+        channel.broadcast(room)
+        if room is not piece:
+            piece.copy_(room)
+    return flat.numpy()
 
 
 @dataclass

@@ -17,7 +17,7 @@ class TransformersEngine:
         from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
         torch.set_num_threads(spec.threads)
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         self._tokenizer = AutoTokenizer.from_pretrained(spec.model, trust_remote_code=spec.trust_remote_code)
         self._model: Any = AutoModelForCausalLM.from_pretrained(
             spec.model, dtype=getattr(torch, spec.dtype), trust_remote_code=spec.trust_remote_code
@@ -103,8 +103,7 @@ class TransformersEngine:
         self._channel = WeightChannel(address, first_member, self._device)
 
     def receive(self, entries: list[TensorEntry], version: int, name: str, check: bool) -> SyncReceipt:
-        flat, _ = receive(self._channel, entries)
-        return self.load(WeightBundle(version, entries, flat.cpu().numpy()), name, check)
+        return self.load(WeightBundle(version, entries, receive(self._channel, entries)), name, check)
 
     def load(self, bundle: WeightBundle, name: str, check: bool) -> SyncReceipt:
         live = dict(self._model.named_parameters())

@@ -29,11 +29,7 @@ class WeightReceiver:
 
     def apportion_load(self, bundle: WeightBundle, check: bool) -> Answer:
         """Load, and with `check` prove it."""
-        return self.apportion_take(bundle, bundle.tensors(), check)
-
-    def apportion_take(self, bundle: WeightBundle, tensors: Iterable[tuple[str, Tensor]], check: bool) -> Answer:
-        """As `apportion_load`, from `tensors` that hold the bundle's bytes on any device."""
-        self.reload_weights(weights_iterator=tensors)  # type: ignore[attr-defined]
+        self.reload_weights(weights_iterator=bundle.tensors())  # type: ignore[attr-defined]
         repack_shared(self.model_runner.get_model())  # type: ignore[attr-defined]
         if not check:
             return {e.name: e.checksum for e in bundle.entries}, 0, []
@@ -57,8 +53,7 @@ class WeightReceiver:
     def apportion_receive(self, index: list[tuple], version: int, check: bool) -> Answer:
         """As `apportion_load`, with the bytes from the channel."""
         entries = entries_of(index)
-        flat, tensors = receive(self.apportion_channel, entries)
-        return self.apportion_take(WeightBundle(version, entries, flat.cpu().numpy()), tensors, check)
+        return self.apportion_load(WeightBundle(version, entries, receive(self.apportion_channel, entries)), check)
 
     def apportion_compare(self, bundle: WeightBundle, turn: int | None = None) -> tuple[int, list[str]]:
         """The live model against a bundle, without loading it. `turn`: see `compare_live`."""
