@@ -7,6 +7,8 @@ INSTALLED := $(VENV)/.installed
 SIDE_BY_SIDE := -n 2 --dist loadfile
 # ninja, with which DeepSpeed compiles, is looked for there.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# A run has a dozen processes; without their bytecode each compiles the package, and the tests, anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help quickstart test unit check format bench bench-peer study clean
 

@@ -11,6 +11,8 @@ from scoring_parts import NAN, batch_of
 from apportion.actors import reward_process
 from apportion.actors.scoring import Scorer
 
+pytestmark = pytest.mark.slow
+
 ENDLESS = "$9^{9^{9}}$"  # what math-verify never works out
 BACKTRACKING = "a" * 60 + "b"  # what (a+)+$ tries 2 ** 60 ways on
 
@@ -128,7 +130,6 @@ def test_closing_a_scorer_ends_the_child(verifier):
     assert child.poll() == -signal.SIGKILL
 
 
-@pytest.mark.slow
 def test_a_gym_answer_is_scored_by_the_task_in_the_child():
     from apportion.data.sources import load_sources
 

@@ -57,6 +57,7 @@ def test_a_mistake_of_our_own_keeps_its_traceback(build):
         main(["train", "experiment=quickstart"])
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_every_combination_and_goes_on_after_a_failure(build, capsys, tmp_path):
     outcomes = iter([0, ActorError("rollout-0: died"), 0, 0])
 
@@ -180,6 +181,7 @@ print(code, seconds, *[name for name in {heavy} if name in sys.modules], file=sy
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [
@@ -200,6 +202,7 @@ def test_it_answers_without_importing_anything_heavy(words):
     assert float(seconds) < 10  # about half a second where nothing else runs
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_real_process_is_a_word_and_130(tmp_path):
     (tmp_path / "apportion_fake_build.py").write_text(
         "import sys, time, types\n"
@@ -222,6 +225,7 @@ def test_ctrl_c_in_a_real_process_is_a_word_and_130(tmp_path):
     assert (out, err, process.returncode) == ("shut down\n", "interrupted\n", 130)
 
 
+@pytest.mark.slow
 def test_python_m_and_a_closed_pipe_are_quiet():
     command = f"{sys.executable} -m apportion train --cfg job experiment=quickstart | head -1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60, check=True)

@@ -98,6 +98,7 @@ def ready(tmp_path, monkeypatch):
     return calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("page", "line"), commands(), ids=[f"{page}: {line[:70]}" for page, line in commands()])
 def test_a_command_in_the_pages_is_one_that_can_run(page, line, ready, capsys):
     words = shlex.split(line)[1:]
