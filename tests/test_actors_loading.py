@@ -4,9 +4,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from apportion.actors.loading import save_huggingface
+from apportion.actors.loading import load_causal_lm, save_huggingface
 from apportion.actors.score_model import save_score_model
+from apportion.conf.schema import LoraConfig
 from apportion.data.builtin import resolve_model
+from apportion.platform.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -31,3 +33,9 @@ def test_a_saved_reward_model_keeps_its_chat_template_too(tiny, tmp_path):
     named["score.weight"] = torch.zeros(1, model.config.hidden_size)
     save_score_model(tiny, named, tmp_path, chat_template="{{ messages[0].content }}")
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template == "{{ messages[0].content }}"
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_an_adapter_that_would_untie_embeddings_is_refused(tiny, target):
+    with pytest.raises(ConfigError, match=f"policy.lora.targets: got q_proj, {target}, which adapt the output head or"):
+        load_causal_lm(tiny, "float32", lora=LoraConfig(rank=2, targets=["q_proj", target]))

@@ -8,8 +8,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from apportion.actors.engine import DeepSpeedEngine, World
 from apportion.actors.microbatch import cut, make, nothing
 from apportion.actors.modules import CausalLMLogprobs, ValueModel
+from apportion.platform.errors import ConfigError
 
 VOCABULARY = 512
 
@@ -147,3 +149,26 @@ def test_values_are_zero_before_training_and_then_a_product_with_the_state_befor
         start = int(credited.prompt_lengths[2]) - 1
         expected = (hidden[start : start + 12] @ values.value_head.weight[0]).float()
     torch.testing.assert_close(got[micro.rows == 2], expected, atol=1e-4, rtol=1e-4)
+
+
+class Adapted(torch.nn.Linear):
+    """Stands for a head that peft has wrapped."""
+
+
+def test_an_adapted_head_on_sharded_ranks_is_refused_before_they_join(model, monkeypatch):
+    """ZeRO-3 would gather at each chunk, of which ranks have different numbers: they would wait for ever."""
+    module = CausalLMLogprobs(model, 4)
+    assert not module.calls_head_by_chunk
+    monkeypatch.setattr("apportion.actors.engine.join_world", lambda world: pytest.fail("joined"))
+    with pytest.raises(pytest.fail.Exception, match="joined"):
+        DeepSpeedEngine(module, SimpleNamespace(zero_stage=3), World(0, 2), 1)
+    model.set_output_embeddings(Adapted(64, 264))
+    adapted = CausalLMLogprobs(model, 4)
+    assert adapted.calls_head_by_chunk
+    with pytest.raises(
+        ConfigError, match=r"policy.zero_stage: got 3 on 2 ranks with an output head that is more than a"
+    ):
+        DeepSpeedEngine(adapted, SimpleNamespace(zero_stage=3), World(0, 2), 1)
+    for stage, ranks in ((2, 2), (3, 1)):
+        with pytest.raises(pytest.fail.Exception, match="joined"):
+            DeepSpeedEngine(adapted, SimpleNamespace(zero_stage=stage), World(0, ranks), 1)

@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from apportion.platform.errors import TrainingError
+from apportion.platform.errors import ConfigError, TrainingError
 from apportion.platform.schedule import learning_rate_at
 
 M = TypeVar("M")
@@ -80,8 +80,12 @@ class DeepSpeedEngine:
     """DeepSpeed, ZeRO 0 to 3, bf16 with float32 masters, on CPU (gloo) or GPU (nccl)."""
 
     def __init__(self, module: nn.Module, settings: EngineSettings, world: World, total_steps: int) -> None:
-        import deepspeed
-
+        if settings.zero_stage == 3 and world.size > 1 and getattr(module, "calls_head_by_chunk", False):
+            raise ConfigError(
+                f"policy.zero_stage: got 3 on {world.size} ranks with an output head that is more than a matrix (adapted, "
+                "quantised), expected 0, 1 or 2, or policy.lora.targets without the head: ZeRO-3 gathers at each call of "
+                "it, and ranks have different numbers of chunks"
+            )
         self.settings = settings
         self.world = world
         self.total_steps = total_steps
@@ -89,6 +93,8 @@ class DeepSpeedEngine:
         self.device = join_world(world)
         trainable = [p for p in module.parameters() if p.requires_grad]
         dtype = next(p.dtype for p in trainable)
+        import deepspeed
+
         self._engine, *_ = deepspeed.initialize(
             model=module,
             model_parameters=trainable,

@@ -62,7 +62,7 @@ class OutputHead:
         head = base_causal_lm(module.model).get_output_embeddings()
         self._weight: Tensor | None = None
         self._bias: Tensor | None = None
-        if type(head) is nn.Linear:
+        if not module.calls_head_by_chunk:
             with _gathered(head):
                 self._weight = head.weight.detach()[token_ids]
                 self._bias = None if head.bias is None else head.bias.detach()[token_ids]

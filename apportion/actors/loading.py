@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apportion.platform.errors import ConfigError
+
 
 def load_causal_lm(
     path: str,
@@ -35,7 +37,23 @@ def load_causal_lm(
     )
     if gradient_checkpointing:
         model.enable_input_require_grads()
-    return get_peft_model(model, settings, autocast_adapter_dtype=False)
+    adapted = get_peft_model(model, settings, autocast_adapter_dtype=False)
+    if model.config.tie_word_embeddings:
+        _check_tied(model, lora)
+    return adapted
+
+
+def _check_tied(model: Any, lora: Any) -> None:
+    """An adapter of one of two tied matrices would untie them: the engines' model has one matrix for both."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if any(
+        isinstance(layer, BaseTunerLayer) for layer in (model.get_input_embeddings(), model.get_output_embeddings())
+    ):
+        raise ConfigError(
+            f"policy.lora.targets: got {', '.join(lora.targets)}, which adapt the output head or the embeddings, and this "
+            "model has one matrix for both; expected other layers"
+        )
 
 
 def save_huggingface(

@@ -28,6 +28,11 @@ class CausalLMLogprobs(nn.Module):
         self.softcap: float | None = getattr(causal.config, "final_logit_softcapping", None)
         self.logit_scale = _logit_scale(causal.config)
 
+    @property
+    def calls_head_by_chunk(self) -> bool:
+        """Whether the output head is a module that has to be run, not a matrix that this module multiplies with itself."""
+        return type(base_causal_lm(self.model).get_output_embeddings()) is not nn.Linear
+
     def hidden(self, input_ids: Tensor, positions: Tensor | None = None, visible: Tensor | None = None) -> Tensor:
         """`final_hidden` of this model."""
         return final_hidden(self.model, input_ids, positions, visible)
@@ -35,7 +40,7 @@ class CausalLMLogprobs(nn.Module):
     def logits(self, hidden: Tensor, temperature: float) -> Tensor:
         """[c, D] to float32 [c, V], after the model's own scale and softcap and the sampling temperature."""
         head = base_causal_lm(self.model).get_output_embeddings()
-        if type(head) is not nn.Linear:
+        if self.calls_head_by_chunk:
             return self.finished(head(hidden), temperature)
         # Not head(hidden): ZeRO-3 gathers at every call of a module, and ranks may have different numbers of chunks.
         # A matrix that this module reads itself is gathered once a pass, with this module.
