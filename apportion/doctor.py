@@ -12,6 +12,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ def examine() -> list[Finding]:
     installed = installed_versions()
     return [
         check_python(sys.version_info[:3]),
-        check_compiler(shutil.which("g++") or shutil.which("c++"), _ninja()),
+        check_compiler(shutil.which("g++") or shutil.which("c++"), _ninja(), _headers().is_file()),
         *check_versions(installed, bool(gpus)),
         *check_companions(installed),
         check_builtin_model(installed, (cache_folder() / "models").is_dir()),
@@ -93,12 +94,15 @@ def check_python(version: tuple[int, ...]) -> Finding:
     return Finding("fail", "Python", text, "use Python 3.11 or 3.12")
 
 
-def check_compiler(compiler: str | None, ninja: bool) -> Finding:
-    """DeepSpeed compiles a small part of itself at first use, with g++ and ninja."""
+def check_compiler(compiler: str | None, ninja: bool, headers: bool) -> Finding:
+    """DeepSpeed compiles a small part of itself at first use, with g++, ninja and Python's own headers."""
     if compiler is None:
         return Finding("fail", "C++ compiler", "none", "install g++ (Debian, Ubuntu: apt-get install g++)")
     if not ninja:
         return Finding("fail", "C++ compiler", f"{compiler}, without ninja", "pip install ninja==1.13.2")
+    if not headers:
+        mend = "install this Python's headers (Debian, Ubuntu: apt-get install python3.11-dev)"
+        return Finding("fail", "C++ compiler", f"{compiler}, without {_headers()}", mend)
     return Finding("ok", "C++ compiler", f"{compiler}, ninja")
 
 
@@ -235,6 +239,10 @@ def installed_versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def _headers() -> Path:
+    return Path(sysconfig.get_path("include")) / "Python.h"
 
 
 def _ninja() -> bool:

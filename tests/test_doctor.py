@@ -32,9 +32,11 @@ def test_python_has_to_be_one_that_everything_supports(version, level):
 
 
 def test_a_compiler_and_ninja_are_needed():
-    assert doctor.check_compiler("/usr/bin/g++", True) == Finding("ok", "C++ compiler", "/usr/bin/g++, ninja")
-    assert doctor.check_compiler(None, True).mend == "install g++ (Debian, Ubuntu: apt-get install g++)"
-    assert doctor.check_compiler("/usr/bin/g++", False).mend == "pip install ninja==1.13.2"
+    assert doctor.check_compiler("/usr/bin/g++", True, True) == Finding("ok", "C++ compiler", "/usr/bin/g++, ninja")
+    assert doctor.check_compiler(None, True, True).mend == "install g++ (Debian, Ubuntu: apt-get install g++)"
+    assert doctor.check_compiler("/usr/bin/g++", False, True).mend == "pip install ninja==1.13.2"
+    bare = doctor.check_compiler("/usr/bin/g++", True, False)
+    assert (bare.level, "without /" in bare.got, "python3.11-dev" in bare.mend) == ("fail", True, True)
 
 
 def test_the_pinned_versions_fit_together():
