@@ -21,7 +21,7 @@ help:
 	@echo "make bench        speed against bare vLLM and bare torch, side by side"
 	@echo "make bench-peer   speed against TRL, in an environment of its own"
 	@echo "make study        what the five credit methods' papers claim, on models of a million parameters (an hour)"
-	@echo "REQUIREMENTS=cuda make ...   the same with CUDA builds, on a machine with NVIDIA GPUs"
+	@echo "REQUIREMENTS=cuda make quickstart   the same with CUDA builds, on a machine with an NVIDIA GPU"
 	@echo "make clean        remove .venv and caches (not runs/)"
 
 $(INSTALLED): requirements/install.sh requirements/$(REQUIREMENTS).txt requirements/dev.txt pyproject.toml

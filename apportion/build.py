@@ -17,6 +17,7 @@ from apportion.assembly.serving import judge_requests, serving_requests
 from apportion.assembly.starting import start
 from apportion.assembly.training import critic_requests, policy_requests, reference_requests
 from apportion.batch import Prompt
+from apportion.conf.devices import check_engine
 from apportion.conf.judges import check_judge
 from apportion.conf.schema import Config
 from apportion.conf.teachers import check_same_tokenizer, teacher_paths
@@ -70,7 +71,7 @@ def _train(config: Config, resolved: dict[str, Any], locks: ExitStack) -> int:
         say("starting actors (vLLM and DeepSpeed take some tens of seconds)")
         actors = _actors(config, needs, model, cluster, folder)
         writers = [*actors.policy, *actors.critic]
-        cluster.check_shared(writers, folder.config_file, config.cluster.start_timeout_seconds)
+        cluster.check_shared(writers, folder.path, config.cluster.start_timeout_seconds)
         trainer = _trainer(config, needs, actors, prompts, tracker, folder)
         trainer.evaluator = _evaluator(config, actors, held_out, tracker.warn) if held_out else None
         if checkpoint:
@@ -96,6 +97,7 @@ def _train(config: Config, resolved: dict[str, Any], locks: ExitStack) -> int:
 def evaluate(config: Config, checkpoint: str) -> int:
     """Score a checkpoint's model on the held-out prompts."""
     with refusals():
+        check_engine(config)
         found = find_checkpoint(checkpoint, config.runs_folder)
         model = str(found.path / "model")
         tokenizer = load_tokenizer(model, config.model.chat_template, config.model.trust_remote_code)

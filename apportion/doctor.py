@@ -101,7 +101,8 @@ def check_compiler(compiler: str | None, ninja: bool, headers: bool) -> Finding:
     if not ninja:
         return Finding("fail", "C++ compiler", f"{compiler}, without ninja", "pip install ninja==1.13.2")
     if not headers:
-        mend = "install this Python's headers (Debian, Ubuntu: apt-get install python3.11-dev)"
+        package = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
+        mend = f"install this Python's headers (Debian, Ubuntu: apt-get install {package})"
         return Finding("fail", "C++ compiler", f"{compiler}, without {_headers()}", mend)
     return Finding("ok", "C++ compiler", f"{compiler}, ninja")
 

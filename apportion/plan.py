@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import ceil
 
-from apportion.actors.reward_check import check_functions
+from apportion.actors.reward_check import check_functions, has_models
 from apportion.conf.before import stages
 from apportion.conf.combinations import check_combinations, longest_sampled
 from apportion.conf.companions import check_companions
@@ -111,7 +111,7 @@ def make_plan(config: Config, machine: Machine | None = None) -> Plan:
     teachers = check_distillation(config, model)
     actors = _actors(config, needs, model)
     actors[0].memory.update(_teacher_memory(config, teachers))
-    gpus = sum(actor.count * actor.gpus for actor in actors)
+    gpus = [actor.gpus for actor in actors for _ in range(actor.count)]
     check_combinations(config, needs, model, here, gpus)
     check_companions(config, needs, model)
     if "critiques" in needs:
@@ -320,7 +320,8 @@ def _notes(
         notes.append("LoRA is the policy's alone: the critic trains all of its weights")
     if config.train.max_minutes is not None:
         notes.append(f"ends after {config.train.max_minutes:g} minutes at the latest (train.max_minutes)")
-    slow = [a.role for a in actors if a.role in ("policy", "critic", "reference") and a.gpus == 0]
+    roles = {"policy", "critic", "reference"} | ({"reward"} if has_models(config.reward.functions) else set())
+    slow = [a.role for a in actors if a.role in roles and a.gpus == 0]
     if slow and any(a.gpus for a in actors):
         notes.append(f"on CPUs while others have GPUs: {', '.join(slow)} (cluster.gpus_per_*)")
     if machine is None:

@@ -64,7 +64,7 @@ def _train(config: PreferenceConfig, resolved: dict[str, Any], locks: ExitStack)
         cluster = Cluster(c.address, folder.name, c.policy_ranks, folder.path / "logs", c.object_store_gib)
         try:
             ranks = _ranks(config, cluster, _spec(config, objective, model, steps))
-            cluster.check_shared(ranks, folder.config_file, c.start_timeout_seconds)
+            cluster.check_shared(ranks, folder.path, c.start_timeout_seconds)
             store = CheckpointStore(folder.checkpoints, config.checkpoint.keep)
             trainer = PreferenceTrainer(ranks, examples, held_out, settings, tracker, store)
             trainer.prepare()

@@ -74,6 +74,13 @@ def credited() -> Batch:
     return batch
 
 
+@pytest.fixture(autouse=True)
+def built_for_cpus(request, monkeypatch):
+    """What is planned in a test does not depend on which vLLM is installed where it runs."""
+    if request.node.get_closest_marker("system") is None:
+        monkeypatch.setattr("apportion.conf.devices.version", lambda name: "0+cpu")
+
+
 @pytest.fixture
 def build(monkeypatch):
     """Stands for apportion.build: keeps what it is given, and does what a test tells it."""

@@ -37,5 +37,5 @@ def test_a_saved_reward_model_keeps_its_chat_template_too(tiny, tmp_path):
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
 def test_an_adapter_that_would_untie_embeddings_is_refused(tiny, target):
-    with pytest.raises(ConfigError, match=f"policy.lora.targets: got q_proj, {target}, which adapt the output head or"):
+    with pytest.raises(ConfigError, match=f"policy.lora.targets: got q_proj, {target}, which adapt the embeddings"):
         load_causal_lm(tiny, "float32", lora=LoraConfig(rank=2, targets=["q_proj", target]))

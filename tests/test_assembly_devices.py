@@ -1,5 +1,6 @@
 """Which GPUs each actor asks for and sees, and which distributions are refused before anything starts."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -48,14 +49,10 @@ def requests(config, tmp_path):
     return shown
 
 
-def test_an_actor_without_a_gpu_of_its_own_sees_none_but_vllm_finds_its_device_itself(tmp_path):
+def test_an_actor_without_a_gpu_of_its_own_sees_none(tmp_path):
     shown = requests(composed("environment.cls=microwave", *JUDGE), tmp_path)
-    assert shown == {
-        "rollout": (0, False), "judge": (0, False), "policy": (0, True), "critic": (0, True), "reference": (0, True),
-        "reward": (0, True), "credit": (0, True), "environment": (0, True),
-    }  # fmt: skip
-    engines = requests(composed("rollout.engine=transformers", *JUDGE, "judge.engine=transformers"), tmp_path)
-    assert engines["rollout"] == engines["judge"] == (0, True)
+    roles = ["rollout", "reward", "credit", "environment", "policy", "critic", "reference", "judge"]
+    assert shown == dict.fromkeys(roles, (0, True))
 
 
 def test_gpus_that_are_asked_for_are_seen(tmp_path):
@@ -84,15 +81,25 @@ REFUSED = [
         "cluster.gpus_per_reward_worker: got 1.5, expected a part of one GPU or a whole number",
     ),
     (
-        ["model.attention=flash_attention_2", "cluster.gpus_per_policy_rank=1"],
-        "model.attention: got flash_attention_2, and the package flash-attn is not installed, expected sdpa (on GPUs "
-        "torch's own flash kernels) or that package",
+        ["model.attention=flash_attention_2", "cluster.gpus_per_policy_rank=1", "cluster.gpus_per_critic_rank=1"],
+        "model.attention: got flash_attention_2 with cluster.gpus_per_reference_rank=0, expected sdpa or eager, or a GPU",
+    ),
+    (
+        ["cluster.rollout_engines=3", "cluster.gpus_per_rollout_engine=0.6", "cluster.gpus_per_policy_rank=6"],
+        "cluster: got 7.8 GPUs over all actors, expected what fits the 8 of this machine; lower cluster.gpus_per_*, or join "
+        "a cluster with cluster.address",
+    ),
+    (
+        ["algorithm=grpo", "model.attention=flash_attention_2", "cluster.gpus_per_policy_rank=1"],
+        "model.attention: got flash_attention_2, and neither the package flash-attn nor kernels is installed, expected "
+        "sdpa (on GPUs torch's own flash kernels) or one of them",
     ),
 ]
 
 
 @pytest.mark.parametrize(("overrides", "message"), REFUSED, ids=[words[-1] for words, _ in REFUSED])
-def test_a_distribution_that_cannot_run_is_refused(overrides, message):
+def test_a_distribution_that_cannot_run_is_refused(overrides, message, monkeypatch):
+    monkeypatch.setattr(devices, "find_spec", lambda name: None if "neither" in message else name)
     with pytest.raises(ConfigError) as error:
         make_plan(composed(*overrides), MACHINE)
     assert str(error.value) == message
@@ -137,6 +144,8 @@ def test_what_vllm_was_built_for_is_read_from_what_is_installed(monkeypatch, ins
 def test_a_plan_says_what_stays_on_cpus_beside_gpus():
     notes = make_plan(composed("cluster.gpus_per_policy_rank=1"), MACHINE).notes
     assert "on CPUs while others have GPUs: critic, reference (cluster.gpus_per_*)" in notes
+    scored = make_plan(composed("cluster.gpus_per_policy_rank=1", "reward.functions=model:builtin:tiny"), MACHINE).notes
+    assert "on CPUs while others have GPUs: critic, reference, reward (cluster.gpus_per_*)" in scored
     assert not any("while others" in note for note in make_plan(composed(), MACHINE).notes)
 
 
@@ -151,6 +160,7 @@ def test_a_run_folder_that_a_rank_does_not_see_is_refused(monkeypatch, tmp_path,
 
     def gather(calls, seconds, what):
         asked.extend(calls)
+        assert [Path(call.refs[0]).is_file() for call in calls] == [True, True]
         return seen
 
     monkeypatch.setattr(cluster, "gather", gather)
@@ -162,16 +172,17 @@ def test_a_run_folder_that_a_rank_does_not_see_is_refused(monkeypatch, tmp_path,
         rank.info = ProcessInfo(1, "node-b", "")
 
     def check():
-        Cluster.check_shared(SimpleNamespace(joined=joined), ranks, RunFolder(tmp_path).config_file, 5)
+        Cluster.check_shared(SimpleNamespace(joined=joined), ranks, tmp_path, 5)
 
     if seen == [True, False]:
         with pytest.raises(
-            ConfigError, match=r"where policy-1 on node-b does not find .*/config.yaml, expected a folder"
+            ConfigError, match=r"where policy-1 on node-b does not find what is written here, expected a folder"
         ):
             check()
     else:
         check()
     assert len(asked) == (2 if joined else 0)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_actor_sees_the_files_of_its_node(tmp_path):

@@ -36,7 +36,7 @@ def test_a_compiler_and_ninja_are_needed():
     assert doctor.check_compiler(None, True, True).mend == "install g++ (Debian, Ubuntu: apt-get install g++)"
     assert doctor.check_compiler("/usr/bin/g++", False, True).mend == "pip install ninja==1.13.2"
     bare = doctor.check_compiler("/usr/bin/g++", True, False)
-    assert (bare.level, "without /" in bare.got, "python3.11-dev" in bare.mend) == ("fail", True, True)
+    assert (bare.level, "without /" in bare.got, "-dev)" in bare.mend) == ("fail", True, True)
 
 
 def test_the_pinned_versions_fit_together():

@@ -264,7 +264,7 @@ REFUSALS = [
     ),
     (
         ["cluster.gpus_per_policy_rank=1", "cluster.gpus_per_rollout_engine=1"],
-        "cluster: got 2 GPUs over all actors, expected at most the 0 of this machine; "
+        "cluster: got 2 GPUs over all actors, expected what fits the 0 of this machine; "
         "lower cluster.gpus_per_*, or join a cluster with cluster.address",
     ),
     (

@@ -373,6 +373,7 @@ def test_a_preference_stage_on_two_sharded_ranks_learns_what_it_learns_on_one(pr
 
     right = trained(Settings(), [np.arange(4)])
     got = trained(Settings(zero_stage=3, **SMALL), [np.arange(3), np.array([3])])
+    assert got[0].means() == pytest.approx(right[0].means(), rel=1e-3, abs=1e-5)
     assert got[0].sums[f"{objective.name}/loss"] == pytest.approx(right[0].sums[f"{objective.name}/loss"], rel=1e-4)
     assert got[1].means() == pytest.approx(right[1].means(), rel=1e-3, abs=1e-5)
     assert right[2] > 0.1

@@ -53,7 +53,7 @@ class World:
     threads: int | None = None
     seed: int = 0
     deterministic: bool = False
-    timeout_seconds: float = 1800.0  # of joining, and of each collective operation
+    timeout_seconds: float = 1800.0  # of joining, and of waiting for a rank that writes a checkpoint
 
 
 @dataclass
@@ -224,6 +224,16 @@ class DeepSpeedEngine:
         if path is None:
             raise FileNotFoundError(f"{folder}/engine: nothing in it that this ZeRO stage and number of ranks can read")
         self.optimizer_steps = int(state["optimizer_steps"])
+
+
+def on_rank_0(named: Iterator[tuple[str, Tensor]], world: World) -> dict[str, Tensor]:
+    """Copies in main memory on rank 0, nothing on the others, which take part in the gathering and keep none of it: no
+    GPU has room for a second model."""
+    copies = {}
+    for name, tensor in named:
+        if world.rank == 0:
+            copies[name] = tensor.to("cpu", copy=True)
+    return copies
 
 
 def join_world(world: World) -> torch.device:

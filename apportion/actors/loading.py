@@ -38,21 +38,19 @@ def load_causal_lm(
     if gradient_checkpointing:
         model.enable_input_require_grads()
     adapted = get_peft_model(model, settings, autocast_adapter_dtype=False)
-    if model.config.tie_word_embeddings:
-        _check_tied(model, lora)
+    _check_mergeable(model, lora)
     return adapted
 
 
-def _check_tied(model: Any, lora: Any) -> None:
-    """An adapter of one of two tied matrices would untie them: the engines' model has one matrix for both."""
+def _check_mergeable(model: Any, lora: Any) -> None:
+    """Engines get merged weights: an embedding's adapter has another form, and one of two tied matrices would untie them."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    if any(
-        isinstance(layer, BaseTunerLayer) for layer in (model.get_input_embeddings(), model.get_output_embeddings())
-    ):
+    head = isinstance(model.get_output_embeddings(), BaseTunerLayer)
+    if isinstance(model.get_input_embeddings(), BaseTunerLayer) or (head and model.config.tie_word_embeddings):
         raise ConfigError(
-            f"policy.lora.targets: got {', '.join(lora.targets)}, which adapt the output head or the embeddings, and this "
-            "model has one matrix for both; expected other layers"
+            f"policy.lora.targets: got {', '.join(lora.targets)}, which adapt the embeddings (or an output head that is the "
+            "same matrix), expected linear layers such as q_proj"
         )
 
 

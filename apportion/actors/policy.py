@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from apportion.actors.distillation import Distillation, DistillationSpec
-from apportion.actors.engine import DeepSpeedEngine, EngineSettings, OptimizerStep, World
+from apportion.actors.engine import DeepSpeedEngine, EngineSettings, OptimizerStep, World, on_rank_0
 from apportion.actors.influence import InfluencePass
 from apportion.actors.loading import load_causal_lm, save_huggingface
 from apportion.actors.microbatch import MicroBatch, cut, nothing
@@ -296,7 +296,7 @@ class PolicyWorker(ActorBase):
         target = Path(folder)
         self.engine.save(target / "policy")
         save_random_states(target / "policy", f"rank-{self.world.rank}")
-        named = {n: t.to("cpu", copy=True) if self.world.rank == 0 else t for n, t in self._huggingface_weights()}
+        named = on_rank_0(self._huggingface_weights(), self.world)
         if self.world.rank == 0:
             spec = self.spec
             save_huggingface(spec.model, named, target / "model", spec.trust_remote_code, spec.chat_template)

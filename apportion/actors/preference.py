@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from apportion.actors.engine import DeepSpeedEngine, EngineSettings, OptimizerStep, World
+from apportion.actors.engine import DeepSpeedEngine, EngineSettings, OptimizerStep, World, on_rank_0
 from apportion.actors.loading import load_causal_lm, save_huggingface
 from apportion.actors.lora import merged_weights
 from apportion.actors.microbatch import MicroBatch, make, plan_rows
@@ -164,10 +164,11 @@ class PreferenceWorker(ActorBase):
     def update(self, share: StepShare) -> StepReport:
         """One optimiser step over this rank's part of it."""
         report, start = StepReport(Totals(), None), time.perf_counter()
+        report.totals.add(f"{self.objective.name}/loss", 0.0, 0.0)  # known also of a rank without examples
         parts = self._parts(self.train, share.examples, 1, share.weights)
         report.tokens = sum(part.micro.real_tokens for part in parts)
         report.step = self.engine.train_step(
-            parts, self._idle_part(), lambda part: self._loss(part, report.totals, self.objective.name)
+            parts, self._idle_part(), lambda part: self._loss(part, self._counted(part, report), self.objective.name)
         )
         report.seconds = time.perf_counter() - start
         return report
@@ -179,10 +180,13 @@ class PreferenceWorker(ActorBase):
         assert self.held_out is not None
         self.engine.module().eval()
         for part in self._keeping_pace(self._parts(self.held_out, examples, 2)):
-            totals = Totals() if part is self._idle else report.totals
-            self._loss(part, totals, "eval")
+            self._loss(part, self._counted(part, report), "eval")
         report.seconds = time.perf_counter() - start
         return report
+
+    def _counted(self, part: _Part, report: StepReport) -> Totals:
+        """Where a part is counted: one that only keeps pace nowhere."""
+        return Totals() if part is self._idle else report.totals
 
     def _loss(self, part: _Part, totals: Totals, prefix: str) -> Tensor:
         """Weighted loss of one micro-batch; without weights (evaluation) only `totals` matter."""
@@ -302,7 +306,7 @@ class PreferenceWorker(ActorBase):
         target, spec = Path(folder), self.spec
         self.engine.save(target / "policy")
         save_random_states(target / "policy", f"rank-{self.world.rank}")
-        named = {n: t.to("cpu", copy=True) if self.world.rank == 0 else t for n, t in self._huggingface_weights()}
+        named = on_rank_0(self._huggingface_weights(), self.world)
         if self.world.rank:
             return
         write = save_score_model if self.objective.reads == SEQUENCE_SCORES else save_huggingface

@@ -25,6 +25,12 @@ def check_functions(functions: Any, timeout_seconds: float) -> list[FunctionSour
     ]
 
 
+def has_models(functions: Any) -> bool:
+    """Whether a reward model is among `reward.functions`."""
+    entries = [entry.function for entry in parse_entries(functions, 1.0)]
+    return any(isinstance(function, str) and function.startswith("model:") for function in entries)
+
+
 def check_columns(functions: list[FunctionSource], columns: Collection[str], where: str) -> None:
     """ConfigError where a function needs a column that `where` (data.train, data.eval) does not have.
 

@@ -21,10 +21,6 @@ def longest_wait(cluster: ClusterConfig | RanksConfig) -> float:
     return max(cluster.start_timeout_seconds, cluster.call_timeout_seconds)
 
 
-def threads_environment(config: Config) -> dict[str, str]:
-    return cores_environment(thread_count(config))
-
-
 def cores_environment(threads: int) -> dict[str, str]:
     """For compute actors, which take turns on all cores; Ray would set their threads to num_cpus. Passive: threads that
     wait for each other sleep. By default they spin, and two actors at work at once (policy and critic), or anything else
@@ -39,4 +35,4 @@ def device_environment(gpus: float) -> dict[str, str]:
 
 
 def compute_environment(config: Config, gpus: float) -> dict[str, str]:
-    return threads_environment(config) | device_environment(gpus)
+    return cores_environment(thread_count(config)) | device_environment(gpus)

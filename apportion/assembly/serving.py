@@ -9,7 +9,7 @@ from apportion.actors.episodes import EpisodeLimits, EpisodeSpec
 from apportion.actors.judge import JudgeWorker
 from apportion.actors.reward import RewardWorker
 from apportion.actors.rollout import RolloutSpec, RolloutWorker
-from apportion.assembly.hosts import compute_environment, device_environment, joins, thread_count, threads_environment
+from apportion.assembly.hosts import compute_environment, device_environment, joins, thread_count
 from apportion.assembly.needs import Needs
 from apportion.conf.judges import judge_spec, own_model
 from apportion.conf.schema import Config
@@ -22,9 +22,7 @@ def serving_requests(config: Config, model: str, needs: Needs | None = None) -> 
     """Rollout engines, reward workers and the credit worker."""
     reward, c = config.reward, config.cluster
     gpus = c.gpus_per_rollout_engine
-    # vLLM looks for its device itself: a build for CUDA does not start without one, and is refused beforehand.
-    vllm = config.rollout.engine == "vllm"
-    environment = threads_environment(config) if vllm else compute_environment(config, gpus)
+    environment = compute_environment(config, gpus)
     if not joins(config):
         environment["GLOO_SOCKET_IFNAME"] = "lo"  # a Ray of our own: whoever they speak to is on this machine
     rollouts = [
@@ -116,8 +114,8 @@ def _credit_spec(config: Config, model: str, needs: Needs | None) -> CreditSpec:
 def judge_requests(config: Config, model: str, folder: RunFolder) -> list[ActorRequest]:
     spec = judge_spec(config, model, folder.path, thread_count(config))
     cpus = float(own_model(config.judge) is not None)
-    gpus, vllm = config.cluster.gpus_per_judge, cpus > 0 and config.judge.engine == "vllm"
-    environment = threads_environment(config) if vllm else compute_environment(config, gpus)
+    gpus = config.cluster.gpus_per_judge
+    environment = compute_environment(config, gpus)
     return [
         ActorRequest(f"judge-{i}", JudgeWorker, (spec,), cpus, gpus, environment) for i in range(config.judge.workers)
     ]

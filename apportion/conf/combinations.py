@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import ceil
 
 from apportion.conf.devices import Machine, check_devices
@@ -18,15 +19,15 @@ def longest_sampled(config: Config) -> int:
 
 
 def check_combinations(
-    config: Config, needs: frozenset[str], model: ModelFacts | None, machine: Machine | None, gpus: float
+    config: Config, needs: frozenset[str], model: ModelFacts | None, machine: Machine | None, gpus: Sequence[float]
 ) -> None:
     """ConfigError for the first combination that cannot run. `machine` is None where the cluster is not this machine;
-    `gpus` is what all actors together ask for."""
+    `gpus` is what each actor asks for."""
     _check_batches(config)
     _check_lengths(config, needs, model)
     _check_algorithm(config)
     _check_rollout(config, model)
-    check_devices(config, machine, gpus)
+    check_devices(config, needs, machine, gpus)
     _check_evaluation(config)
     alone, steps = config.critic.warmup_steps_without_policy, config.train.steps
     if "values" in needs and alone and alone >= steps:

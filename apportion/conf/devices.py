@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -34,8 +35,8 @@ def this_machine() -> Machine:
     return Machine(len(os.sched_getaffinity(0)), memory, gpus)
 
 
-def check_devices(config: Config, machine: Machine | None, gpus: float) -> None:
-    """`machine` is None where the cluster is not this machine; `gpus` is what all actors together ask for."""
+def check_devices(config: Config, needs: frozenset[str], machine: Machine | None, gpus: Sequence[float]) -> None:
+    """`machine` is None where the cluster is not this machine; `gpus` is what each actor asks for."""
     cluster = config.cluster
     for role, count in (("policy", cluster.gpus_per_policy_rank), ("critic", cluster.gpus_per_critic_rank)):
         settings = config.policy if role == "policy" else config.critic
@@ -47,12 +48,12 @@ def check_devices(config: Config, machine: Machine | None, gpus: float) -> None:
         check_share(f"cluster.gpus_per_{role}_rank", count, cluster.policy_ranks)
     for role in ("rollout_engine", "reference_rank", "judge", "reward_worker"):
         check_share(f"cluster.gpus_per_{role}", getattr(cluster, f"gpus_per_{role}"))
-    check_attention(config.model.attention, cluster.gpus_per_policy_rank)
-    if config.rollout.engine == "vllm" and cluster.gpus_per_rollout_engine == 0 and vllm_needs_gpu():
-        raise ConfigError(
-            "cluster.gpus_per_rollout_engine: got 0 with a vLLM that was built for CUDA, expected at least 1 (and "
-            "cluster.gpus_per_policy_rank=1), a part of one for both, or an installation with REQUIREMENTS=cpu"
+    loading = {"policy": True, "critic": "values" in needs, "reference": "reference_logprobs" in needs}
+    for role in (role for role, there in loading.items() if there):
+        check_attention(
+            config.model.attention, f"cluster.gpus_per_{role}_rank", getattr(cluster, f"gpus_per_{role}_rank")
         )
+    check_engine(config)
     if cluster.weight_transfer == "broadcast":
         _check_broadcast(cluster.gpus_per_policy_rank, cluster.gpus_per_rollout_engine)
     if config.policy.share_prompts and config.model.attention != "sdpa":
@@ -61,15 +62,40 @@ def check_devices(config: Config, machine: Machine | None, gpus: float) -> None:
         )
     if machine is None:
         return
-    if gpus > machine.gpus:
+    if not fit(gpus, machine.gpus):
         raise ConfigError(
-            f"cluster: got {gpus:g} GPUs over all actors, expected at most the {machine.gpus} of this machine; "
+            f"cluster: got {sum(gpus):g} GPUs over all actors, expected what fits the {machine.gpus} of this machine; "
             "lower cluster.gpus_per_*, or join a cluster with cluster.address"
         )
     if cluster.threads is not None and cluster.threads > machine.cores:
         raise ConfigError(
             f"cluster.threads: got {cluster.threads}, expected at most {machine.cores}, the cores of this machine, "
             "or null for all"
+        )
+
+
+def fit(shares: Sequence[float], devices: int) -> bool:
+    """Whether actors with these shares, parts of one GPU or whole ones, find room on so many.
+
+    >>> fit([1, 0.5, 0.5], 2), fit([0.6, 0.6, 0.6], 2)
+    (True, False)
+    """
+    whole = int(sum(share for share in shares if share >= 1))
+    free = [1.0] * (devices - whole)
+    for share in sorted((share for share in shares if 0 < share < 1), reverse=True):
+        place = next((i for i, left in enumerate(free) if left >= share - 1e-9), None)
+        if place is None:
+            return False
+        free[place] -= share
+    return whole <= devices
+
+
+def check_engine(config: Config) -> None:
+    if config.rollout.engine == "vllm" and config.cluster.gpus_per_rollout_engine == 0 and vllm_needs_gpu():
+        raise ConfigError(
+            "cluster.gpus_per_rollout_engine: got 0 with a vLLM that was built for CUDA, expected 1 (and "
+            "cluster.gpus_per_policy_rank=1), or 0.5 for both with rollout.gpu_memory_utilization=0.4, or an installation "
+            "with REQUIREMENTS=cpu"
         )
 
 
@@ -84,17 +110,16 @@ def check_share(key: str, gpus: float, ranks: int = 1) -> None:
         )
 
 
-def check_attention(attention: str, gpus: float) -> None:
+def check_attention(attention: str, key: str, gpus: float) -> None:
+    """`key` is what gives these GPUs to the actor that loads the model."""
     if attention != "flash_attention_2":
         return
     if gpus == 0:
+        raise ConfigError(f"model.attention: got flash_attention_2 with {key}=0, expected sdpa or eager, or a GPU")
+    if find_spec("flash_attn") is None and find_spec("kernels") is None:
         raise ConfigError(
-            "model.attention: got flash_attention_2 with cluster.gpus_per_policy_rank=0, expected sdpa or eager, or a GPU"
-        )
-    if find_spec("flash_attn") is None:
-        raise ConfigError(
-            "model.attention: got flash_attention_2, and the package flash-attn is not installed, expected sdpa (on GPUs "
-            "torch's own flash kernels) or that package"
+            "model.attention: got flash_attention_2, and neither the package flash-attn nor kernels is installed, expected "
+            "sdpa (on GPUs torch's own flash kernels) or one of them"
         )
 
 

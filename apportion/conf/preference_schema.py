@@ -205,7 +205,7 @@ def check(config: PreferenceConfig) -> None:
             f"data.max_tokens{both}; raise it or lower data.max_tokens"
         )
     check_share("cluster.gpus_per_policy_rank", config.cluster.gpus_per_policy_rank, config.cluster.policy_ranks)
-    check_attention(config.model.attention, config.cluster.gpus_per_policy_rank)
+    check_attention(config.model.attention, "cluster.gpus_per_policy_rank", config.cluster.gpus_per_policy_rank)
     if data.packing and config.model.attention != "sdpa":
         raise ConfigError(
             f"data.packing: got true with model.attention={config.model.attention}, expected model.attention=sdpa"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import secrets
 import signal
 import sys
 import threading
@@ -120,18 +121,23 @@ class Cluster:
         self._actors += actors
         return actors
 
-    def check_shared(self, actors: Sequence[Actor], file: Path, timeout_seconds: float) -> None:
-        """ConfigError where an actor that will write beside `file`, which this process has written, does not see it: each
-        node would keep its own part of a checkpoint, and the parts look whole."""
+    def check_shared(self, actors: Sequence[Actor], folder: Path, timeout_seconds: float) -> None:
+        """ConfigError where an actor that will write into a run's folder does not see what this process writes there:
+        each node would keep its own part of a checkpoint, and the parts look whole."""
         if not self.joined:
             return
-        seen = gather([actor.call("sees", str(file.resolve())) for actor in actors], timeout_seconds, STARTING)
+        probe = folder.resolve() / f".probe-{secrets.token_hex(4)}"
+        probe.touch()
+        try:
+            seen = gather([actor.call("sees", str(probe)) for actor in actors], timeout_seconds, STARTING)
+        finally:
+            probe.unlink()
         for actor, there in zip(actors, seen, strict=True):
             if not there:
                 where = actor.info.host if actor.info else "its node"
                 raise ConfigError(
-                    f"runs_folder: got {file.parent.parent}, where {actor.name} on {where} does not find "
-                    f"{file.parent.name}/{file.name}, expected a folder that all nodes share"
+                    f"runs_folder: got {folder.parent}, where {actor.name} on {where} does not find what is written here, "
+                    "expected a folder that all nodes share"
                 )
 
     def ready(self, actors: Sequence[Actor], timeout_seconds: float, joining: Sequence[Call] = ()) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ def plot_run(run_folder: str | Path) -> list[Path]:
         raise ApportionError(
             f"{folder}: got no {METRICS_FILE}, expected a run's folder that was tracked with tracking.jsonl=true"
         )
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # a first run would end with word of its font cache
     lines = read_metrics(folder)
     (folder / "plots").mkdir(exist_ok=True)
     return [file for name in CURVES if (file := _plot_curve(lines, name, folder / "plots" / f"{name}.png")) is not None]

@@ -59,16 +59,12 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    @property
-    def config_file(self) -> Path:
-        return self.path / "config.yaml"
-
     def save_config(self, config: Mapping[str, Any]) -> None:
         """`config.yaml`, without secrets."""
         import yaml
 
         text = yaml.safe_dump(redacted(config), sort_keys=False, allow_unicode=True)
-        write_text_atomically(self.config_file, text)
+        write_text_atomically(self.path / "config.yaml", text)
 
     def write_summary(self, summary: Mapping[str, Any]) -> Path:
         """`summary.json`, whole or not at all; values that are not finite are null."""
