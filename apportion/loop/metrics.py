@@ -75,9 +75,9 @@ def speed_metrics(reports: StepReports, timing: dict[str, float]) -> dict[str, f
     """Seconds of each stage, and rates; `timing` has the whole `step` beside its stages."""
     step = timing["step"]
     stages = sum(seconds for stage, seconds in timing.items() if stage != "step")
-    computing = reports.seconds_sampling + timing.get("signals", 0.0)
-    for ranks in (reports.policy, reports.critic):
-        computing += max((r.seconds for r in ranks), default=0.0)
+    # Policy and critic update side by side: the slowest rank's seconds are those of all.
+    updating = max((r.seconds for r in [*reports.policy, *reports.critic]), default=0.0)
+    computing = reports.seconds_sampling + timing.get("signals", 0.0) + updating
     sampled = reports.rollout.sums["rollout/response_tokens_mean"]
     return {f"timing/{stage}": seconds for stage, seconds in timing.items()} | {
         "timing/other": step - stages,
