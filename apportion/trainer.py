@@ -159,7 +159,9 @@ class Trainer:
             answers = self._call_all(calls)
         reports: list[RolloutReport] = [report for report, _ in answers]
         experience.seconds_sampling += max(r.seconds for r in reports)
-        self.progress.rollout_tokens += sum(r.response_tokens for r in reports)
+        sampled = sum(r.sampled_tokens for r in reports)
+        experience.sampled_tokens += sampled
+        self.progress.rollout_tokens += sampled
         experience.totals.add("rollout/trajectories", sum(r.trajectories for r in reports), 1)
         experience.totals.add("rollout/prompts", sum(map(len, chunks)), 1)
         if self.actors.environment:
@@ -349,7 +351,10 @@ class Trainer:
     ) -> StepReports:
         totals = experience.totals
         totals.merge(self.failures.totals)
-        return StepReports(totals, credit.metrics, cut.trajectories, experience.seconds_sampling, policy, critic)
+        e = experience
+        return StepReports(
+            totals, credit.metrics, cut.trajectories, e.seconds_sampling, e.sampled_tokens, policy, critic
+        )
 
     def _metrics(self, reports: StepReports) -> dict[str, float]:
         """The step's row; what is counted over the whole run and the KL's coefficient move on."""

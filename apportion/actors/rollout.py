@@ -30,7 +30,7 @@ class RolloutSpec:
 @dataclass
 class RolloutReport:
     seconds: float  # inside the engine
-    response_tokens: int
+    sampled_tokens: int
     trajectories: int
     environment_seconds: float = 0.0
     environment_failures: int = 0  # episodes without a reward

@@ -23,6 +23,7 @@ class StepReports:
     credit: dict[str, float]
     trajectories: int  # that took part in the update
     seconds_sampling: float
+    sampled_tokens: int  # in `timing/rollout`
     policy: list[UpdateReport]
     critic: list[UpdateReport] = field(default_factory=list)
 
@@ -78,11 +79,10 @@ def speed_metrics(reports: StepReports, timing: dict[str, float]) -> dict[str, f
     # Policy and critic update side by side: the slowest rank's seconds are those of all.
     updating = max((r.seconds for r in [*reports.policy, *reports.critic]), default=0.0)
     computing = reports.seconds_sampling + timing.get("signals", 0.0) + updating
-    sampled = reports.rollout.sums["rollout/response_tokens_mean"]
     return {f"timing/{stage}": seconds for stage, seconds in timing.items()} | {
         "timing/other": step - stages,
         "perf/samples_per_second": reports.trajectories / step,
-        "perf/rollout_tokens_per_second": sampled / timing["rollout"],
+        "perf/rollout_tokens_per_second": reports.sampled_tokens / timing["rollout"],
         "perf/update_tokens_per_second": reports.update_tokens / timing["update"],
         "perf/overhead_share": max(0.0, 1 - computing / step),
     }

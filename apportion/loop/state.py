@@ -80,4 +80,5 @@ class Experience:
     groups: int
     totals: Totals
     seconds_sampling: float
+    sampled_tokens: int = 0  # by the engines: without an environment's
     judging: list[list[Call]] = field(default_factory=list)  # of this round: for each rollout batch, one a judge

@@ -73,7 +73,7 @@ METRICS: dict[str, str] = {
     "timing/evaluate": "seconds spent evaluating after the step",
     "timing/checkpoint": "seconds spent writing the checkpoint after the step before; the last one's are in summary.json",
     "perf/samples_per_second": "trajectories trained on, a second of the step (evaluation and checkpoints left out)",
-    "perf/rollout_tokens_per_second": "response tokens sampled, a second of timing/rollout",
+    "perf/rollout_tokens_per_second": "tokens that the engines sampled (none of an environment), a second of timing/rollout",
     "perf/update_tokens_per_second": "prompt and response tokens updated on, a second of timing/update",
     "perf/overhead_share": "share of the step that is neither sampling nor forward or backward passes",
     "sft/grad_norm": "norm of the gradient before clipping",
