@@ -99,7 +99,7 @@ def measure(model: str, config: Any, cluster: Any) -> tuple[dict[str, list[float
             plain, scored = bare.generate(batch, False), bare.generate(batch, True)
             if round_ < 0:
                 continue  # the first pass warms both up
-            speeds["ours"].append(report.response_tokens / seconds)
+            speeds["ours"].append(report.sampled_tokens / seconds)
             speeds["bare"].append(plain["tokens"] / plain["seconds"])
             speeds["bare with log-probs"].append(scored["tokens"] / scored["seconds"])
         memory = {"ours": cluster.peak_memory_mib()["rollout-0"], "bare": scored["peak_mib"]}

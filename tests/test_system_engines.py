@@ -270,7 +270,7 @@ def test_a_prompt_keeps_its_ids_and_its_responses_their_version(synced, prompts,
     assert batch.group_ids.tolist() == [4, 4, 5, 5, 6, 6]
     assert batch.sample_indices.tolist() == [0, 1] * 3
     assert set(batch.policy_versions.tolist()) == {7}
-    assert (report.trajectories, report.response_tokens) == (6, int(batch.response_lengths.sum()))
+    assert (report.trajectories, report.sampled_tokens) == (6, int(batch.response_lengths.sum()))
     for index in range(6):
         assert batch.sequence(index)[: batch.prompt_lengths[index]].tolist() == prompts[index // 2].tolist()
     assert batch.sequence(0).tolist() != batch.sequence(1).tolist()
