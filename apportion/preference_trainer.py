@@ -236,6 +236,7 @@ class PreferenceTrainer:
         return [weights_BT[i, : len(mask)][mask] for i, mask in enumerate(masks)]
 
     def _evaluate_if_due(self, last: bool) -> dict[str, float]:
+        self.progress.after = {}  # of an earlier end it is no longer true
         s = self.settings
         last = s.evaluate_after and last
         due = last or (s.evaluate_every and self.progress.step % s.evaluate_every == 0)
@@ -289,6 +290,8 @@ class PreferenceTrainer:
                 "step_seconds": p.step_seconds,
                 "wall_seconds": self._elapsed(),
                 "before": p.before,
+                "after": p.after,
+                "metrics": p.metrics,
             }
             RunState(
                 p.step,

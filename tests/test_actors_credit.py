@@ -33,16 +33,19 @@ def scored(credited) -> Batch:
 def test_a_trajectory_whose_reward_failed_is_left_out_and_not_averaged(scored):
     failed = replace(
         scored,
+        finish_reasons=["stop", "abort", "stop", "length", "length", "abort", "stop", "stop"],
+        terminated=np.array([True, False, True, False, True, False, True, True]),
         rewards=np.array([1.0, np.nan, 1.0, 1.0, np.nan, np.nan, 2.0, 1.0]),
         sample_mask=np.array([True, False, True, True, False, False, True, True]),
     )
     report, kept = worker().admit(failed)
     assert kept.sample_indices.tolist() == [0, 0, 1, 0, 1]
     assert kept.group_ids.tolist() == [0, 1, 1, 3, 3]
-    assert (report.groups_kept, report.groups_dropped) == (3, 1)
+    assert (report.groups_kept, report.groups_dropped) == (3, 0)  # the fourth failed: no selection has dropped it
     means = report.totals.means()
     assert means["reward/mean"] == pytest.approx(6 / 5)
-    assert means["rollout/response_tokens_mean"] == pytest.approx(58 / 8)
+    assert means["rollout/response_tokens_mean"] == pytest.approx(56 / 8)  # without the environment's two
+    assert means["rollout/truncated_share"] == 2 / 8
 
 
 @pytest.mark.parametrize(

@@ -248,3 +248,13 @@ def test_an_output_head_that_nothing_trains_is_frozen_but_a_tied_one_is_not(mode
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     freeze_unused_head(values)
     assert [n for n, p in values.named_parameters() if not p.requires_grad] == ["model.lm_head.weight"]
+
+
+def test_the_kl_that_is_shown_is_k3_whatever_the_loss_is_made_of(model, credited):
+    def means(estimator: str) -> dict[str, float]:
+        loss = replace(LOSS, kl_estimator=estimator, entropy_coefficient=0.0)
+        return worker_of(model, loss).update(credited, 2, 0.3).totals.means()
+
+    k3, k1 = means("k3"), means("k1")
+    assert k3["policy/kl_reference"] > 0
+    assert k1["policy/kl_reference"] == pytest.approx(k3["policy/kl_reference"], rel=1e-6)

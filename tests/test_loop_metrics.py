@@ -83,6 +83,8 @@ def test_speeds_are_over_the_seconds_of_their_own_stage_and_the_rest_is_overhead
     # 3 s of sampling, 1 of signals, 4 of the slowest rank, of 12
     assert speeds["perf/overhead_share"] == pytest.approx(1 / 3)
     assert unknown_metrics(speeds) == []
+    alone = speed_metrics(reports(policy=[], critic=critic), timing)
+    assert alone["perf/update_tokens_per_second"] == pytest.approx(7 / 6)  # a critic's that trains alone
 
 
 def test_prompts_are_dealt_in_about_equal_parts_of_which_none_is_empty():

@@ -207,6 +207,7 @@ def test_an_end_that_is_known_from_the_checkpoint_is_true_until_the_next_step(ma
     state = saved(loop)
     unchanged = resumed(make(), state).progress
     assert (unchanged.accuracy_after, unchanged.answers_after[0]["reward"]) == (0.75, 0.75)
+    assert unchanged.metrics == loop.progress.metrics and unchanged.metrics["timing/step"] > 0
     further = resumed(make(steps=3), state)
     further.run()
     assert (further.progress.accuracy_before, further.progress.accuracy_after) == (0.25, None)

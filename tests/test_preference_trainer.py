@@ -59,4 +59,6 @@ def test_a_resumed_stage_has_all_its_minutes_again_and_writes_no_checkpoint_twic
     again._gather = lambda calls, what: None if what.startswith("resume") else Stage._gather(again, calls, what)
     again.restore(found.path, found.state)
     assert again.store.current == 2
+    assert (again.progress.after, again.progress.metrics) == (stage.progress.after, stage.progress.metrics)
+    assert again.progress.after == {"eval/pair_accuracy": 0.5}
     assert again.run().step == 4 and again.store.steps() == [3, 4]

@@ -85,6 +85,7 @@ class CreditWorker(ActorBase):
         totals = rollout_totals(scored)
         valid = np.flatnonzero(scored.sample_mask)
         kept = scored.select(valid)
+        before = len(set(kept.group_ids.tolist()))
         if self.selection and len(kept):
             inputs = credit_input(kept)
             if "critiques" in self.credit_method.needs:
@@ -94,7 +95,7 @@ class CreditWorker(ActorBase):
             for part in self.selection:
                 keep &= part(inputs)
             kept = kept.select(np.flatnonzero(keep.numpy()))
-        before, after = len(set(scored.group_ids.tolist())), len(set(kept.group_ids.tolist()))
+        after = len(set(kept.group_ids.tolist()))
         return AdmitReport(totals, after, before - after), kept
 
     def cut(self, groups: int, shards: int, minibatches: int, *admitted: Batch) -> tuple:
@@ -239,7 +240,7 @@ class CreditWorker(ActorBase):
             assert batch.rewards is not None
             metrics["eval/greedy_accuracy"] = accuracy(batch.rewards, correct_at)
             metrics["eval/mean_reward"] = float(np.nanmean(batch.rewards))
-            metrics["eval/response_tokens_mean"] = float(batch.response_lengths.mean())
+            metrics["eval/response_tokens_mean"] = float(action_lengths(batch).mean())
             answers = [
                 {"prompt_id": batch.prompt_ids[i], "answer": batch.texts[i], "reward": float(batch.rewards[i])}
                 for i in range(min(show, len(batch)))
@@ -312,6 +313,12 @@ def _with_plain_on_tokens(batch: Batch) -> Batch:
     return replace(batch, token_rewards=batch.unpad(placed.float()))
 
 
+def action_lengths(batch: Batch) -> np.ndarray:
+    """[B] int64, tokens of each response that the policy wrote: none of an environment's."""
+    rows = range(len(batch))
+    return np.array([batch.action_mask[batch.response_slice(i)].sum() for i in rows], np.int64)
+
+
 def rollout_totals(scored: Batch) -> Totals:
     """What the sampled trajectories look like, before anything is left out."""
     assert scored.rewards is not None and scored.sample_mask is not None
@@ -319,11 +326,12 @@ def rollout_totals(scored: Batch) -> Totals:
     known = scored.rewards[scored.sample_mask]
     totals.add("reward/mean", known.sum(), len(known))
     totals.add("reward/square", (known**2).sum(), len(known))
-    totals.add("rollout/response_tokens_mean", scored.response_lengths.sum(), count)
-    totals.add("rollout/truncated_share", (~scored.terminated).sum(), count)
+    lengths = action_lengths(scored)
+    totals.add("rollout/response_tokens_mean", lengths.sum(), count)
+    totals.add("rollout/truncated_share", scored.finish_reasons.count("length"), count)
     turns = [int(scored.turn_ids[scored.response_slice(i)].max(initial=-1)) + 1 for i in range(count)]
     totals.add("rollout/turns_mean", sum(turns), count)
-    totals.maximum("rollout/response_tokens_max", scored.response_lengths.max(initial=0))
+    totals.maximum("rollout/response_tokens_max", lengths.max(initial=0))
     return totals
 
 

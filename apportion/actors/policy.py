@@ -20,7 +20,7 @@ from apportion.actors.modules import CausalLMLogprobs, base_causal_lm
 from apportion.algorithms import registry
 from apportion.algorithms.correction import ImportanceCorrection, mismatch_metrics
 from apportion.algorithms.interface import Surrogate, SurrogateInput
-from apportion.algorithms.kl import kl_losses
+from apportion.algorithms.kl import kl_estimates, kl_losses
 from apportion.batch import Batch, Signals, Totals
 from apportion.platform.channel import ChannelAddress, WeightChannel
 from apportion.platform.process import ActorBase
@@ -227,7 +227,8 @@ class PolicyWorker(ActorBase):
         if loss.kl_in_loss:
             reference = moved.gather(_packed(shard, "reference_logprobs"), device)
             kl = kl_losses(policy, reference, moved.mask, loss.kl_estimator, loss.kl_straight_through)
-            totals.add("policy/kl_reference", float(kl.detach().sum()), float(moved.mask.sum()))
+            shown = kl_estimates(policy.detach(), reference, "k3")[moved.mask]  # whatever the loss is made of
+            totals.add("policy/kl_reference", float(shown.sum()), float(len(shown)))
             losses = losses + kl_coefficient * kl
         if loss.entropy_coefficient > 0:
             losses = losses - loss.entropy_coefficient * moved.spread(entropies)

@@ -29,7 +29,7 @@ class StepReports:
 
     @property
     def update_tokens(self) -> int:
-        return sum(report.tokens for report in self.policy)
+        return sum(report.tokens for report in self.policy or self.critic)
 
 
 def step_metrics(reports: StepReports) -> dict[str, float]:

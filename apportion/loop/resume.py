@@ -11,7 +11,7 @@ from apportion.platform.errors import ConfigError
 
 _KEPT = (
     "accuracy_before", "accuracy_after", "answers_before", "answers_after", "stage_seconds", "samples", "rollout_tokens",
-    "update_tokens", "step_seconds", "wall_seconds",
+    "update_tokens", "step_seconds", "wall_seconds", "metrics",
 )  # fmt: skip
 
 
