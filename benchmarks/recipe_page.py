@@ -1,12 +1,13 @@
 """Curves of finished runs of the recipes: a picture and a table, written to docs/recipes.md.
 
 apportion train experiment=thr run_name=thr        and so on, then
-python benchmarks/recipe_page.py runs/thr runs/poad ...
+python benchmarks/recipe_page.py runs/thr runs/poad ...     the others' rows and pictures stay as they are
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import statistics
 import sys
@@ -67,11 +68,18 @@ def row(run: Run) -> str:
     )
 
 
+def standing_rows() -> dict[str, str]:
+    """The page's rows as they are, by recipe."""
+    text = PAGE.read_text() if PAGE.is_file() else ""
+    return {name: line for line in text.splitlines() for name in re.findall(r"^\| `(\w+)` \|", line)}
+
+
 def main(folders: list[str]) -> int:
     runs = [read(Path(folder)) for folder in folders]
     if not runs:
         print(__doc__, file=sys.stderr)
         return 2
+    rows = standing_rows() | {run.recipe: row(run) for run in runs}
     lines = [
         "# The recipes' curves",
         "",
@@ -84,11 +92,12 @@ def main(folders: list[str]) -> int:
         "",
         "| `experiment=` | steps | minutes | reward | held-out greedy accuracy |",
         "|---|---|---|---|---|",
-        *map(row, runs),
+        *rows.values(),
     ]
     for run in runs:
         draw(run)
-        lines += ["", f"![{run.recipe}](recipes/{run.recipe}.png)"]
+    for recipe in rows:
+        lines += ["", f"![{recipe}](recipes/{recipe}.png)"]
     PAGE.write_text("\n".join(lines) + "\n")
     return 0
 
