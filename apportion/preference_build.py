@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
 from contextlib import ExitStack
 from typing import Any
 
-from apportion.actors.engine import World
 from apportion.actors.preference import PreferenceSpec, PreferenceWorker
 from apportion.algorithms import registry
 from apportion.algorithms.preference import Dpo, Objective, RewardModel, Sft
-from apportion.assembly.hosts import cores_environment, device_environment, longest_wait
+from apportion.assembly.hosts import cores_environment, device_environment, thread_count
+from apportion.assembly.starting import join
 from apportion.conf.preference_schema import DpoRunConfig, PreferenceConfig, RewardModelRunConfig, SftRunConfig
 from apportion.data.builtin import resolve_model
 from apportion.data.pair_tokens import EncodedExample, ExampleEncoder, PreferenceData, encode_sources, hold_out, pack
@@ -169,8 +168,7 @@ def _spec(config: PreferenceConfig, objective: Objective, model: str, steps: int
 def _ranks(config: PreferenceConfig, cluster: Cluster, spec: PreferenceSpec) -> list[Actor]:
     """Ranks that train together. The first says where it can be met, then all of them load and join."""
     c = config.cluster
-    threads = c.threads or os.cpu_count() or 1
-    environment = cores_environment(threads) | device_environment(c.gpus_per_policy_rank)
+    environment = cores_environment(thread_count(c)) | device_environment(c.gpus_per_policy_rank)
     if not cluster.joined:
         environment["GLOO_SOCKET_IFNAME"] = "lo"
     requests = [
@@ -178,13 +176,7 @@ def _ranks(config: PreferenceConfig, cluster: Cluster, spec: PreferenceSpec) -> 
         for i in range(c.policy_ranks)
     ]
     actors = cluster.start(requests, c.start_timeout_seconds)
-    [(address, port)] = gather([actors[0].call("free_port", not cluster.joined)], 60, "meeting of ranks")
-    seconds = longest_wait(c)
-    worlds = [
-        World(rank, len(actors), address, port, threads, config.seed, config.train.deterministic, seconds)
-        for rank in range(len(actors))
-    ]
-    calls = [actor.call("setup", world) for actor, world in zip(actors, worlds, strict=True)]
+    calls = join(cluster, actors, c, config.seed, config.train.deterministic)
     gather(calls, c.start_timeout_seconds, "start of ranks")
     return actors
 

@@ -35,7 +35,7 @@ def read(folder: Path) -> Run:
     summary = json.loads((folder / "summary.json").read_text())
     accuracies = [(line["step"], line["eval/greedy_accuracy"]) for line in lines if "eval/greedy_accuracy" in line]
     rewards = [line["reward/mean"] for line in lines if "reward/mean" in line]
-    words = [shlex.split(line) for line in yaml.safe_load((folder / "config.yaml").read_text()).get("before", [])]
+    words = [shlex.split(line) for line in yaml.safe_load((folder / "config.yaml").read_text())["before"]]
     names = [word.partition("=")[2] for line in words for word in line if word.startswith("run_name=")]
     stages = [json.loads((folder.parent / name / "summary.json").read_text())["wall_seconds"] / 60 for name in names]
     return Run(folder.name, rewards, accuracies, summary["wall_seconds"] / 60, sum(stages))

@@ -5,9 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from apportion.assembly.hosts import longest_wait
+from apportion.assembly import starting
 from apportion.assembly.needs import needs_of
 from apportion.assembly.serving import judge_requests, serving_requests
+from apportion.assembly.starting import join
 from apportion.assembly.training import critic_requests, policy_requests, reference_requests
 from apportion.cli import compose_config, to_config
 from apportion.conf import devices, judges
@@ -149,9 +150,19 @@ def test_a_plan_says_what_stays_on_cpus_beside_gpus():
     assert not any("while others" in note for note in make_plan(composed(), MACHINE).notes)
 
 
-def test_ranks_wait_for_each_other_as_long_as_anyone_waits_for_them():
-    assert longest_wait(composed().cluster) == 1800
-    assert longest_wait(composed("cluster.start_timeout_seconds=2400").cluster) == 2400
+def test_ranks_wait_for_each_other_as_long_as_anyone_waits_for_them(monkeypatch):
+    monkeypatch.setattr(starting, "gather", lambda calls, seconds, what: [("127.0.0.1", 29500)])
+    rank = SimpleNamespace(call=lambda method, argument: argument)
+
+    def limits(*overrides):
+        worlds = join(SimpleNamespace(joined=False), [rank, rank], composed(*overrides).cluster, 7, True)
+        assert [(w.rank, w.size, w.master_port, w.seed, w.deterministic) for w in worlds] == [
+            (0, 2, 29500, 7, True), (1, 2, 29500, 7, True)
+        ]  # fmt: skip
+        return [world.timeout_seconds for world in worlds]
+
+    assert limits() == [1800, 1800]
+    assert limits("cluster.start_timeout_seconds=2400") == [2400, 2400]
 
 
 @pytest.mark.parametrize(("joined", "seen"), [(True, [True, False]), (False, None), (True, [True, True])])

@@ -86,6 +86,8 @@ class DeepSpeedEngine:
                 "quantised), expected 0, 1 or 2, or policy.lora.targets without the head: ZeRO-3 gathers at each call of "
                 "it, and ranks have different numbers of chunks"
             )
+        import deepspeed
+
         self.settings = settings
         self.world = world
         self.total_steps = total_steps
@@ -93,8 +95,6 @@ class DeepSpeedEngine:
         self.device = join_world(world)
         trainable = [p for p in module.parameters() if p.requires_grad]
         dtype = next(p.dtype for p in trainable)
-        import deepspeed
-
         self._engine, *_ = deepspeed.initialize(
             model=module,
             model_parameters=trainable,
@@ -236,9 +236,14 @@ def on_rank_0(named: Iterator[tuple[str, Tensor]], world: World) -> dict[str, Te
     return copies
 
 
+def own_device() -> torch.device:
+    """The GPU that Ray shows this process, by its index (NCCL wants one), or the CPU."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def join_world(world: World) -> torch.device:
     """Set this process up as one rank: threads, seeds, process group. Returns its device."""
-    cuda = torch.cuda.is_available()
+    device = own_device()
     os.environ.update(
         RANK=str(world.rank),
         WORLD_SIZE=str(world.size),
@@ -255,8 +260,9 @@ def join_world(world: World) -> torch.device:
 
     if not torch.distributed.is_initialized():
         limit = timedelta(seconds=world.timeout_seconds)
-        deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False, timeout=limit)
-    return torch.device("cuda", 0) if cuda else torch.device("cpu")
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        deepspeed.init_distributed(backend, verbose=False, timeout=limit)
+    return device
 
 
 def _safe_checkpoint_engine() -> Any:

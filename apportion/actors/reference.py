@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from apportion.actors.engine import own_device
 from apportion.actors.loading import load_causal_lm
 from apportion.actors.microbatch import cut
 from apportion.actors.modules import CausalLMLogprobs
@@ -33,7 +34,7 @@ class ReferenceWorker(ActorBase):
         if spec.threads:
             torch.set_num_threads(spec.threads)
         self.spec = spec
-        self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        self.device = own_device()
         model = load_causal_lm(spec.model, spec.dtype, spec.attention, spec.trust_remote_code)
         self.module = CausalLMLogprobs(model, spec.logits_chunk_tokens).to(self.device).eval()
 

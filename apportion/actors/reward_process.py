@@ -50,12 +50,7 @@ class VerifierSource(FunctionSource):
         left, lost, asked = self.limit_seconds, 0, False
         for index in range(len(call)):
             if left <= 0 or lost == MOST_LOST:
-                why = (
-                    f"{lost} samples before it took too long"
-                    if lost
-                    else f"the {self.limit_seconds:g} s for all are over"
-                )
-                elements.append(Failure("timeout", f"{self.name}: not called, as {why}"))
+                elements.append(self.not_called(lost))
                 continue
             start = time.monotonic()
             try:

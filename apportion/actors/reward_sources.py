@@ -223,12 +223,7 @@ class FunctionSource:
         for index in range(len(call)):
             left = deadline - time.monotonic()
             if left <= 0 or late == HUNG_SAMPLES:
-                why = (
-                    f"{late} samples before it took too long"
-                    if late
-                    else f"the {self.limit_seconds:g} s for all are over"
-                )
-                elements.append(Failure("timeout", f"{self.name}: not called, as {why}"))
+                elements.append(self.not_called(late))
                 continue
             try:
                 elements += self._asked(call.select([index]), left / 4)
@@ -236,6 +231,11 @@ class FunctionSource:
                 late += isinstance(error, CallTimeout)
                 elements.append(failure_of(error, self.name))
         return elements
+
+    def not_called(self, late: int) -> Failure:
+        """Of a sample that no time is left for, after so many that took too long."""
+        why = f"{late} samples before it took too long" if late else f"the {self.limit_seconds:g} s for all are over"
+        return Failure("timeout", f"{self.name}: not called, as {why}")
 
     def _side_by_side(self, call: RewardCall) -> list[Any]:
         async def one(index: int) -> list[Any]:

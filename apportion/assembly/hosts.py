@@ -12,13 +12,8 @@ def joins(config: Config) -> bool:
     return config.cluster.address is not None or bool(os.environ.get("RAY_ADDRESS"))
 
 
-def thread_count(config: Config) -> int:
-    return config.cluster.threads or os.cpu_count() or 1
-
-
-def longest_wait(cluster: ClusterConfig | RanksConfig) -> float:
-    """Seconds that ranks wait for each other at most: not less than anyone waits for them."""
-    return max(cluster.start_timeout_seconds, cluster.call_timeout_seconds)
+def thread_count(cluster: ClusterConfig | RanksConfig) -> int:
+    return cluster.threads or os.cpu_count() or 1
 
 
 def cores_environment(threads: int) -> dict[str, str]:
@@ -35,4 +30,4 @@ def device_environment(gpus: float) -> dict[str, str]:
 
 
 def compute_environment(config: Config, gpus: float) -> dict[str, str]:
-    return cores_environment(thread_count(config)) | device_environment(gpus)
+    return cores_environment(thread_count(config.cluster)) | device_environment(gpus)

@@ -75,7 +75,7 @@ def _episodes(config: Config, model: str) -> EpisodeSpec | None:
 
 def rollout_spec(config: Config, model: str, index: int) -> RolloutSpec:
     r = config.rollout
-    threads = thread_count(config)
+    threads = thread_count(config.cluster)
     longest = config.data.max_prompt_tokens + max(r.max_response_tokens, config.evaluation.max_response_tokens or 0)
     spec = EngineSpec(
         model=model,
@@ -112,7 +112,7 @@ def _credit_spec(config: Config, model: str, needs: Needs | None) -> CreditSpec:
 
 
 def judge_requests(config: Config, model: str, folder: RunFolder) -> list[ActorRequest]:
-    spec = judge_spec(config, model, folder.path, thread_count(config))
+    spec = judge_spec(config, model, folder.path, thread_count(config.cluster))
     cpus = float(own_model(config.judge) is not None)
     gpus = config.cluster.gpus_per_judge
     environment = compute_environment(config, gpus)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from apportion.actors.engine import World
 from apportion.actors.environment_client import share
-from apportion.assembly.hosts import longest_wait, thread_count
-from apportion.conf.schema import Config
+from apportion.assembly.hosts import thread_count
+from apportion.conf.preference_schema import RanksConfig
+from apportion.conf.schema import ClusterConfig, Config
 from apportion.loop.state import Actors
 from apportion.platform.channel import ChannelAddress
 from apportion.platform.cluster import STARTING, Actor, ActorRequest, Call, Cluster, gather
@@ -14,7 +15,11 @@ from apportion.platform.cluster import STARTING, Actor, ActorRequest, Call, Clus
 def start(config: Config, cluster: Cluster, requests: dict[str, list[ActorRequest]]) -> Actors:
     """Every actor of every role at once, since each spends its start on imports and on loading; and wait for all."""
     started = {role: cluster.launch(asked) for role, asked in requests.items()}
-    joining = [call for role in ("policy", "critic") for call in _join(config, cluster, started.get(role, []))]
+    joining = [
+        call
+        for role in ("policy", "critic")
+        for call in join(cluster, started.get(role, []), config.cluster, config.seed, config.train.deterministic)
+    ]
     if environments := started.get("environment", []):
         engines = started["rollout"]
         joining += [a.call("connect", share(environments, i, len(engines))) for i, a in enumerate(engines)]
@@ -27,14 +32,17 @@ def start(config: Config, cluster: Cluster, requests: dict[str, list[ActorReques
     return Actors(credit=credit, **{"policy": [], **started})
 
 
-def _join(config: Config, cluster: Cluster, actors: list[Actor]) -> list[Call]:
+def join(
+    cluster: Cluster, actors: list[Actor], settings: ClusterConfig | RanksConfig, seed: int, deterministic: bool
+) -> list[Call]:
     """The first rank says where it can be met, then all of them load and join: the calls under way."""
     if not actors:
         return []
-    address, port = _meeting_point(config, cluster, actors[0])
-    seconds = longest_wait(config.cluster)
+    address, port = _meeting_point(cluster, actors[0], settings.start_timeout_seconds)
+    # Ranks wait for each other no less long than anyone waits for them.
+    seconds = max(settings.start_timeout_seconds, settings.call_timeout_seconds)
     worlds = [
-        World(rank, len(actors), address, port, thread_count(config), config.seed, config.train.deterministic, seconds)
+        World(rank, len(actors), address, port, thread_count(settings), seed, deterministic, seconds)
         for rank in range(len(actors))
     ]
     return [actor.call("setup", world) for actor, world in zip(actors, worlds, strict=True)]
@@ -43,14 +51,14 @@ def _join(config: Config, cluster: Cluster, actors: list[Actor]) -> list[Call]:
 def _channel(config: Config, cluster: Cluster, trainer: Actor, engines: list[Actor]) -> list[Call]:
     """The trainer's first rank and every worker of every engine join one channel for the weights: the calls under way."""
     workers = config.rollout.tensor_parallel_size
-    host, port = _meeting_point(config, cluster, trainer)
+    host, port = _meeting_point(cluster, trainer, config.cluster.start_timeout_seconds)
     backend = "nccl" if config.cluster.gpus_per_policy_rank else "gloo"
     address = ChannelAddress(host, port, 1 + workers * len(engines), backend, config.cluster.call_timeout_seconds)
     calls = [trainer.call("join_channel", address)]
     return calls + [a.call("join_channel", address, 1 + workers * i) for i, a in enumerate(engines)]
 
 
-def _meeting_point(config: Config, cluster: Cluster, actor: Actor) -> tuple[str, int]:
+def _meeting_point(cluster: Cluster, actor: Actor, timeout_seconds: float) -> tuple[str, int]:
     """An address and a free port of an actor's node."""
     call = actor.call("free_port", not cluster.joined)
-    return gather([call], config.cluster.start_timeout_seconds, STARTING)[0]
+    return gather([call], timeout_seconds, STARTING)[0]

@@ -48,11 +48,10 @@ def check_devices(config: Config, needs: frozenset[str], machine: Machine | None
         check_share(f"cluster.gpus_per_{role}_rank", count, cluster.policy_ranks)
     for role in ("rollout_engine", "reference_rank", "judge", "reward_worker"):
         check_share(f"cluster.gpus_per_{role}", getattr(cluster, f"gpus_per_{role}"))
-    loading = {"policy": True, "critic": "values" in needs, "reference": "reference_logprobs" in needs}
-    for role in (role for role, there in loading.items() if there):
-        check_attention(
-            config.model.attention, f"cluster.gpus_per_{role}_rank", getattr(cluster, f"gpus_per_{role}_rank")
-        )
+    for role, there in (("policy", True), ("critic", "values" in needs), ("reference", "reference_logprobs" in needs)):
+        key = f"gpus_per_{role}_rank"
+        if there:
+            check_attention(config.model.attention, f"cluster.{key}", getattr(cluster, key))
     check_engine(config)
     if cluster.weight_transfer == "broadcast":
         _check_broadcast(cluster.gpus_per_policy_rank, cluster.gpus_per_rollout_engine)

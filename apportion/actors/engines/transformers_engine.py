@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from apportion.actors.engine import own_device
 from apportion.actors.engines import EngineSpec, Request, Sample, Sampling
 from apportion.platform.channel import ChannelAddress, WeightChannel
 from apportion.platform.weights import SyncReceipt, TensorEntry, WeightBundle, as_bytes, checksum, receive
@@ -17,7 +18,7 @@ class TransformersEngine:
         from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
         torch.set_num_threads(spec.threads)
-        self._device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        self._device = own_device()
         self._tokenizer = AutoTokenizer.from_pretrained(spec.model, trust_remote_code=spec.trust_remote_code)
         self._model: Any = AutoModelForCausalLM.from_pretrained(
             spec.model, dtype=getattr(torch, spec.dtype), trust_remote_code=spec.trust_remote_code
