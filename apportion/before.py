@@ -14,6 +14,7 @@ from apportion.conf.before import Stage, done, keep_words, same_words, stages
 from apportion.conf.schema import Config
 from apportion.edges import terminated_as_interrupt
 from apportion.platform.errors import ApportionError, ConfigError
+from apportion.platform.runs import redacted_text
 
 STOP_SECONDS = 60.0  # that an interrupted stage has to stop its actors
 
@@ -44,7 +45,7 @@ def run_before(config: Config) -> None:
 
 def _run(stage: Stage, runs_folder: str) -> None:
     words = [*stage.words, f"runs_folder={runs_folder}"]
-    print(f"first: apportion {' '.join(words)}", flush=True)
+    print(f"first: apportion {' '.join(redacted_text(word) for word in words)}", flush=True)
     with terminated_as_interrupt():
         # In a session of its own it gets one signal, ours; a terminal's Ctrl-C would come twice and cut its tidying short.
         process = subprocess.Popen(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from apportion.actors.reward_check import check_columns, check_functions
 from apportion.algorithms.kl import KlCoefficient
 from apportion.assembly.hosts import joins
 from apportion.assembly.inputs import load_prompts
@@ -17,12 +18,16 @@ from apportion.assembly.serving import judge_requests, serving_requests
 from apportion.assembly.starting import start
 from apportion.assembly.training import critic_requests, policy_requests, reference_requests
 from apportion.batch import Prompt
+from apportion.conf.combinations import check_evaluation
 from apportion.conf.devices import check_engine
+from apportion.conf.environment import check_environment
 from apportion.conf.judges import check_judge
 from apportion.conf.schema import Config
-from apportion.conf.teachers import check_same_tokenizer, teacher_paths
+from apportion.conf.teachers import check_same_tokenizer, check_teachers, teacher_paths
 from apportion.data.builtin import resolve_model
-from apportion.data.prompts import PromptStream, load_tokenizer
+from apportion.data.prompts import PromptEncoder, PromptStream, every_prompt, load_tokenizer
+from apportion.data.sources import load_sources
+from apportion.data.turns import TurnEncoder
 from apportion.edges import closing, refusals, row_errors, terminated_as_interrupt
 from apportion.loop.evaluation import Evaluator
 from apportion.loop.resume import check_steps_left
@@ -33,7 +38,7 @@ from apportion.platform.console import plain_text
 from apportion.platform.errors import ConfigError
 from apportion.platform.plots import plot_run
 from apportion.platform.run_lock import held
-from apportion.platform.runs import RunFolder, find_checkpoint, make_run_folder, redacted, run_of
+from apportion.platform.runs import RunFolder, find_checkpoint, make_run_folder, named_run, redacted, run_of
 from apportion.platform.token_page import has_samples, write_token_page
 from apportion.platform.tracking import MultiTracker, TrackedRun, open_trackers
 from apportion.trainer import Trainer
@@ -47,15 +52,17 @@ def train(config: Config, resolved: dict[str, Any]) -> int:
 
 def _train(config: Config, resolved: dict[str, Any], locks: ExitStack) -> int:
     with refusals():
+        if config.resume:  # held before its newest checkpoint is looked for: a run that still writes is refused
+            locks.enter_context(held(named_run(config.resume, config.runs_folder)))
         checkpoint = find_checkpoint(config.resume, config.runs_folder) if config.resume else None
-        if checkpoint:
-            locks.enter_context(held(run_of(checkpoint).path))
         needs = needs_of(config)
         if needs.judge:
             check_judge(config, joined=joins(config))
         model = resolve_model(config.model.path)
         tokenizer = load_tokenizer(model, config.model.chat_template, config.model.trust_remote_code)
-        for key, path in teacher_paths(config).items():
+        teachers = teacher_paths(config)
+        check_teachers(config, teachers)  # again: stages of `before` have made theirs by now
+        for key, path in teachers.items():
             check_same_tokenizer(tokenizer, load_tokenizer(path, None, config.model.trust_remote_code), key)
         prompts, held_out = load_prompts(config, tokenizer)
         if checkpoint:
@@ -69,7 +76,7 @@ def _train(config: Config, resolved: dict[str, Any], locks: ExitStack) -> int:
     say(f"run folder: {folder.path}")
     with terminated_as_interrupt(), closing(tracker), _cluster(config, needs, folder) as cluster:
         say("starting actors (vLLM and DeepSpeed take some tens of seconds)")
-        actors = _actors(config, needs, model, cluster, folder)
+        actors = _actors(config, needs, model, cluster, folder, checkpoint.step if checkpoint else 0)
         writers = [*actors.policy, *actors.critic]
         cluster.check_shared(writers, folder.path, config.cluster.start_timeout_seconds)
         trainer = _trainer(config, needs, actors, prompts, tracker, folder)
@@ -98,12 +105,13 @@ def evaluate(config: Config, checkpoint: str) -> int:
     """Score a checkpoint's model on the held-out prompts."""
     with refusals():
         check_engine(config)
-        found = find_checkpoint(checkpoint, config.runs_folder)
+        found = _evaluated(checkpoint, config.runs_folder)
         model = str(found.path / "model")
-        tokenizer = load_tokenizer(model, config.model.chat_template, config.model.trust_remote_code)
-        _, held_out = load_prompts(config, tokenizer)
-        if not held_out:
+        if config.data.eval is None:
             raise ConfigError("data.eval: got none, expected a source to evaluate on")
+        check_evaluation(config, model)
+        check_environment(config)
+        held_out = _held_out(config, load_tokenizer(model, config.model.chat_template, config.model.trust_remote_code))
     serving = Needs(policy_signals=False, reference=False, critic=False, groups_together=False)
     with terminated_as_interrupt(), _cluster(config, serving, run_of(found)) as cluster:
         actors = start(config, cluster, serving_requests(config, model))
@@ -115,9 +123,38 @@ def evaluate(config: Config, checkpoint: str) -> int:
     return 0
 
 
-def _actors(config: Config, needs: Needs, model: str, cluster: Cluster, folder: RunFolder) -> Actors:
-    """Every actor that the run needs, started."""
-    requests = serving_requests(config, model, needs)
+def _evaluated(argument: str, runs_folder: str) -> Checkpoint:
+    """What the command's argument names, which is called as the command calls it."""
+    try:
+        return find_checkpoint(argument, runs_folder)
+    except ConfigError as error:
+        raise ConfigError(f"checkpoint: {str(error).removeprefix('resume: ').removeprefix('checkpoint: ')}") from error
+
+
+def _held_out(config: Config, tokenizer: Any) -> list[Prompt]:
+    """The held-out prompts alone: the data that a checkpoint was trained on may be gone."""
+    data = config.data
+    encoder = PromptEncoder(
+        tokenizer, data.system_prompt, data.chat, dict(data.chat_template_kwargs), data.max_prompt_tokens
+    )
+    if config.environment.cls is not None:
+        TurnEncoder(encoder, config.environment.observation_role)  # refuses a chat template that cannot show turns
+    sources = load_sources(
+        data.eval, split="eval", prompt_column=data.prompt_column, on_bad_row=data.on_bad_row, limit=data.eval_limit
+    )
+    columns = {name for s in sources for row in s.rows[:8] for name in row.values if name != s.prompt_column}
+    check_columns(check_functions(config.reward.functions, config.reward.timeout_seconds), columns, "data.eval")
+    held_out, skipped = every_prompt(sources, encoder, data.on_bad_row)
+    if skipped:
+        say(f"data: {skipped.total()} rows left out ({', '.join(f'{why} {count}' for why, count in skipped.items())})")
+    if not held_out:
+        raise ConfigError("data.eval: got no row that can be used, expected a source to evaluate on")
+    return held_out
+
+
+def _actors(config: Config, needs: Needs, model: str, cluster: Cluster, folder: RunFolder, step: int) -> Actors:
+    """Every actor that the run needs, started; `step` is the one after which it goes on."""
+    requests = serving_requests(config, model, needs, step)
     requests["policy"] = policy_requests(config, model)
     if needs.reference:
         requests["reference"] = reference_requests(config, model)

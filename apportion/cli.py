@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,10 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apportion import __version__
+from apportion.edges import system_errors, unsaved_sweeps
 from apportion.platform.errors import ApportionError, ConfigError, nearest
 from apportion.saved import (
     chooses,
     no_such_run,
+    read_saved,
     refuse_other_stage,
     refuse_redacted,
     resumed,
@@ -52,22 +55,23 @@ class Command:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return the exit code."""
     words = sys.argv[1:] if arguments is None else arguments
+    words = [re.sub(r"^(runs_folder=[\"']?)~(?=/)", rf"\1{Path.home()}", w) for w in words]  # as some shells do not
     if not words or words[0] in ("-h", "--help", "help"):
         print(_usage())
         return 0
     if words[0] in ("-V", "--version"):
         print(f"apportion {__version__}")
         return 0
-    if (
-        os.getcwd() not in sys.path
-    ):  # a method, reward or environment of one's own, beside where the command was started
+    # A method, reward or environment of one's own, beside where the command was started.
+    if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
         command = COMMANDS.get(words[0])
         if command is None:
             names = ", ".join(COMMANDS)
             raise ConfigError(f"command: got {words[0]!r}, expected one of {names}{nearest(words[0], COMMANDS)}")
-        return command.run(words[1:])
+        with system_errors():
+            return command.run(words[1:])
     except ApportionError as error:
         return _report(error)
     except KeyboardInterrupt:
@@ -165,12 +169,10 @@ def _evaluate(words: list[str]) -> int:
         raise ConfigError(f"evaluate: got {got}, expected apportion evaluate CHECKPOINT_OR_RUN [KEY=VALUE ...]")
     checkpoint, overrides = words[0], words[1:]
     runs = value_of("runs_folder", overrides) or "runs"
-    if not Path(checkpoint).exists() and not (Path(runs) / checkpoint).exists():
-        raise no_such_run("checkpoint", checkpoint, runs)
     base = None if chooses(overrides) else saved_config(checkpoint, runs)
-    if base is None and not overrides:
+    there = Path(checkpoint).exists() or (Path(runs) / checkpoint).exists()
+    if not there or (base is None and not overrides):
         raise no_such_run("checkpoint", checkpoint, runs)
-
     if base is not None:
         refuse_other_stage("checkpoint", checkpoint, base, None)
 
@@ -306,7 +308,7 @@ def _register(base: Path | None, stage: str | None) -> str:
     _register_schema(stage)
     if base is None:
         return f"preference/{stage}" if stage else "config"
-    ConfigStore.instance().store(name="saved_run", node=OmegaConf.load(base), package="_global_")
+    ConfigStore.instance().store(name="saved_run", node=OmegaConf.create(read_saved(base)), package="_global_")
     return f"preference/saved_{stage}" if stage else "saved"
 
 
@@ -380,14 +382,15 @@ def _with_hydra(command: str, words: list[str], run: Run, base: Path | None = No
 
     def task(composed: DictConfig) -> None:
         try:
-            codes.append(run(*to_config(composed)))
+            with system_errors():
+                codes.append(run(*to_config(composed)))
         except ApportionError as error:
             codes.append(_report(error))
 
     argv = sys.argv
     sys.argv = [f"apportion {command}", *switches, *_with_lora(overrides)]
     try:
-        with _explained(stage), whole_mappings():
+        with _explained(stage), whole_mappings(), unsaved_sweeps():
             hydra.main(version_base="1.3", config_path="conf", config_name=_register(base, stage))(task)()
     except SystemExit as stop:  # how argparse and --help end
         codes.append(stop.code if isinstance(stop.code, int) else FAILED)

@@ -1,24 +1,74 @@
 """What surrounds every run: errors of the layers below become what the command line shows, a kill becomes an
-interruption, trackers are closed."""
+interruption, trackers are closed, a sweep writes nothing."""
 
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
+import yaml
+
 from apportion.data.errors import DataError as SourceError
-from apportion.platform.errors import ConfigError, DataError
+from apportion.platform.errors import ApportionError, ConfigError, DataError
 from apportion.platform.tracking import MultiTracker
 
 
 @contextmanager
 def closing(tracker: MultiTracker) -> Iterator[None]:
+    """Close the trackers at the end; where an error is under way, it is that one which the user sees."""
+    try:
+        yield
+    except BaseException:
+        try:
+            tracker.close()
+        except Exception as second:  # noqa: BLE001 - a full disk, say, that the error under way tells of already
+            said = _plain(second)
+            print(f"warning: the trackers could not be closed either ({said})", file=sys.stderr)
+        raise
+    tracker.close()
+
+
+@contextmanager
+def system_errors() -> Iterator[None]:
+    """What the operating system refuses (a full disk, a folder without permission), and a file that is no YAML, in one
+    line. A pipe whose reader has gone passes: that is no failure."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        raise ApportionError(
+            f"{where}got {_plain(error)}, expected the system to allow it: look at free space, paths and permissions"
+        ) from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"got {_plain(error)}, expected YAML: correct that line") from error
+
+
+def _plain(error: Exception) -> str:
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return f"{type(error).__name__}: {' '.join(text.split())}"
+
+
+@contextmanager
+def unsaved_sweeps() -> Iterator[None]:
+    """Within it, Hydra's sweeper keeps no multirun.yaml, which would hold every override, secrets too, in clear. Hydra has
+    no switch for this; its version is pinned."""
+    from hydra.core.plugins import Plugins
+
+    Plugins.instance()  # runs the module below once more when it is first called
+    sweeper: Any = import_module("hydra._internal.core_plugins.basic_sweeper")
+    whole = sweeper.OmegaConf
+    sweeper.OmegaConf = SimpleNamespace(save=lambda *_: None)
     try:
         yield
     finally:
-        tracker.close()
+        sweeper.OmegaConf = whole
 
 
 @contextmanager

@@ -23,7 +23,9 @@ from apportion.conf.judges import check_judge, own_model
 from apportion.conf.models import VALUE_BYTES, ModelFacts, read_model
 from apportion.conf.parts import check_parts
 from apportion.conf.schema import Config, EngineConfig
+from apportion.conf.sources import check_sources
 from apportion.conf.teachers import check_distillation
+from apportion.edges import refusals
 from apportion.platform.errors import ConfigError
 
 GIB = 2**30
@@ -108,16 +110,18 @@ def make_plan(config: Config, machine: Machine | None = None) -> Plan:
     needs = check_parts(config.algorithm)
     model = read_model(config.model.path)
     stages(config)
-    teachers = check_distillation(config, model)
+    teachers = check_distillation(config)
     actors = _actors(config, needs, model)
     actors[0].memory.update(_teacher_memory(config, teachers))
     gpus = [actor.gpus for actor in actors for _ in range(actor.count)]
     check_combinations(config, needs, model, here, gpus)
-    check_companions(config, needs, model)
+    check_companions(config, needs)
     if "critiques" in needs:
         check_judge(config, joined)
     check_environment(config)
     check_functions(config.reward.functions, config.reward.timeout_seconds)
+    with refusals():
+        check_sources(config)
     _check_memory(config, actors, here)
     return Plan(
         title=f"{config.recipe}: {config.algorithm.name} on {config.model.path}, {config.train.steps} steps",

@@ -12,7 +12,14 @@ from apportion.algorithms import registry
 from apportion.algorithms.preference import Dpo, Objective, RewardModel, Sft
 from apportion.assembly.hosts import cores_environment, device_environment, thread_count
 from apportion.assembly.starting import join
-from apportion.conf.preference_schema import DpoRunConfig, PreferenceConfig, RewardModelRunConfig, SftRunConfig
+from apportion.conf.preference_schema import (
+    DpoRunConfig,
+    PreferenceConfig,
+    RewardModelRunConfig,
+    SftRunConfig,
+    check_reference,
+)
+from apportion.conf.teachers import check_same_tokenizer
 from apportion.data.builtin import resolve_model
 from apportion.data.pair_tokens import EncodedExample, ExampleEncoder, PreferenceData, encode_sources, hold_out, pack
 from apportion.data.pairs import PairColumns, read_demonstration, read_pair, row_check
@@ -25,7 +32,7 @@ from apportion.platform.cluster import Actor, ActorRequest, Cluster, gather
 from apportion.platform.console_lines import ConsoleLines
 from apportion.platform.plots import plot_run
 from apportion.platform.run_lock import held
-from apportion.platform.runs import find_checkpoint, make_run_folder, redacted, run_of
+from apportion.platform.runs import find_checkpoint, make_run_folder, named_run, redacted, run_of
 from apportion.platform.tracking import TrackedRun, open_trackers
 from apportion.preference_trainer import PreferenceTrainer, StageProgress, StageSettings, check_position, total_steps
 
@@ -38,11 +45,13 @@ def train(config: PreferenceConfig, resolved: dict[str, Any]) -> int:
 
 def _train(config: PreferenceConfig, resolved: dict[str, Any], locks: ExitStack) -> int:
     with refusals():
+        if config.resume:  # held before its newest checkpoint is looked for: a run that still writes is refused
+            locks.enter_context(held(named_run(config.resume, config.runs_folder)))
         checkpoint = find_checkpoint(config.resume, config.runs_folder) if config.resume else None
-        if checkpoint:
-            locks.enter_context(held(run_of(checkpoint).path))
         objective, settings = objective_of(config), _settings(config)
         model = resolve_model(config.model.path)
+        if isinstance(config, DpoRunConfig) and config.dpo.reference:
+            _check_reference(config, config.dpo.reference)
         examples, held_out, left_out = _examples(config, model)
         if checkpoint:
             check_position(settings, len(examples), checkpoint.state)  # before a rank starts
@@ -88,6 +97,13 @@ def _train(config: PreferenceConfig, resolved: dict[str, Any], locks: ExitStack)
     _report(progress)
     _say(f"model: {folder.checkpoints / f'step-{progress.step:06d}' / 'model'}")
     return 0
+
+
+def _check_reference(config: DpoRunConfig, path: str) -> None:
+    remote = config.model.trust_remote_code
+    own, other = load_tokenizer(config.model.path, None, remote), load_tokenizer(path, None, remote)
+    check_reference(config, path)  # again: what was not on this machine may have come with its tokenizer
+    check_same_tokenizer(own, other, "dpo.reference", "it reads the policy's token ids")
 
 
 def objective_of(config: PreferenceConfig) -> Objective:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +50,9 @@ def refuse_redacted(config: Any) -> None:
 
 def refuse_other_stage(what: str, got: str, saved: Path, stage: str | None) -> None:
     """ConfigError where the run was started by another command than the one that takes it up (None: train)."""
-    import yaml
-
     from apportion.conf.preference_schema import STAGES
 
-    keys = yaml.safe_load(saved.read_text(encoding="utf-8")) or {}
+    keys = read_saved(saved)
     found = next((name for name in STAGES if name in keys), None)
     if found != stage:
         started, wanted = ((name or "train").replace("_", "-") for name in (found, stage))
@@ -68,6 +67,35 @@ def saved_config(path: str, runs_folder: str = "runs") -> Path | None:
                 if (folder / SAVED_NAME).is_file():
                     return folder / SAVED_NAME
     return None
+
+
+def read_saved(file: Path) -> dict[str, Any]:
+    """What a run's saved configuration holds, for omegaconf: `${` in its texts is text, since every reference was
+    resolved before it was saved. ConfigError for a file that was spoilt by hand."""
+    import yaml
+    from omegaconf._utils import get_yaml_loader  # as OmegaConf.load reads, which has no place to escape between
+
+    try:
+        read = yaml.load(file.read_text(encoding="utf-8"), Loader=get_yaml_loader())
+    except (yaml.YAMLError, ValueError) as error:
+        said = " ".join(str(error).split())
+        raise ConfigError(f"{file}: got a file that is no YAML ({said}), expected a run's configuration") from error
+    if not isinstance(read, dict | None):
+        raise ConfigError(f"{file}: got a {type(read).__name__}, expected a run's configuration, a mapping: correct it")
+    return _escaped(read or {})
+
+
+def _escaped(value: Any) -> Any:
+    """A copy that omegaconf resolves to what it was. A backslash before `${` has to be doubled, too.
+
+    >>> _escaped({"prompt": "costs ${price}", "n": [1]})
+    {'prompt': 'costs \\\\${price}', 'n': [1]}
+    """
+    if isinstance(value, dict):
+        return {key: _escaped(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_escaped(inner) for inner in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def no_such_run(what: str, got: str, runs_folder: str) -> ConfigError:

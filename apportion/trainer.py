@@ -16,7 +16,7 @@ from apportion.actors.policy import UpdateReport
 from apportion.actors.rollout import RolloutReport
 from apportion.algorithms.kl import KlCoefficient
 from apportion.batch import Prompt, Totals
-from apportion.data.errors import DataError
+from apportion.data.errors import DataError as SourceError
 from apportion.loop.calls import deal, with_refs
 from apportion.loop.evaluation import Evaluator
 from apportion.loop.failures import Failures
@@ -25,7 +25,7 @@ from apportion.loop.resume import kept, progress_of
 from apportion.loop.state import Actors, Experience, LoopSettings, Progress, PromptSource
 from apportion.platform.checkpoint import CheckpointStore, RunState
 from apportion.platform.cluster import Call, gather
-from apportion.platform.errors import RewardError
+from apportion.platform.errors import DataError, RewardError
 from apportion.platform.tracking import Tracker
 from apportion.platform.weights import SyncReceipt, prove
 
@@ -69,7 +69,7 @@ class Trainer:
             self._begin()
             while not last:
                 last = self.step()
-        except (DataError, RewardError):
+        except (SourceError, DataError, RewardError):  # found by the driver, or by an actor
             if self.progress.step:
                 self._checkpoint_at_end()
             raise

@@ -98,6 +98,39 @@ def test_selection_drops_groups_and_says_how_many(scored):
     assert (report.groups_kept, report.groups_dropped) == (2, 2)
 
 
+@pytest.mark.parametrize(
+    "order", [("drop_truncated", "dynamic_sampling"), ("drop_truncated", "dynamic_sampling")[::-1]]
+)
+def test_selections_come_one_after_the_other_so_that_a_group_is_judged_by_what_is_left(scored, order):
+    """Group 3 is left with one kind of reward once its truncated member is gone: sampled again, if that is asked last."""
+    members = np.flatnonzero(scored.group_ids == 3).tolist()
+    ended = np.ones(len(scored), bool)
+    ended[members[0]] = False
+    _, kept = worker(selection=[{"name": name} for name in order]).admit(replace(scored, terminated=ended))
+    left = [] if order[-1] == "dynamic_sampling" else members[1:]
+    assert np.flatnonzero(kept.group_ids == 3).size == len(left)
+    assert set(kept.group_ids.tolist()) == {
+        g for g in (0, 1, 2) if len(set(scored.rewards[scored.group_ids == g])) > 1
+    } | ({3} if left else set())
+
+
+@pytest.mark.parametrize("continues", [True, False])
+def test_only_an_episode_in_an_environment_goes_on_with_the_critics_value_where_a_limit_cut_it(scored, continues):
+    tokens = len(scored.action_mask)
+    batch = replace(
+        scored,
+        rewards=np.zeros(len(scored)),
+        values=np.full(tokens, 0.5, np.float32),
+        bootstrap_values=np.full(len(scored), 0.5, np.float32),
+        terminated=np.zeros(len(scored), bool),
+        minibatch_ids=np.zeros(len(scored), np.int32),
+    )
+    spec = {"name": "gae", "gamma": 1.0, "gae_lambda": 1.0, "whiten": "none"}
+    credited, _ = worker(credit=spec, continues=continues).assign(batch, 0.0)
+    np.testing.assert_allclose(credited.advantages[batch.action_mask], 0.0 if continues else -0.5, atol=1e-6)
+    np.testing.assert_allclose(credited.returns[batch.action_mask], 0.5 if continues else 0.0, atol=1e-6)
+
+
 def test_a_cut_keeps_the_first_groups_whole_and_assigns_optimiser_steps_by_group(scored):
     report, one, two = worker().cut(3, 2, 2, scored)
     assert (report.trajectories, report.minibatches) == (6, 2)

@@ -1,4 +1,5 @@
-"""Batches of which some have a reward for every token and others one for the whole response."""
+"""Several engines' batches: some with a reward for every token, others with one for the whole response; what they are
+evaluated and counted as."""
 
 from dataclasses import replace
 
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 from scoring_parts import NAN, batch_of, score, trajectory
 
-from apportion.actors.credit import CreditSpec, CreditWorker, joined
+from apportion.actors.credit import CreditSpec, CreditWorker, joined, rollout_totals
 from apportion.batch import Batch
 
 SPEC = CreditSpec({"name": "grpo", "normalize": "none"}, {"name": "token_mean"}, [], [], False, "k1", "")
@@ -62,3 +63,35 @@ def test_an_engine_all_of_whose_lists_failed_is_evaluated_beside_the_others():
     assert report.metrics["eval/greedy_accuracy"] == pytest.approx(1 / 4)
     assert report.metrics["eval/mean_reward"] == pytest.approx((2 + 1 + 0.75 + 4) / 4)
     assert report.metrics["eval/avg_at_k"] == pytest.approx(1 / 2)
+
+
+def answers(*given: tuple[str, float], turn_ids: dict[int, list[int]] | None = None) -> Batch:
+    """One engine's scored answers: (prompt, reward) each, of one token where `turn_ids` says nothing else."""
+    rows = [trajectory(name, "a", (turn_ids or {}).get(place)) for place, (name, _) in enumerate(given)]
+    rewards = np.array([reward for _, reward in given])
+    return replace(Batch.from_trajectories(rows), rewards=rewards, sample_mask=~np.isnan(rewards))
+
+
+def test_answers_of_several_engines_are_evaluated_prompt_by_prompt_without_failed_rewards():
+    """p0 is right in its one known answer, p1 in one of four: shares of 1 and 1/4. Two of p1's answers, drawn without
+    replacement, have the right one in half of the draws; p0 has not two. Pooled, 2 of 5 would be right."""
+    greedy = [answers(("p0", 1.0), turn_ids={0: [0, 0, 0]}), answers(("p1", NAN), turn_ids={0: [0, -1]})]
+    sampled = [
+        answers(("p0", 1.0), ("p0", NAN), ("p1", 0.0), ("p1", 0.0)),
+        answers(("p0", NAN), ("p0", NAN), ("p1", 0.0), ("p1", 1.0)),
+    ]
+    report = CreditWorker(SPEC).evaluate_refs(1.0, [1, 2, 4], 1, 2, *greedy, *sampled)
+    metrics = report.metrics
+    assert metrics["eval/avg_at_k"] == (1 + 1 / 4) / 2
+    assert metrics["eval/pass_at_1"] == pytest.approx((1 + 1 / 4) / 2)
+    assert metrics["eval/pass_at_2"] == pytest.approx(1 / 2)
+    assert metrics["eval/pass_at_4"] == 1.0
+    assert metrics["eval/greedy_accuracy"] == metrics["eval/mean_reward"] == 1.0
+    assert metrics["eval/response_tokens_mean"] == 2.0  # 3 and 1: the environment's token is not the policy's
+    assert report.answers == [{"prompt_id": "p0", "answer": "a", "reward": 1.0}]
+
+
+def test_the_longest_response_is_counted_in_the_policys_own_tokens():
+    batch = answers(("p0", 1.0), ("p1", NAN), turn_ids={0: [0, -1, -1, -1], 1: [0, 0]})
+    means = rollout_totals(batch).means()
+    assert (means["rollout/response_tokens_max"], means["rollout/response_tokens_mean"]) == (2, 1.5)

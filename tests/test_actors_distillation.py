@@ -232,6 +232,14 @@ def test_teachers_are_in_the_plans_memory_and_nothing_else_is_started(cache):
             ["teachers.dpo=no-such-run", "teachers.other=builtin:tiny"],
             "teachers.dpo: got 'no-such-run', expected a run",
         ),
+        (
+            ["teachers.dpo=builtin:tiny", "teachers.other=other"],
+            "teachers.other: got a model with 99 tokens, expected 264 as builtin:tiny has",
+        ),
+        (
+            ["teachers.dpo=short", "teachers.other=builtin:tiny"],
+            "teachers.dpo: got short with a context of 16 tokens, expected at least",
+        ),
         ([*TINY, "policy.zero_stage=3"], "policy.zero_stage: got 3 with algorithm.distillation, expected 0, 1 or 2"),
         ([*TINY, "algorithm.kl.place=loss"], "algorithm.kl.place: got loss with algorithm.distillation"),
         ([*TINY, "algorithm.entropy_coefficient=0.1"], "algorithm.entropy_coefficient: got 0.1 with"),
@@ -241,7 +249,14 @@ def test_teachers_are_in_the_plans_memory_and_nothing_else_is_started(cache):
         (["algorithm=grpo", "teachers.dpo=builtin:tiny"], "teachers.dpo: got 'builtin:tiny' without algorithm.distil"),
     ],
 )
-def test_what_distillation_cannot_do_is_refused_with_what_to_change(cache, overrides, message):
+def test_what_distillation_cannot_do_is_refused_with_what_to_change(cache, overrides, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, sizes in (
+        ("other", '{"vocab_size": 99, "n_embd": 8}'),
+        ("short", '{"vocab_size": 264, "n_positions": 16}'),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(sizes)
     with pytest.raises(ConfigError, match=message):
         if overrides[0] == "algorithm=grpo":
             make_plan(to_config(compose_config(["experiment=tiny_grpo", *overrides]))[0])

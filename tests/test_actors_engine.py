@@ -34,15 +34,10 @@ class Settings:
 @pytest.fixture(scope="module", autouse=True)
 def world():
     """A process group of one. It stays: DeepSpeed keeps groups made from it for as long as the process lives."""
-    import socket
-
     kept = dict(os.environ)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
     os.environ.update(DS_ACCELERATOR="cpu", GLOO_SOCKET_IFNAME="lo")
     threads = torch.get_num_threads()
-    yield World(master_port=port)
+    yield World()
     torch.set_num_threads(threads)
     os.environ.clear()
     os.environ.update(kept)

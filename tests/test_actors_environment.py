@@ -1,15 +1,17 @@
 """The environment actor: many instances, sync and async, limits that hold, failures that end their own episode alone."""
 
 import asyncio
+import contextlib
+import sys
 import threading
 import time
 
 import numpy as np
 import pytest
 
-from apportion.actors.environment import Action, EnvironmentSpec, EnvironmentWorker, EpisodeStart
+from apportion.actors.environment import Action, EnvironmentSpec, EnvironmentWorker, EpisodeStart, EpisodeState
 from apportion.actors.environment_calls import ThreadPool
-from apportion.actors.environment_client import RemoteEnvironments, share
+from apportion.actors.environment_client import SLACK_SECONDS, RemoteEnvironments, share, sharing
 from apportion.platform.cluster import Cluster
 
 OPEN = []  # instances of this process that were not closed
@@ -71,6 +73,49 @@ class AsyncCounter(Counter):
 class Blocking(AsyncCounter):
     async def step(self, action):
         time.sleep(3)
+
+
+class Mixed(Counter):
+    """One method of each kind; keeps the threads on which they ran."""
+
+    def reset(self, start=0):
+        self.threads = [threading.current_thread().name]
+        time.sleep(1.5 if start == "slow" else 0)
+        return Counter.reset(self, start)
+
+    async def step(self, action):
+        self.threads.append(threading.current_thread().name)
+        return Counter.step(self, action)
+
+
+class MixedToo(Counter):
+    async def reset(self, start=0):
+        self.threads = [threading.current_thread().name]
+        return Counter.reset(self, start)
+
+    def step(self, action):
+        self.threads.append(threading.current_thread().name)
+        return Counter.step(self, action)
+
+    async def close(self):
+        self.threads.append(threading.current_thread().name)
+        OPEN.remove(self)
+
+
+class Busy(AsyncCounter):
+    async def step(self, action):
+        if action == "block":
+            time.sleep(5)
+        if action == "exit":
+            sys.exit(3)
+        if action == "stubborn":
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(30)
+            await asyncio.sleep(30)
+        if action == "wait":
+            await asyncio.sleep(0.05)
+        time.sleep(0.01)
+        return Counter.step(self, action)
 
 
 class Everything:
@@ -175,7 +220,7 @@ def test_a_step_past_its_limit_fails_while_the_others_answer(cls):
     host.start("me", starts(3))
     begun = time.monotonic()
     states = host.step("me", [Action(0, "up"), Action(1, "sleep"), Action(2, "up")])
-    assert time.monotonic() - begun < 3
+    assert time.monotonic() - begun < 15  # it sleeps 30 s
     assert [state.failure is None for state in states] == [True, False, True]
     assert states[1].failure.startswith("step: no answer within 0.4 s")
     assert [state.observation for state in host.step("me", [Action(0, "up"), Action(2, "up")])] == ["at 2", "at 2"]
@@ -188,6 +233,86 @@ def test_a_coroutine_that_blocks_the_loop_costs_its_round_and_not_the_next():
     assert "blocks the event loop" in state.failure
     [state] = host.start("me", starts(1))
     assert state.observation == "at 0"
+
+
+def test_coroutines_that_keep_the_loop_busy_together_longer_than_the_limit_of_one_all_answer():
+    host = worker(Busy, seconds=1.0, to=9)
+    host.start("me", starts(250))
+    states = host.step("me", [Action(number, "up") for number in range(250)])  # 2.5 s, past the limit and its grace
+    assert {(state.observation, state.failure) for state in states} == {("at 1", None)}
+
+
+def test_who_blocks_the_loop_is_found_and_what_has_not_begun_goes_on_without_it():
+    host = worker(Busy, seconds=1.0)
+    host.start("me", starts(5))
+    words = ["up", "wait", "block", "up", "wait"]
+    states = host.step("me", [Action(number, word) for number, word in enumerate(words)])
+    late = "step: no answer within 1 s; "
+    assert [state.failure for state in states] == [
+        None, f"{late}another asynchronous environment blocks the event loop", f"{late}it blocks the event loop", None, None
+    ]  # fmt: skip
+    assert [state.observation for state in states] == ["at 1", "", "", "at 1", "at 1"]
+    assert [state.observation for state in host.step("me", [Action(0, "up"), Action(3, "wait")])] == ["at 2", "at 2"]
+
+
+def test_a_round_gives_up_two_blocked_loops_and_calls_nothing_more():
+    host = worker(Busy, seconds=0.3)
+    host.start("me", starts(4))
+    states = host.step("me", [Action(number, "block") for number in range(4)])
+    blocked = "step: no answer within 0.3 s; it blocks the event loop"
+    assert [state.failure for state in states] == [blocked] * 2 + [
+        "step: not called: 2 asynchronous environments blocked the event loop before"
+    ] * 2
+
+
+def test_a_coroutine_that_ignores_its_end_is_given_up_alone():
+    host = worker(Busy, seconds=0.3)
+    host.start("me", starts(2))
+    states = host.step("me", [Action(0, "stubborn"), Action(1, "wait")])
+    assert [state.failure for state in states] == ["step: no answer within 0.3 s", None]
+    assert host.step("me", [Action(1, "wait")])[0].observation == "at 2"
+
+
+def test_a_coroutine_that_exits_ends_its_own_episode_and_the_loop_goes_on():
+    host = worker(Busy, seconds=5.0)
+    host.start("me", starts(3))
+    begun = time.monotonic()
+    states = host.step("me", [Action(0, "wait"), Action(1, "exit"), Action(2, "up")])
+    assert [state.failure is None for state in states] == [True, False, True]
+    assert states[1].failure.endswith("SystemExit: 3\n")
+    assert [state.observation for state in host.step("me", [Action(0, "up"), Action(2, "wait")])] == ["at 2", "at 2"]
+    assert time.monotonic() - begun < 4  # nobody waited for a loop that ended
+
+
+@pytest.mark.parametrize(
+    ("cls", "threads"),
+    [
+        (Mixed, ["environment", "environment-loop"]),
+        (MixedToo, ["environment-loop", "environment", "environment-loop"]),
+    ],
+)
+def test_each_method_runs_where_its_kind_does(cls, threads):
+    host = worker(cls, to=1)
+    assert host.start("me", starts(1))[0].observation == "at 0"
+    [instance] = OPEN
+    [state] = host.step("me", [Action(0, "up")])
+    assert (state.observation, state.done, state.failure) == ("at 1", True, None)
+    assert (instance.threads, OPEN) == (threads, [])
+
+
+def test_slow_resets_beside_asynchronous_steps_wait_side_by_side():
+    host = worker(Mixed, seconds=10.0)
+    begun = time.monotonic()
+    states = host.start("me", [EpisodeStart(number, {"start": "slow"}, 0) for number in range(8)])
+    assert time.monotonic() - begun < 6  # 12 s one after the other
+    assert {state.observation for state in states} == {"at slow"}
+
+
+def test_an_instance_whose_reset_failed_is_closed_as_its_own_close_is_written():
+    host = worker(MixedToo)
+    [state] = host.start("me", [EpisodeStart(0, {"start": "broken"}, 0)])
+    assert "ValueError: cannot start" in state.failure
+    assert (OPEN, host.live()) == ([], 0)
 
 
 def test_thousands_step_at_once():
@@ -243,6 +368,38 @@ def test_past_the_bound_of_busy_threads_nothing_more_is_called():
 def test_engines_share_environment_actors_evenly():
     assert [share("abcd", engine, 2) for engine in range(2)] == [["a", "c"], ["b", "d"]]
     assert [share("ab", engine, 3) for engine in range(3)] == [["a"], ["b"], ["a"]]
+
+
+class Answering:
+    """An environment actor of which only the calls are seen."""
+
+    def call(self, method, owner, part):
+        return [EpisodeState(getattr(item, "episode", item)) for item in part]
+
+
+def test_a_call_is_given_the_time_of_those_that_the_actor_answers_before(monkeypatch):
+    waited = []
+
+    def gathered(calls, seconds, what):
+        waited.append(seconds - SLACK_SECONDS)
+        return calls
+
+    monkeypatch.setattr("apportion.actors.environment_client.gather", gathered)
+    alone = RemoteEnvironments([Answering()], "rollout-0", 10.0, 16)
+    alone.start(starts(64))  # four rounds of 16 threads, each the limit twice and closing as long
+    alone.step([Action(0, "up")])
+    shared = RemoteEnvironments([Answering()], "rollout-0", 10.0, 16, sharing=8)
+    shared.start(starts(64))
+    shared.step([Action(0, "up")])  # seven others may step 64 each
+    shared.finish([0])
+    assert waited == [160.0, 40.0, 1280.0, 40.0 + 7 * 160.0, 40.0 + 7 * 160.0]
+
+
+def test_as_many_engines_share_an_actor_as_are_led_to_it():
+    for environments in range(1, 6):
+        for engines in range(1, 10):
+            led = [actor for engine in range(engines) for actor in share(range(environments), engine, engines)]
+            assert max(led.count(actor) for actor in led) == sharing(environments, engines)
 
 
 @pytest.mark.system

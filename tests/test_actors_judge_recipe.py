@@ -40,6 +40,10 @@ def test_a_method_that_needs_critiques_gets_a_judge_and_others_get_none():
         ([FUNCTION, "judge.model=x"], "judge: got judge.function and judge.model, expected one of"),
         (["judge.url=http://127.0.0.1:1/v1"], "judge.model: got null with judge.url"),
         (["judge.url=localhost:1", "judge.model=m"], "judge.url: got an address that is not one"),
+        (["judge.url=http://127.0.0.1:99999/v1", "judge.model=m"], "judge.url: got an address that is not one"),
+        (["judge.url=http://127.0.0.1:abc/v1", "judge.model=m"], "judge.url: got an address that is not one"),
+        (["judge.url=http://a..b/v1", "judge.model=m"], "judge.url: got an address that is not one"),
+        (["judge.url=[http://h/v1,5]", "judge.model=m"], "judge.url: got an address that is not one"),
         (["judge.url=[]", "judge.model=m"], "judge.url: got an empty list"),
         (
             ["judge.url=http://h/v1", "judge.model=m", "judge.api_key_env=NO_SUCH_KEY"],
@@ -62,6 +66,14 @@ def test_a_judge_that_cannot_work_is_refused_in_one_line_before_anything_starts(
     with pytest.raises(ConfigError) as refused:
         plan_of(*overrides)
     assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_method_that_asks_for_one_critique_may_have_a_judge_that_always_says_the_same():
+    greedy = ["judge.url=http://h/v1", "judge.model=m", "judge.temperature=0"]
+    assert plan_of(*greedy, "algorithm.credit.critiques=1").actor("judge").count == 1
+    assert plan_of(*greedy, "judge.critiques=1").actor("judge").count == 1
+    with pytest.raises(ConfigError, match="which would all be the same"):
+        plan_of(*greedy, "algorithm.credit.critiques=1", "judge.critiques=2")
 
 
 # the task of the recipe

@@ -39,6 +39,7 @@ def late(question, steps, answer): time.sleep(1)
 def wide(question, steps, answer): return [99]
 def text(question, steps, answer): return "0"
 def fails(question, steps, answer): raise RuntimeError("no idea")
+def exits(question, steps, answer): raise SystemExit("no idea")
 async def awaited(question, steps, answer): return [len(steps) - 1]
 def noisy(question, steps, answer, critique): return [critique % 2]
 def wild(question, steps, answer, critique): return [99] if critique == 0 else [2]
@@ -67,12 +68,19 @@ def test_a_function_names_wrong_steps_from_0_and_sees_the_columns(oracle):
 
 @pytest.mark.parametrize(
     ("name", "failure"),
-    [("none", "no_opinion"), ("wide", "out_of_range"), ("text", "unparseable"), ("fails", "raised"), ("late", "slow")],
+    [
+        ("none", "no_opinion"),
+        ("wide", "out_of_range"),
+        ("text", "unparseable"),
+        ("fails", "raised"),
+        ("exits", "raised"),
+        ("late", "slow"),
+    ],
 )
 def test_a_function_that_gives_no_verdict_has_no_vote(oracle, name, failure):
     [critique] = asked(oracle(name, 0.1))
     assert critique.wrong_steps is None and critique.failure == failure
-    assert ("no idea" in critique.detail) == (name == "fails")
+    assert ("no idea" in critique.detail) == (name in ("fails", "exits"))
 
 
 def test_a_critique_that_names_step_99_of_4_has_no_vote_is_counted_and_leaves_the_others_theirs(oracle):
@@ -213,6 +221,7 @@ def test_an_address_is_asked_k_times_in_the_words_of_the_openai_interface(serve,
         (says("[1", reason="length"), "cut"),
         (says(b"<html>busy</html>"), "malformed"),
         (says(b'{"choices": []}'), "malformed"),
+        (says(b"[" * 100_000), "malformed"),
         (says(b'{"choices": [{"message": {"content": null}}]}'), "malformed"),
         (says("who are you? sesame", status=401), "refused"),
         (says("maximum context length is 8", status=400), "too_long"),
@@ -231,6 +240,21 @@ def test_a_judge_that_is_down_fails_at_once_and_its_addresss_secrets_are_not_tol
     [critique] = asked(service(url))
     assert critique.failure == "down" and time.monotonic() - start < 3
     assert "ConnectError" in critique.detail and "sesame" not in critique.detail
+
+
+@pytest.mark.parametrize(
+    ("url", "error"),
+    [
+        ("http://127.0.0.1:99999/v1", "ValueError"),
+        ("http://127.0.0.1:abc/v1", "ValueError"),
+        ("http://a..b/v1", "UnicodeError|InvalidURL|ConnectError"),
+    ],
+)
+def test_an_address_that_cannot_be_asked_is_a_failed_critique(url, error):
+    import re
+
+    [critique] = asked(service(url))
+    assert critique.failure == "down" and re.search(error, critique.detail)
 
 
 def test_a_slow_judge_is_given_up_at_its_time_limit_and_at_the_batchs(serve):
@@ -259,6 +283,17 @@ def test_what_does_not_fit_the_context_is_not_asked(serve):
     fake = serve(says("[]"))
     assert asked(service(fake.url, context_tokens=100))[0].failure == "too_long"
     assert fake.requests == []
+
+
+def test_half_a_character_in_the_reference_answer_is_a_failed_critique_that_no_judge_is_asked_for(serve):
+    fake = serve(says("[]"))
+    engine = FakeEngine("[]")
+    cases = [Case("q", ["a"], "\ud83d"), Case("q", ["a"], "2")]
+    for judge in (service(fake.url), model_judge(engine)):
+        critiques = judge.ask(cases, 2, time.monotonic() + 20)
+        assert [[c.failure for c in case] for case in critiques] == [["refused"] * 2, [""] * 2]
+        assert critiques[0][0].detail.startswith("the judge's prompt cannot be read: got half a character ('\\ud83d')")
+    assert len(fake.requests) == 2 and [len(requests) for requests, _ in engine.calls] == [2]
 
 
 def test_half_of_the_critiques_failing_leaves_the_vote_to_the_others(serve):

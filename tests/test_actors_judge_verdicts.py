@@ -104,3 +104,4 @@ def test_what_a_report_logs_has_a_line_in_the_table_of_metrics():
     assert unknown_metrics(means) == []
     assert means["judge/failed_share"] == 0.25 and means["judge/unjudged_share"] == pytest.approx(1 / 3)
     assert means["judge/failed/down"] == 3 and means["judge/steps_mean"] == 2.25
+    assert means["judge/cached_share"] == pytest.approx(4 / 12)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from apportion.actors.loading import load_causal_lm
 from apportion.actors.lora import merged_weights
@@ -41,6 +41,31 @@ def test_merged_weights_are_those_of_pefts_own_merge(adapted, tiny):
     start = dict(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).named_parameters())
     changed = {n.split(".")[-2] for n in right if not torch.equal(merged[n], start[n])}
     assert changed == {"q_proj", "v_proj", "down_proj"}
+
+
+def test_a_bias_of_an_adapted_layer_is_passed_on(tmp_path):
+    """As in Qwen2, whose query, key and value layers have biases."""
+    config = Qwen2Config(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(5)
+    start = Qwen2ForCausalLM(config)
+    for name, parameter in start.named_parameters():
+        if name.endswith(".bias"):
+            torch.nn.init.normal_(parameter)
+    start.save_pretrained(tmp_path)
+    model = load_causal_lm(str(tmp_path), "float32", lora=Lora())
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    merged = {n: t.clone() for n, t in merged_weights(CausalLMLogprobs(model, 8).named_parameters(), Lora())}
+    right = dict(model.merge_and_unload().named_parameters())
+    assert merged.keys() == right.keys() and "model.layers.1.self_attn.q_proj.bias" in merged
+    for name, weight in right.items():
+        torch.testing.assert_close(merged[name], weight.detach(), atol=1e-6, rtol=1e-6, msg=name)
+        adapted = name.split(".")[-2] in Lora().targets and name.endswith("weight")
+        assert torch.equal(merged[name], start.get_parameter(name)) != adapted, name
 
 
 def test_without_adapters_names_lose_the_wrapper_and_weights_are_untouched(tiny):

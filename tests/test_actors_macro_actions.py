@@ -118,3 +118,32 @@ def test_parsing_cuts_the_sampled_tokens_at_constituents_of_the_text_they_spell(
     # "It is 42." takes fewer than 20 tokens, "The cat sat." too; a single word joins what stands before it.
     assert pieces == [["The cat sat. ", "It is 42."], ["Non!"], ["naïve café"]]
     assert ["".join(row) for row in pieces] == TEXTS
+
+
+ASKED = []
+
+
+def parse_and_keep(sentence):
+    ASKED.append(sentence)
+    return sentence.split()
+
+
+def test_parsing_reads_the_turns_of_an_episode_without_what_its_environment_said(tokenizer):
+    ASKED.clear()
+    spoken = [("go up", 0), ("<|end|>", 0), ("<|user|>##.#<|end|><|assistant|>", -1), ("go on", 1), ("<|end|>", 1)]
+    pieces = [(tokenizer(text, add_special_tokens=False)["input_ids"], turn) for text, turn in spoken]
+    ids = np.array([1, 2] + [token for part, _ in pieces for token in part], np.int32)
+    turns = np.array([turn for part, turn in pieces for _ in part], np.int32)
+    row = Trajectory(
+        "p", 0, 0, ids, 2, turns >= 0, turns, np.zeros(len(turns), np.float32), 0, "stop", "go up##.#go on"
+    )
+    zeros = np.zeros(len(turns), np.float32)
+    packed = replace(
+        Batch.from_trajectories([row]), rewards=np.ones(1), sample_mask=np.ones(1, bool), values=zeros,
+        bootstrap_values=np.zeros(1, np.float32), minibatch_ids=np.zeros(1, np.int32),
+    )  # fmt: skip
+    rule = {"name": "parsing", "parser": f"{__name__}:parse_and_keep", "max_tokens": 20}
+    credited, metrics = assigned(packed, {"name": "macro_actions", "termination": rule})
+    assert ASKED == ["go up", "go on"]
+    assert metrics["credit/parsing_fallback_share"] == 0
+    np.testing.assert_array_equal(credited.segment_ids, turns)  # a turn is a constituent small enough

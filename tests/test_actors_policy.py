@@ -65,25 +65,30 @@ def worker_of(model, loss=LOSS) -> PolicyWorker:
     return worker
 
 
-def by_hand(model, batch, kl: float) -> list[torch.Tensor]:
-    """The loss of each optimiser step, a token at a time from whole logits."""
-    steps = [torch.zeros(()), torch.zeros(())]
+def tokens_of(model, batch):
+    """(row, place on the R axis, log-prob, entropy) of every action token, from whole logits of a row at a time."""
     for index in range(len(batch)):
         span, prompt = batch.response_slice(index), int(batch.prompt_lengths[index])
         ids = torch.from_numpy(batch.sequence(index).astype(np.int64))
         log_softmax = (model(ids[None]).logits[0].float() / 0.8).log_softmax(-1)
         for step in np.flatnonzero(batch.action_mask[span]):
-            place, packed = prompt + int(step), span.start + int(step)
-            now = log_softmax[place - 1, ids[place]]
-            old, behavior = float(batch.old_logprobs[packed]), float(batch.behavior_logprobs[packed])
-            advantage, ratio = float(batch.advantages[packed]), torch.exp(now - old)
-            loss = -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
-            loss = loss * min(np.exp(old - behavior), 2.0)
-            gap = float(batch.reference_logprobs[packed]) - now
-            loss = loss + kl * (torch.exp(gap) - 1 - gap)
+            place = prompt + int(step)
             entropy = -(log_softmax[place - 1].exp() * log_softmax[place - 1]).sum()
-            loss = loss - 0.05 * entropy
-            steps[batch.minibatch_ids[index]] = steps[batch.minibatch_ids[index]] + batch.loss_weights[packed] * loss
+            yield index, span.start + int(step), log_softmax[place - 1, ids[place]], entropy
+
+
+def by_hand(model, batch, kl: float) -> list[torch.Tensor]:
+    """The loss of each optimiser step, a token at a time from whole logits."""
+    steps = [torch.zeros(()), torch.zeros(())]
+    for index, packed, now, entropy in tokens_of(model, batch):
+        old, behavior = float(batch.old_logprobs[packed]), float(batch.behavior_logprobs[packed])
+        advantage, ratio = float(batch.advantages[packed]), torch.exp(now - old)
+        loss = -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+        loss = loss * min(np.exp(old - behavior), 2.0)
+        gap = float(batch.reference_logprobs[packed]) - now
+        loss = loss + kl * (torch.exp(gap) - 1 - gap)
+        loss = loss - 0.05 * entropy
+        steps[batch.minibatch_ids[index]] = steps[batch.minibatch_ids[index]] + batch.loss_weights[packed] * loss
     return steps
 
 
@@ -138,6 +143,21 @@ def test_what_is_reported_are_means_over_the_batchs_action_tokens(model, credite
     assert means["mismatch/correction_mean"] == pytest.approx(np.minimum(np.exp(difference), 2.0).mean(), rel=1e-5)
     losses = [float(loss) for loss in by_hand(model, credited, 0.3)]
     assert report.totals.sums["policy/loss"] == pytest.approx(sum(losses), rel=1e-4)
+
+
+def test_what_is_reported_of_ratios_and_entropies_is_that_of_whole_logits(model, credited):
+    means = worker_of(model).update(credited, 2, 0.3).totals.means()
+    with torch.no_grad():
+        _, places, now, entropies = zip(*tokens_of(model, credited), strict=True)
+    gaps = np.array(now) - credited.old_logprobs[list(places)]
+    ratios, advantages = np.exp(gaps), credited.advantages[list(places)]
+    clipped = ((ratios > 1.2) & (advantages > 0)) | ((ratios < 0.8) & (advantages < 0))
+    assert 0.1 < clipped.mean() < 0.9 and (clipped != ((ratios > 1.2) | (ratios < 0.8))).any()
+    assert means["policy/clip_fraction"] == pytest.approx(clipped.mean(), rel=1e-6)
+    assert means["policy/entropy"] == pytest.approx(np.mean(entropies), rel=1e-4)
+    assert means["policy/ratio_mean"] == pytest.approx(ratios.mean(), rel=1e-4)
+    assert means["policy/ratio_max"] == pytest.approx(ratios.max(), rel=1e-4)
+    assert means["policy/approx_kl"] == pytest.approx((ratios - 1 - gaps).mean(), rel=1e-3)
 
 
 def test_without_a_pass_of_their_own_old_log_probs_are_those_of_the_update(model, credited):
@@ -239,6 +259,26 @@ def test_a_critics_loss_is_the_larger_of_two_squared_errors(model, credited, val
         expected += right
     assert totals.sums["critic/loss"] == pytest.approx(expected, rel=1e-5)
     assert float(worker._loss(nothing(), credited, totals)) == 0.0
+
+
+def test_values_are_of_the_state_before_each_action_token_and_the_bootstrap_of_the_last_state(model, credited):
+    worker = CriticWorker(CriticSpec("", "float32", "sdpa", False, Settings(), None, 1, 1))
+    values = ValueModel(model)
+    with torch.no_grad():
+        values.value_head.weight.normal_(generator=torch.Generator().manual_seed(3))
+    worker.engine = Engine(values)
+    _, signals = worker.signals(credited)
+    assert len(set(np.round(signals.bootstrap_values, 3).tolist())) == len(credited)
+    for row in range(len(credited)):
+        span, prompt = credited.response_slice(row), int(credited.prompt_lengths[row])
+        with torch.no_grad():
+            ids = torch.from_numpy(credited.sequence(row).astype(np.int64))
+            states = (model.model(ids[None]).last_hidden_state[0] @ values.value_head.weight[0]).numpy()
+        mask = credited.action_mask[span]
+        right = np.where(mask, states[prompt - 1 : -1], 0.0)
+        np.testing.assert_allclose(signals.values[span], right, atol=1e-4, rtol=0)
+        assert np.abs(right[mask]).min() > 1e-3
+        assert signals.bootstrap_values[row] == pytest.approx(states[-1], abs=1e-4)
 
 
 def test_an_output_head_that_nothing_trains_is_frozen_but_a_tied_one_is_not(model):

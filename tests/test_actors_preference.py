@@ -1,6 +1,9 @@
 """One rank's work, on a plain engine in place of DeepSpeed: what a step's loss, gradient and metrics are, however the
 step is cut; and how the loop orders, shares and weighs examples."""
 
+import os
+import socket
+
 import numpy as np
 import pytest
 import torch
@@ -79,9 +82,11 @@ def tiny():
     return resolve_model("builtin:tiny")
 
 
-def worker_for(objective, tiny, data, micro_batch_tokens=1000, lora=None, packing=False):
+def worker_for(objective, tiny, data, micro_batch_tokens=1000, lora=None, packing=False, reference_model=None):
     settings = PreferencePolicyConfig(micro_batch_tokens=micro_batch_tokens, learning_rate=1e-2)
-    spec = PreferenceSpec(tiny, "float32", "sdpa", False, lora, settings, objective, None, 10, 0, packing=packing)
+    spec = PreferenceSpec(
+        tiny, "float32", "sdpa", False, lora, settings, objective, reference_model, 10, 0, packing=packing
+    )
     worker = PreferenceWorker(spec)
     worker.world = World()
     if isinstance(objective, RewardModel):
@@ -122,6 +127,26 @@ def test_reference_log_probs_are_sums_over_the_answers_own_tokens(tiny):
     expected = [sum(by_transformers(tiny, PAIRS.batch, row)) for row in range(8)]
     assert reference.train.tolist() == pytest.approx(expected, rel=1e-4)
     assert reference.held_out.tolist() == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_reference_model_of_its_own_gives_the_log_probs_and_the_policy_keeps_its_weights(tiny, tmp_path):
+    other = load_causal_lm(tiny, "float32")
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    other.save_pretrained(tmp_path)
+    worker = worker_for(Dpo(), tiny, PAIRS, micro_batch_tokens=20, reference_model=str(tmp_path))
+    reference = with_reference(worker)
+    expected, own = (
+        np.array([sum(by_transformers(model, PAIRS.batch, row)) for row in range(8)]) for model in (tmp_path, tiny)
+    )
+    assert np.abs(expected - own).min() > 0.01
+    assert reference.train.tolist() == pytest.approx(expected.tolist(), rel=1e-4)
+    assert reference.held_out.tolist() == pytest.approx(expected.tolist(), rel=1e-4)
+    gaps = own - expected
+    means = worker.update(equal_weights([0, 1, 2, 3], 4)).totals.means()
+    assert means["dpo/margin"] == pytest.approx(Dpo().beta * (gaps[0::2] - gaps[1::2]).mean(), abs=1e-4)
 
 
 def test_reference_log_probs_of_several_ranks_make_a_whole_and_the_rest_stays_unknown(tiny):
@@ -248,6 +273,17 @@ def test_margins_of_the_data_reach_the_reward_models_loss(tiny):
     assert loss == pytest.approx(np.mean([np.log1p(np.exp(0.25 * i)) for i in range(4)]), rel=1e-5)
 
 
+def test_reported_scores_are_means_over_the_chosen_and_over_the_rejected_answers(tiny):
+    worker = worker_for(RewardModel(), tiny, PAIRS, micro_batch_tokens=24)
+    module, sequences = worker.engine.module(), [torch.from_numpy(PAIRS.batch.sequence(row)) for row in range(8)]
+    with torch.no_grad():
+        scores = [module(ids[None].long(), torch.tensor([0]), torch.tensor([len(ids) - 1])).item() for ids in sequences]
+    means = worker.update(equal_weights([0, 1, 2, 3], 4)).totals.means()
+    assert means["reward_model/chosen_score"] == pytest.approx(np.mean(scores[0::2]), rel=1e-3)
+    assert means["reward_model/rejected_score"] == pytest.approx(np.mean(scores[1::2]), rel=1e-3)
+    assert abs(np.mean(scores[0::2]) - np.mean(scores[1::2])) > 0.01
+
+
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)])
 def test_a_saved_reward_model_scores_in_transformers_and_as_a_reward_what_it_scored_in_training(lora, tiny, tmp_path):
     from transformers import AutoModelForSequenceClassification
@@ -330,13 +366,25 @@ def test_pairs_weigh_the_same_each_and_ranks_share_tokens_evenly():
     assert [int(tokens[s.examples].sum()) for s in shares] == [35, 38]
 
 
+@pytest.fixture
+def world():
+    """A process group of one, at a port that is free; what joining sets in the environment is taken back."""
+    kept = dict(os.environ)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    os.environ.update(DS_ACCELERATOR="cpu", GLOO_SOCKET_IFNAME="lo")
+    yield World(master_port=port)
+    os.environ.clear()
+    os.environ.update(kept)
+
+
 @pytest.mark.system
-def test_a_resumed_rank_takes_the_same_next_step(tiny, tmp_path, monkeypatch):
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+def test_a_resumed_rank_takes_the_same_next_step(tiny, tmp_path, world):
     weights = []
     for resumed in (False, True):
         worker = worker_for(Dpo(), tiny, PAIRS)
-        worker.engine = DeepSpeedEngine(worker.engine.module(), worker.spec.settings, World(master_port=29533), 10)
+        worker.engine = DeepSpeedEngine(worker.engine.module(), worker.spec.settings, world, 10)
         with_reference(worker)
         if resumed:
             worker.load(str(tmp_path))

@@ -5,6 +5,8 @@ import math
 import pytest
 from scoring_parts import batch_of, lengths, score
 
+from apportion.actors.reward_check import check_functions
+from apportion.actors.reward_sources import RewardEntry, parse_entries
 from apportion.actors.scoring import Scorer, ScoreReport
 from apportion.platform.errors import ConfigError
 
@@ -42,6 +44,28 @@ def test_functions_are_found_by_file_by_dotted_path_and_by_verifier_name(tmp_pat
             "APPORTION_TEST_UNSET (auth_env) is not set",
         ),
         (7, "got 7, expected a function's name"),
+        ({"name": "none"}, "got neither of function and urls, expected one of the two"),
+        ({"function": 5}, "reward.functions 5: got function 5, expected a function's name"),
+        ({"urls": 5}, "reward.functions urls: got addresses, expected a list of addresses"),
+        ({"urls": []}, "expected a list of addresses"),
+        ({"urls": ["http://a", 5]}, "expected a list of addresses"),
+        ({"function": "gsm8k", "weight": "2"}, "reward.functions gsm8k: got weight '2', expected a number"),
+        ({"function": "gsm8k", "weight": True}, "got weight True, expected a number"),
+        ({"function": "gsm8k", "timeout_seconds": "fast"}, "got timeout_seconds 'fast', expected above 0"),
+        ({"function": "gsm8k", "timeout_seconds": math.inf}, "got timeout_seconds inf, expected above 0"),
+        ({"function": "gsm8k", "name": 5}, "got name 5, expected text"),
+        ({"function": "gsm8k", "params": 5}, "got params 5, expected a mapping of names to values"),
+        ({"function": "gsm8k", "params": {1: 2}}, "got params {1: 2}, expected a mapping of names to values"),
+        ({"function": "gsm8k", "one_by_one": "yes"}, "got one_by_one 'yes', expected true or false"),
+        ({"function": "gsm8k", "batch_size": "8"}, "got batch_size '8', expected at least 1 (a whole number)"),
+        ({"function": "gsm8k", "batch_size": 1.5}, "got batch_size 1.5, expected at least 1 (a whole number)"),
+        ({"function": "gsm8k", "retries": "3"}, "got retries '3', expected at least 0 (a whole number)"),
+        ({"function": "gsm8k", "retries": None}, "got retries None, expected at least 0 (a whole number)"),
+        ({"function": "gsm8k", "auth_env": 5}, "got auth_env 5, expected an environment variable's name"),
+        (
+            {"function": "http://me:pa55@h/score?key=hidden", "weight": "2"},
+            "reward.functions http://h/score: got weight '2'",
+        ),
     ],
 )
 def test_an_entry_that_cannot_be_used_is_refused_in_one_line(entry, message):
@@ -49,6 +73,39 @@ def test_an_entry_that_cannot_be_used_is_refused_in_one_line(entry, message):
         Scorer([entry])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_kinds_of_settings_are_checked_before_anything_starts():
+    with pytest.raises(ConfigError, match=r"reward.functions http://h: got retries '3', expected at least 0"):
+        check_functions(["gsm8k", {"function": "http://h", "retries": "3"}], 60.0)
+
+
+def test_null_settings_of_an_entry_are_those_not_given():
+    [entry] = parse_entries({"function": "gsm8k", "params": None, "timeout_seconds": None, "batch_size": None}, 7.0)
+    assert entry == RewardEntry("gsm8k", timeout_seconds=7.0)
+
+
+@pytest.mark.parametrize("name", ["mean", "std", "square", "failed_share", "no_opinion_share"])
+@pytest.mark.parametrize("entry", [{"function": lengths}, {"function": "model:nowhere"}, {"urls": "http://h"}])
+def test_a_component_with_the_name_of_another_metric_is_refused(name, entry):
+    with pytest.raises(ConfigError) as caught:
+        check_functions([{**entry, "name": name}], 60.0)
+    assert str(caught.value) == (
+        f"reward.functions: got a component named {name!r} (that is the name of another metric), expected one that can "
+        "be logged as reward/NAME; give it another `name:`"
+    )
+
+
+def test_names_are_refused_wherever_they_come_from_and_other_ones_are_not(tmp_path):
+    (tmp_path / "mine.py").write_text("def mean(completions):\n    return [1.0] * len(completions)\n")
+    mine = f"{tmp_path / 'mine.py'}:mean"
+    for entry in (mine, "http://mean:8000/score"):
+        with pytest.raises(ConfigError, match="got a component named 'mean'"):
+            check_functions([entry], 60.0)
+    with pytest.raises(ConfigError, match=r"got a component named 'a/b' \(it has a /\), expected"):
+        check_functions([{"function": lengths, "name": "a/b"}], 60.0)
+    found = check_functions(["gsm8k", {"function": mine, "name": "mine"}, "http://h:1/a"], 60.0)
+    assert [source.name for source in found] == ["gsm8k", "mine"]
 
 
 def test_a_module_that_fails_on_import_is_named_with_its_error(tmp_path):

@@ -1,6 +1,7 @@
-"""Rewards from services: requests, addresses that fail, answers that are none, and secrets."""
+"""Rewards from services: requests, addresses that fail or never answer, answers that are none, and secrets."""
 
 import json
+import math
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,7 +12,10 @@ from scoring_parts import NAN, batch_of, score
 
 
 class Service:
-    """A server on this machine that answers with `reply(body) -> (status, bytes)` and keeps what it was asked."""
+    """A server on this machine that answers with `reply(body) -> (status, bytes)` and keeps what it was asked.
+
+    In place of bytes, pieces: they are sent as they come, as the first of 1000 bytes.
+    """
 
     def __init__(self, reply):
         service = self
@@ -25,9 +29,11 @@ class Service:
                 service.headers.append(dict(self.headers))
                 status, content = reply(body)
                 self.send_response(status)
-                self.send_header("Content-Length", str(len(content)))
+                whole = isinstance(content, bytes)
+                self.send_header("Content-Length", str(len(content) if whole else 1000))
                 self.end_headers()
-                self.wfile.write(content)
+                for piece in [content] if whole else content:
+                    self.wfile.write(piece)
 
             def log_message(self, *arguments):
                 pass
@@ -123,6 +129,76 @@ def test_a_service_that_is_too_slow_fails_its_samples_in_time(serve):
     _, report = score({"function": serve(slow).url, "timeout_seconds": 0.3}, *batch_of("a"))
     assert time.monotonic() - start < 0.9
     assert report.failed == {"timeout": 1}
+
+
+def no_answer(body):
+    time.sleep(10.0)
+    return 200, b""
+
+
+def answer_in_drops(body):
+    def drops():
+        while True:
+            time.sleep(0.05)
+            yield b" "
+
+    return 200, drops()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reply", [no_answer, answer_in_drops])
+def test_an_address_that_never_answers_leaves_time_for_another(serve, reply):
+    hanging, good = serve(reply), serve(lengths_reply)
+    entry = {"urls": [hanging.url, good.url], "batch_size": 1, "retries": 3, "timeout_seconds": 4}
+    batch, report = score(entry, *batch_of("a", "bb", "ccc", "dddd"))
+    assert batch.rewards.tolist() == [1.0, 2.0, 3.0, 4.0]
+    assert report.failed == {}
+    assert (len(hanging.asked), len(good.asked)) == (2, 4)
+
+
+@pytest.mark.slow
+def test_every_attempt_is_made_within_the_limit_and_the_last_may_be_the_one(serve):
+    hanging, good = [serve(no_answer) for _ in range(3)], serve(lengths_reply)
+    entry = {"urls": [*(s.url for s in hanging), good.url], "batch_size": 2, "retries": 3, "timeout_seconds": 3}
+    start = time.monotonic()
+    batch, _ = score(entry, *batch_of("a", "bb"))
+    assert time.monotonic() - start < 3.0
+    assert batch.rewards.tolist() == [1.0, 2.0]
+    assert [len(s.asked) for s in (*hanging, good)] == [1, 1, 1, 1]
+
+
+@pytest.mark.slow
+def test_one_address_alone_has_the_whole_time_for_one_answer(serve):
+    def slow(body):
+        time.sleep(1.0)
+        return lengths_reply(body)
+
+    service = serve(slow)
+    batch, _ = score({"function": service.url, "retries": 3, "timeout_seconds": 3}, *batch_of("ab"))
+    assert batch.rewards.tolist() == [2.0]
+    assert len(service.asked) == 1
+
+
+def test_numbers_that_json_has_no_form_for_are_sent_as_null_and_cost_no_sample(serve):
+    service = serve(lengths_reply)
+    batch, prompts = batch_of("a", "bb", "ccc")
+    odd = [{"low": -math.inf, "at": [1, math.nan]}, np.array([[np.inf, 2.5]], np.float32), "nan"]
+    for prompt, level, other in zip(prompts, (math.nan, np.float32(0.5), 3), odd, strict=True):
+        prompt.columns |= {"level": level, "other": other}
+    scored, report = score(service.url, batch, prompts)
+    assert scored.rewards.tolist() == [1.0, 2.0, 3.0]
+    assert report.failed == {}
+    assert service.asked[0]["columns"] == {
+        "answer": ["0", "1", "2"],
+        "level": [None, 0.5, 3],
+        "other": [{"low": None, "at": [1, None]}, [[None, 2.5]], "nan"],
+    }
+
+
+def test_a_text_of_urls_is_a_list_of_one(serve):
+    service = serve(lengths_reply)
+    batch, _ = score({"urls": service.url}, *batch_of("ab"))
+    assert batch.rewards.tolist() == [2.0]
 
 
 def test_secrets_are_sent_and_never_shown(serve, monkeypatch, caplog):

@@ -1,4 +1,4 @@
-"""Values and reference log-probs behind one copy of a prompt are those of rows of their own."""
+"""Values and reference log-probs: those of whole logits, behind one copy of a prompt as in rows of their own."""
 
 from dataclasses import replace
 
@@ -10,8 +10,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from apportion.actors import reference
 from apportion.actors.critic import CriticSpec, CriticWorker
 from apportion.actors.microbatch import cut
-from apportion.actors.modules import ValueModel
+from apportion.actors.modules import CausalLMLogprobs, ValueModel
+from apportion.actors.policy import LossSpec, PolicySpec, PolicyWorker
 from apportion.actors.reference import ReferenceSpec, ReferenceWorker
+from apportion.algorithms.registry import build
 from apportion.batch import Batch, Totals, Trajectory
 
 
@@ -52,6 +54,38 @@ def test_reference_logprobs(model, shard, monkeypatch):
     )
     assert (alone.reference_logprobs < -1).all()
     np.testing.assert_allclose(shared.reference_logprobs, alone.reference_logprobs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("share_prompts", [False, True])
+def test_reference_logprobs_are_those_of_whole_logits_at_the_sampling_temperature(
+    model, shard, monkeypatch, share_prompts
+):
+    monkeypatch.setattr(reference, "load_causal_lm", lambda *_: model)
+    spec = ReferenceSpec("", "float32", "sdpa", False, 32, 8, 0.7, None, share_prompts)
+    got = ReferenceWorker(spec).signals(shard)[1].reference_logprobs
+    for row in range(len(shard)):
+        prompt, ids = int(shard.prompt_lengths[row]), torch.from_numpy(shard.sequence(row).astype(np.int64))
+        with torch.no_grad():
+            logprobs = (model(ids[None]).logits[0] / 0.7).log_softmax(-1)[prompt - 1 : -1]
+        right = logprobs.gather(1, ids[prompt:, None])[:, 0]
+        np.testing.assert_allclose(got[shard.response_slice(row)], right, atol=2e-5, rtol=0)
+
+
+def test_a_policy_that_is_its_reference_has_no_kl_at_any_temperature(model, shard, monkeypatch):
+    for parameter in model.parameters():  # distributions far from uniform: another temperature would show
+        parameter.data.mul_(6 if parameter.dim() > 1 else 1)
+    monkeypatch.setattr(reference, "load_causal_lm", lambda *_: model)
+    _, signals = ReferenceWorker(ReferenceSpec("", "float32", "sdpa", False, 64, 8, 0.7, None)).signals(shard)
+    loss = LossSpec({"name": "ppo_clip"}, 0.7, True, "k3", 0.0, "none", "token", 2.0, 0.5, 1)
+    worker = PolicyWorker(PolicySpec("", "float32", "sdpa", False, None, None, loss, 1))
+    worker.engine = Engine(CausalLMLogprobs(model, 8))
+    worker._surrogate, worker._distillation = build("surrogate", loss.surrogate), None
+    batch = replace(signals.apply(shard), advantages=shard.returns, loss_weights=shard.value_weights)
+    totals = Totals()
+    for micro in cut(batch, np.arange(len(batch)), 64):
+        worker._loss(micro, batch, 0.1, totals)
+    assert totals.means()["policy/kl_reference"] == pytest.approx(0, abs=1e-7)
+    assert totals.weights["policy/kl_reference"] == batch.action_tokens
 
 
 class Engine:

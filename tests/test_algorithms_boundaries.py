@@ -143,6 +143,55 @@ def test_parsing_falls_back_to_the_fixed_rule_for_one_response_and_counts_it():
     assert credit.metrics["credit/parsing_fallback_share"] == 0.5
 
 
+PARSED = []
+
+
+def parser_of_words(sentence):
+    """Keeps what it is asked, and refuses what is no words."""
+    PARSED.append(sentence)
+    if "#" in sentence:
+        raise ValueError("no words")
+    return sentence.split()
+
+
+def test_each_turn_is_parsed_by_itself_and_the_parser_never_sees_an_observation():
+    PARSED.clear()
+    # "go" " up" "" | "##" ".#" | "go" " on" " to", and a row whose second turn cannot be parsed.
+    turns = [0, 0, 0, -1, -1, 1, 1, 1]
+    ends = [2, 5, 5, 7, 9, 11, 14, 17]
+    batch = make_batch(
+        [[0.0] * 8] * 2,
+        [[0.0] * 8] * 2,
+        [[turn >= 0 for turn in turns]] * 2,
+        turn_ids_BT=torch.tensor([turns] * 2),
+        texts=["go up##.#go on to", "go up##.##n on to"],
+        token_ends_BT=torch.tensor([ends] * 2),
+    )
+    parser = f"{__name__}.parser_of_words"
+    credit = MacroActions(termination={"name": "parsing", "parser": parser}, n_gram=2)(batch)
+    assert PARSED == ["go up", "go on to", "go up", "#n on to"]
+    assert credit.segment_ids_BT.tolist() == [[0, 0, 0, -1, -1, 1, 1, 1], [0, 0, 1, -1, -1, 2, 2, 3]]
+    assert credit.metrics["credit/parsing_fallback_share"] == 0.5
+
+
+def test_a_later_turn_s_constituents_are_cut_at_its_own_tokens():
+    # One letter a token: "a b c" | "# " | "d e f g", each word and each space a token, of at most 2 a macro action.
+    text, turns = "a b c# d e f g", [0] * 5 + [-1] * 2 + [1] * 7
+    batch = make_batch(
+        [[0.0] * 14],
+        [[0.0] * 14],
+        [[turn >= 0 for turn in turns]],
+        turn_ids_BT=torch.tensor([turns]),
+        texts=[text],
+        token_ends_BT=torch.arange(1, 15)[None],
+    )
+    parser = f"{__name__}.parse_sentence"
+    credit = MacroActions(termination={"name": "parsing", "parser": parser, "max_tokens": 4}, n_gram=9)(batch)
+    # [a [b c]] and [d [e [f g]]]: "b c" and "f g" are small enough; a single word joins what stands before it.
+    assert credit.segment_ids_BT.tolist() == [[0, 0, 1, 1, 1, -1, -1, 2, 2, 2, 2, 3, 3, 3]]
+    assert credit.metrics["credit/parsing_fallback_share"] == 0
+
+
 def test_a_parser_that_changes_words_is_a_fallback_and_one_that_is_not_there_an_error():
     with pytest.raises(Unparseable, match="word '-LRB-' is not in the text"):
         parsed_starts("a b", [1, 3], lambda _: ["a", "-LRB-"], 5)

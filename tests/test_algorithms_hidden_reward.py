@@ -271,6 +271,12 @@ def test_nthr_weakens_wrong_tokens_that_look_right_by_eta(eta, factor):
     assert factors.tolist() == [[1.0, 1.0], [factor, 1.0], [factor, 1.0], [1.0, 1.0]]
 
 
+def test_a_group_whose_right_answers_have_no_token_is_left_as_it_is():
+    batch = from_scores([[0.0, 0.0], []], [0.0, 1.0])
+    for settings in ({"variant": "nthr", "eta": "success"}, {"variant": "thr", "p": 0.5}):
+        assert HiddenReward(base=BASE, **settings).factors(batch)[0].tolist() == [1.0, 1.0]
+
+
 def test_thresholds_belong_to_their_group_and_skip_correct_responses_without_tokens():
     batch = from_scores([[4.0], [1.0], [], [6.0, 2.0], [7.0]], [1, 0, 1, 1, 0], groups=[8, 8, 3, 3, 3])
     correct_B = batch.rewards_B == 1

@@ -11,7 +11,7 @@ import pytest
 
 from apportion.before import run_before
 from apportion.cli import compose_config, main, to_config
-from apportion.conf.before import keep_words, stages
+from apportion.conf.before import done, keep_words, stages
 from apportion.conf.teachers import teacher_paths
 from apportion.edges import terminated_as_interrupt
 from apportion.platform.errors import ApportionError, ConfigError
@@ -94,6 +94,21 @@ def test_a_stage_that_has_ended_well_leaves_its_words(tmp_path, monkeypatch):
     run_before(config_of(tmp_path, "dpo run_name=teacher data.train=nowhere.jsonl"))
     words = json.loads((tmp_path / "teacher/before.json").read_text())["words"]
     assert words == ["dpo", "run_name=teacher", "data.train=nowhere.jsonl"]
+
+
+def test_the_words_of_a_stage_are_shown_without_secrets(tmp_path, monkeypatch, capsys):
+    class Trainer(subprocess.Popen):
+        def __init__(self, command, **options):
+            assert "+data.token=s3cret" in command
+            finished(tmp_path)
+            super().__init__([sys.executable, "-c", ""], **options)
+
+    monkeypatch.setattr("apportion.before.subprocess.Popen", Trainer)
+    run_before(config_of(tmp_path, "dpo run_name=teacher data.train=nowhere.jsonl +data.token=s3cret"))
+    assert capsys.readouterr().out == (
+        "first: apportion dpo run_name=teacher data.train=nowhere.jsonl +data.token=<redacted> "
+        f"runs_folder={tmp_path}\n"
+    )
 
 
 def test_a_stage_that_is_running_is_said_to_be(tmp_path):
@@ -191,3 +206,14 @@ def test_an_interruption_ends_the_stage_too(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run_before(config_of(tmp_path, "dpo run_name=teacher"))
     assert [process.returncode for process in started] == [-signal.SIGTERM]
+
+
+def test_a_stage_whose_start_failed_is_run_again(tmp_path):
+    folder = tmp_path / "teacher"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("tracking: {jsonl: true}\n")
+    [stage] = stages(config_of(tmp_path, "dpo run_name=teacher data.train=nowhere.jsonl"))
+    assert not done(stage, str(tmp_path))
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(ConfigError, match="is of a stage that did not end"):
+        done(stage, str(tmp_path))

@@ -74,6 +74,25 @@ def test_a_second_process_on_a_stages_run_is_refused(tmp_path, stage):
     assert unchanged(folder)
 
 
+def test_a_run_is_held_before_its_newest_checkpoint_is_looked_for(tmp_path, monkeypatch):
+    """A run that is ending may write one more while the checkpoint before it is being read."""
+    from apportion import build
+    from apportion.platform.run_lock import is_held
+
+    folder = a_run(tmp_path, {"seed": 0})
+    seen = []
+
+    def found(argument, runs_root):
+        seen.append(is_held(folder))
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(build, "find_checkpoint", found)
+    config, resolved = to_config(compose_config(["experiment=tiny_grpo", "resume=first"]))
+    with pytest.raises(ConfigError, match="enough"):
+        build.train(config, resolved)
+    assert seen == [True] and not is_held(folder)
+
+
 @pytest.mark.parametrize(
     ("busy", "error", "line"),
     [

@@ -1,5 +1,6 @@
 """The command line's runs: exit codes, sweeps, a run's own configuration, and how fast it answers."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -76,8 +77,45 @@ def test_a_sweep_runs_every_combination_and_goes_on_after_a_failure(build, capsy
         ("rloo", 1),
     ]
     assert "error: rollout-0: died\n" in capsys.readouterr().err
-    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["multirun.yaml"]
-    assert (tmp_path / "runs" / "sweeps").is_dir()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_writes_none_of_its_words_to_the_disk(build, tmp_path):
+    assert main(["train", "experiment=quickstart", "-m", "seed=0,1", "data.system_prompt=s3cret"]) == 0
+    assert [config.data.system_prompt for _, config, _ in build.calls] == ["s3cret", "s3cret"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def full_disk():
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_what_the_system_refuses_is_one_line_and_a_sweep_goes_on(build, capsys):
+    build.outcome = full_disk
+    assert main(["train", "experiment=quickstart", "-m", "seed=0,1"]) == 1
+    assert len(build.calls) == 2
+    line = (
+        "error: got OSError: No space left on device, expected the system to allow it: look at free space, paths and "
+        "permissions\n"
+    )
+    assert capsys.readouterr().err == 2 * line
+
+
+def test_what_the_system_refuses_before_a_run_is_one_line_too(tmp_path, capsys):
+    saved = a_run(tmp_path) / "config.yaml"
+    saved.unlink()
+    saved.symlink_to("/proc/self/mem")  # a file that can be opened and not be read, by root too
+    assert main(["train", "resume=first"]) == 1
+    assert capsys.readouterr().err.startswith("error: got OSError: Input/output error, expected the system to allow it")
+
+
+def test_a_recipe_that_is_no_yaml_is_one_line(tmp_path, capsys):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("seed: 1\n  train: 2\n")
+    assert main(["plan", f"--config-dir={tmp_path}", "experiment=mine"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: got ScannerError: mapping values are not allowed here in ")
+    assert error.endswith('mine.yaml", line 2, column 8, expected YAML: correct that line\n')
 
 
 def test_an_interruption_ends_a_sweep(build, capsys):
@@ -130,6 +168,24 @@ def test_a_value_of_lora_keeps_the_others_of_the_resumed_run(tmp_path, build):
     assert main(["train", "resume=first", "policy.lora.alpha=16"]) == 0
     found = build.calls[0][1].policy.lora
     assert (found.rank, found.alpha, found.targets) == (4, 16.0, ["q_proj"])
+
+
+@pytest.mark.parametrize("value", ["~/runs", '"~/runs"'])
+def test_a_home_in_the_runs_folder_is_expanded_for_every_command(tmp_path, build, monkeypatch, value):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    a_run(tmp_path)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert main(["train", "experiment=tiny_grpo", f"runs_folder={value}"]) == 0
+    assert main(["train", "resume=first", f"runs_folder={value}"]) == 0
+    assert main(["evaluate", "first", f"runs_folder={value}"]) == 0
+    assert [config.runs_folder for _, config, _ in build.calls] == [str(tmp_path / "runs")] * 3
+    assert compose_and_type("runs_folder='~/runs'").runs_folder == str(tmp_path / "runs")
+
+
+def compose_and_type(word):
+    return to_config(compose_config(["experiment=tiny_grpo", word]))[0]
 
 
 def test_the_nearest_run_is_named(tmp_path, build, capsys):

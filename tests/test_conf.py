@@ -269,6 +269,14 @@ def test_a_folder_of_weights_is_measured_by_its_headers(tmp_path):
     assert facts.lora_parameters(2, ["q_proj", "down_proj"]) == 2 * (2 * (8 + 8) + 2 * (16 + 8))
 
 
+def test_weights_that_were_left_behind_by_git_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"hidden_size": 8}')
+    for text in ("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 269060552\n", ""):
+        (tmp_path / "model.safetensors").write_text(text)
+        with pytest.raises(ConfigError, match=r"model.safetensors, which is no safetensors file .* fetch them"):
+            read_model(str(tmp_path))
+
+
 def test_a_folder_that_is_no_model_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"a folder without config\.json, expected a Hugging Face model's folder"):
         read_model(str(tmp_path))

@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 
 from apportion.cli import compose_config, to_config
 from apportion.conf.combinations import check_combinations
-from apportion.conf.parts import group_relative, pooled_unit, units_of_one_advantage
+from apportion.conf.parts import drops_lone_responses, group_relative, pooled_unit, units_of_one_advantage
 from apportion.platform.errors import ConfigError
 
 
@@ -129,3 +129,24 @@ def test_a_group_of_one_is_refused_for_methods_that_learn_from_the_others(algori
     assert line.endswith(
         "which compares the responses to a prompt, expected at least 2 (or algorithm=reinforce_pp or ppo)"
     )
+
+
+def by(way):
+    return f"algorithm.selection=[{{name: dynamic_sampling, by: {way}}}]"
+
+
+@pytest.mark.parametrize("way", ["auto", "outcome"])
+def test_a_selection_that_would_drop_every_group_of_one_is_refused(way):
+    assert refusal("reinforce_pp", by(way), "rollout.responses_per_prompt=1") == (
+        "rollout.responses_per_prompt: got 1 with selection dynamic_sampling, which keeps responses to a prompt only where "
+        "their rewards differ, expected at least 2, or algorithm.selection without it"
+    )
+
+
+def test_a_selection_that_compares_tokens_may_keep_a_group_of_one():
+    one = "rollout.responses_per_prompt=1"
+    check("reinforce_pp", by("tokens"), one)
+    check("reinforce_pp", "algorithm.selection=[{name: drop_truncated}]", one)
+    check("reinforce_pp", by("outcome"), "rollout.responses_per_prompt=2")
+    assert not drops_lone_responses({"name": "dynamic_sampling"}, judged=True)
+    assert drops_lone_responses({"name": "dynamic_sampling", "by": "outcome"}, judged=True)

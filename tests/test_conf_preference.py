@@ -10,7 +10,7 @@ from apportion.algorithms.preference import Dpo, RewardModel, Sft
 from apportion.cli import compose_config, main, to_config
 from apportion.conf.preference_schema import STAGES, check
 from apportion.platform.errors import ConfigError
-from apportion.preference_build import objective_of
+from apportion.preference_build import objective_of, train
 
 WHOLE = ["model.path=builtin:tiny", "data.train=pairs.jsonl"]
 
@@ -55,6 +55,12 @@ LINES = [
     ("dpo", ["dpo.beat=1"], "dpo.beat: got an unknown key, expected a key of dpo (did you mean 'dpo.beta'?)"),
     ("dpo", ["dpo.beta=x"], "dpo.beta: got 'x', expected a number"),
     ("dpo", [*WHOLE, "dpo.beta=0"], "dpo.beta: got 0.0, expected above 0"),
+    ("dpo", [*WHOLE, "seed=-1"], "seed: got -1, expected 0 to 4294967295"),
+    (
+        "dpo",
+        [*WHOLE, "cluster.object_store_gib=-1"],
+        "cluster.object_store_gib: got -1.0, expected at least 0.075",
+    ),
     ("dpo", [*WHOLE, "dpo.loss=hinge"], "dpo.loss: got 'hinge', expected one of sigmoid, ipo"),
     ("dpo", [*WHOLE, "+rollout.top_p=1"], "rollout: got an unknown key, expected a key that exists"),
     (
@@ -126,11 +132,35 @@ TOGETHER = [
         ["dpo.reference=./no"],
         "dpo.reference: got './no', which does not exist, expected a folder, a hub name or builtin:NAME",
     ),
+    (
+        "dpo",
+        ["dpo.reference=short"],
+        "dpo.reference: got short with a context of 1023 tokens, expected at least data.max_tokens=1024, or shorter "
+        "examples",
+    ),
+    (
+        "dpo",
+        ["dpo.reference=few"],
+        "dpo.reference: got few with 99 tokens, expected at least the 264 of builtin:tiny, with the same tokenizer: it "
+        "reads the policy's token ids",
+    ),
+    (
+        "sft",
+        ["policy.lora.targets=[q_prj]"],
+        "policy.lora.targets: got 'q_prj', expected names of layers of builtin:tiny: down_proj, gate_proj, k_proj, "
+        "o_proj, q_proj, up_proj, v_proj (did you mean 'q_proj'?)",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("stage", "words", "line"), TOGETHER, ids=[line.split(":")[0] for *_, line in TOGETHER])
-def test_values_that_cannot_run_together_are_refused_before_anything_starts(stage, words, line, build, capsys):
+def test_values_that_cannot_run_together_are_refused_before_anything_starts(
+    stage, words, line, build, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("APPORTION_CACHE", str(tmp_path))  # builtin models as they are described, not as they were made
+    for name, sizes in (("short", '{"n_positions": 1023}'), ("few", '{"vocab_size": 99, "n_embd": 8}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(sizes)
     assert main([stage.replace("_", "-"), *WHOLE, *words]) == 2
     assert capsys.readouterr().err == f"error: {line}\n"
     assert build.calls == []
@@ -163,3 +193,16 @@ def test_a_run_of_another_command_is_not_taken_up(build, tmp_path, capsys):
     assert main(["evaluate", "mine"]) == 2
     assert capsys.readouterr().err.startswith("error: checkpoint: got 'mine', a run of `apportion dpo`")
     assert len(build.calls) == 1
+
+
+def test_a_reference_with_another_tokenizer_is_refused(tmp_path, tiny):
+    from transformers import AutoTokenizer
+
+    other = AutoTokenizer.from_pretrained(tiny)
+    other.add_tokens(["<|more|>"])
+    other.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"vocab_size": 265}')
+    config = composed("dpo", *WHOLE, f"dpo.reference={tmp_path}")
+    check(config)
+    with pytest.raises(ConfigError, match=r"^dpo.reference: .* in 1 of 264 tokens .* it reads the policy's token ids$"):
+        train(config, {})

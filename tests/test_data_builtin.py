@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,11 @@ def cache(tmp_path, monkeypatch):
 def test_other_paths_are_left_as_they_are():
     assert builtin.resolve_model("org/model") == "org/model"
     assert builtin.resolve_model("./folder") == "./folder"
+
+
+def test_a_home_is_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert builtin.resolve_model("~/folder") == "/home/me/folder"
 
 
 def test_a_misspelt_builtin_is_refused_with_the_nearest_name():
@@ -91,6 +97,30 @@ def test_a_build_that_fails_leaves_nothing_that_looks_finished(tmp_path):
     with pytest.raises(DataError, match=r"could not be written .no space left on device.; free some space"):
         builtin._made_once(folder, build)
     assert os.listdir(folder.parent) == [".m-1.lock"]
+
+
+def test_what_a_killed_process_left_is_removed_before_a_model_is_made(tmp_path):
+    folder = tmp_path / "models" / "m-1"
+    left, other = folder.parent / ".m-1.abc", folder.parent / ".m-2.abc"
+    for made in (left, other):
+        made.mkdir(parents=True)
+        (made / "model.safetensors").write_text("half")
+    builtin._made_once(folder, lambda building: None)
+    assert sorted(os.listdir(folder.parent)) == [".m-1.lock", ".m-2.abc", "m-1"]
+
+
+def test_waiting_for_another_process_is_said_once_and_ends(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(builtin, "LOCK_SECONDS", 0.3)
+    monkeypatch.setattr(builtin, "LOCK_POLL_SECONDS", 0.05)
+    folder, me = tmp_path / "m-1", f"process {os.getpid()} on {socket.gethostname()}"
+    with builtin._locked(tmp_path / ".m-1.lock"), pytest.raises(DataError) as caught:
+        builtin._made_once(folder, lambda building: None)
+    assert str(caught.value) == (
+        f"{tmp_path}/.m-1.lock: held by {me} for 0.3 s, expected its model to be made by now: end that process"
+    )
+    assert capsys.readouterr().err == f"waiting for {me}, which makes m-1\n"
+    builtin._made_once(folder, lambda building: None)  # the lock went with who held it
+    assert folder.is_dir()
 
 
 @pytest.mark.system

@@ -1,13 +1,16 @@
 """Environments: the microwave's rules, finding one by name, and the adapters on fakes with the libraries' own interfaces."""
 
+import random
 import sys
+import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 from apportion.data.builtin import TINY_CHAT_TEMPLATE, resolve_model
-from apportion.data.environment_adapters import GymnasiumText, TextArenaGame, plain_render
+from apportion.data.environment_adapters import GymnasiumText, TextArenaGame, plain_render, without_own_move
 from apportion.data.environments import FOODS, Microwave, load_environment, microwave_rows, numbered_rows
 from apportion.data.errors import DataError
 from apportion.data.prompts import PromptEncoder, load_tokenizer
@@ -175,6 +178,63 @@ def test_a_missing_library_is_named(monkeypatch):
         TextArenaGame("Wordle-v0")
 
 
+class Grid:
+    """Gymnasium's API with four actions: shows which one was taken."""
+
+    action_space = types.SimpleNamespace(n=4)
+
+    def reset(self, *, seed=None, options=None):
+        return "start", {}
+
+    def step(self, action):
+        return f"action {action}", 0.0, False, False, {}
+
+
+def taken(actions, *texts):
+    grid = GymnasiumText(f"{__name__}:Grid", actions=actions)
+    grid.reset()
+    return [grid.step(text)[0] for text in texts]
+
+
+def test_actions_that_are_no_words_are_known_as_they_are_written():
+    unknown = "Expected one of: <, v, >, ^"
+    assert taken(["<", "v", ">", "^"], "<", " v\n", ">", "^", "V", "!", "") == [
+        "action 0", "action 1", "action 2", "action 3", "action 1", unknown, unknown
+    ]  # fmt: skip
+
+
+def test_words_that_two_actions_share_name_neither():
+    names = ["go", "go!", "Stop", "wait"]
+    unknown = f"Expected one of: {', '.join(names)}"
+    assert taken(names, "go", "go!", "Go.", "stop!") == ["action 0", "action 1", unknown, "action 2"]
+
+
+@pytest.mark.parametrize(
+    "names", [["left", "left ", "up", "down"], ["left", " ", "up", "down"], [True, False, "a", "b"]]
+)
+def test_actions_that_nothing_tells_apart_are_refused(names):
+    expected = f"gymnasium: got actions {names!r}, expected texts that are neither empty nor the same"
+    with pytest.raises(DataError) as error:
+        GymnasiumText(f"{__name__}:Grid", actions=names)
+    assert str(error.value) == expected
+
+
+def test_as_many_actions_as_the_environment_has_are_expected():
+    with pytest.raises(DataError, match=r"got actions \['left', 'right'\], expected one for each of the 4 of "):
+        GymnasiumText(f"{__name__}:Grid", actions=["left", "right"])
+
+
+def test_gymnasium_s_own_frozen_lake_is_walked_to_its_goal():
+    lake = GymnasiumText("FrozenLake-v1", make={"render_mode": "ansi", "is_slippery": False}, observe="render",
+                         actions=["<", "v", ">", "^"])  # fmt: skip
+    assert lake.reset(seed=1).splitlines()[-4:] == ["[S]FFF", "FHFH", "FFFH", "HFFG"]
+    steps = [lake.step(action) for action in ["v", "v", ">", ">", "v", ">"]]
+    assert [step[1:3] for step in steps] == [(0.0, False)] * 5 + [(1.0, True)]
+    assert steps[-1][0].splitlines()[-4:] == ["SFFF", "FHFH", "FFFH", "HFF[G]"]
+    with pytest.raises(DataError, match="expected one for each of the 4 of FrozenLake-v1"):
+        GymnasiumText("FrozenLake-v1", actions=["left", "right"])
+
+
 def test_only_what_a_terminal_highlights_is_put_in_brackets():
     assert plain_render("\x1b[41mS\x1b[0mFF\x1b[1m") == "[S]FF"
 
@@ -235,6 +295,84 @@ def test_a_wrapper_that_repeats_the_history_gives_only_what_is_new_without_the_o
     game = TextArenaGame("Nim-v0", players=2, opponent=f"{__name__}:takes_one", make={"whole_history": True})
     assert game.reset() == "[Player -1] seven lie here"
     assert game.step("[2]")[0] == "[Player -1] 5 left\n[Player 1] [1]\n[Player -1] 4 left"
+
+
+class Lottery:
+    """A game that draws from the process's generators as TextArena's do: seeded in its reset, then step by step."""
+
+    def reset(self, num_players, seed=None):
+        random.seed(seed)
+        self.shown = [self._draw()]
+
+    def _draw(self):
+        time.sleep(0.001)  # another thread's turn
+        return f"{random.randrange(10**6)} {np.random.randint(10**6)}"
+
+    def get_observation(self):
+        shown, self.shown = self.shown, []
+        return 0, [(-1, text, "GAME_MESSAGE") for text in shown]
+
+    def step(self, action):
+        self.shown.append(self._draw())
+        return False, {}
+
+
+def test_games_of_one_seed_draw_the_same_side_by_side_and_leave_the_process_s_own_draws_alone(monkeypatch):
+    monkeypatch.setitem(sys.modules, "textarena", types.SimpleNamespace(make=lambda id: Lottery()))
+
+    def played(seed):
+        game = TextArenaGame("Lottery")
+        return (game.reset(seed=seed), *(game.step("on")[0] for _ in range(5)))
+
+    random.seed(7)
+    outside = random.getstate()
+    with ThreadPoolExecutor(16) as pool:
+        games = list(pool.map(played, [3, 4] * 16))
+    assert random.getstate() == outside
+    assert set(games) == {games[0], games[1]} and games[0] != games[1]
+    assert games[::2] == [games[0]] * 16
+    assert len({text for game in games[:2] for text in game}) == 12
+
+
+def test_a_move_of_several_lines_or_in_a_wrapper_s_brackets_is_left_out_too():
+    text = "\n[Player 0] {}\n[GAME] a wall\n"
+    for said, shown in [
+        ("I think\nso: [3]", "I think\nso: [3]"),
+        ("go up\n", "[go up\n]"),
+        (" go\nup", "[ go\nup]"),
+        ("[3]", "[3]"),
+        ("a.b (c", "[a.b (c]"),
+    ]:
+        assert without_own_move(text.format(shown), said) == "\n[GAME] a wall\n", said
+    assert without_own_move("[Player 0] [go]", "go") == ""
+    for said, shown in [("go", "going home"), ("go", "they go"), ("", "[]")]:
+        assert without_own_move(text.format(shown), said) == text.format(shown), said
+
+
+def test_a_move_that_a_game_repeats_as_its_own_message_is_left_out_of_messages(monkeypatch):
+    class Echo(Lottery):
+        def step(self, action):
+            self.shown += [f"[{action}]", "higher"]
+            return False, {}
+
+    monkeypatch.setitem(sys.modules, "textarena", types.SimpleNamespace(make=lambda id: Echo()))
+    game = TextArenaGame("Echo")
+    game.reset(seed=1)
+    assert game.step("7")[0] == "higher"
+
+
+def test_textarena_s_own_game_gives_one_seed_one_number_and_no_move_twice():
+    def answers(seed):
+        game = TextArenaGame("GuessTheNumber-v0")
+        assert "between 1 and 20" in game.reset(seed=seed)
+        return tuple(game.step(f"I say\n[{guess}]")[:3] for guess in (10, 4, 15))
+
+    with ThreadPoolExecutor(8) as pool:
+        games = list(pool.map(answers, [5, 6] * 8))
+    assert set(games[::2]) == {games[0]} and set(games[1::2]) == {games[1]}
+    assert games[0] == answers(5)
+    assert all("I say" not in text for game in games for text, _, _ in game)
+    assert games[0][0][0] in ("[GAME] The target number is higher.", "[GAME] The target number is lower.", "")
 
 
 def test_a_game_of_two_needs_an_opponent(arena):

@@ -52,6 +52,21 @@ def test_text_columns_are_a_pair():
     assert (pair.prompt, pair.answers, pair.margin) == ("q", ["a", "b"], None)
 
 
+def test_hh_transcripts_are_conversations_whatever_stands_beside_them():
+    row = {"prompt": "q", "chosen": hh("1 + 1?", "2"), "rejected": hh("1 + 1?", "3")}
+    pair = read_pair(row, COLUMNS)
+    assert (pair.prompt, pair.answers) == ([user("1 + 1?")], [[assistant("2")], [assistant("3")]])
+    shown = read_demonstration(row, COLUMNS)
+    assert (shown.prompt, shown.answers) == ([user("1 + 1?")], [[assistant("2")]])
+
+
+def test_an_hh_prompt_beside_plain_answers_is_messages():
+    pair = read_pair({"prompt": hh("hi", "yes?", "1 + 1?", ""), "chosen": "2", "rejected": "3"}, COLUMNS)
+    assert (pair.prompt, pair.answers) == ([user("hi"), assistant("yes?"), user("1 + 1?")], ["2", "3"])
+    with pytest.raises(DataError, match="the prompt ends with the assistant's answer"):
+        read_pair({"prompt": hh("hi", "yes?"), "chosen": "2", "rejected": "3"}, COLUMNS)
+
+
 def test_columns_may_be_called_otherwise_and_carry_a_margin():
     columns = PairColumns("q", "good", "bad", margin="gap")
     pair = read_pair({"q": "1", "good": "2", "bad": "3", "gap": 1}, columns)

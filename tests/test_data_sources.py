@@ -128,10 +128,91 @@ def test_files_that_are_not_what_their_name_says_are_refused_in_one_line(tmp_pat
     for name in ("rows.parquet", "rows.jsonl", "rows.jsonl.gz"):
         (tmp_path / name).write_bytes(b"\xff\xfe\x00garbage")
     assert "not a parquet file" in refusal(str(tmp_path / "rows.parquet"))
-    assert "not readable as jsonl text in UTF-8" in refusal(str(tmp_path / "rows.jsonl"))
-    assert "not readable as jsonl text in UTF-8" in refusal(str(tmp_path / "rows.jsonl.gz"))
+    assert refusal(str(tmp_path / "rows.jsonl")).endswith("rows.jsonl:1: not readable as text in UTF-8 (byte 0xff)")
+    assert "rows.jsonl.gz: got a damaged .gz file (" in refusal(str(tmp_path / "rows.jsonl.gz"))
+    (tmp_path / "rows.json").write_bytes(b'[{"prompt": "\xff"}]')
+    assert "not readable as json text in UTF-8" in refusal(str(tmp_path / "rows.json"), on_bad_row="skip")
     (tmp_path / "rows.txt").write_text("hello")
     assert refusal(str(tmp_path / "rows.txt")).endswith("got a .txt file, expected .jsonl, .json, .csv, .parquet")
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        (b'{"prompt": "\xe9t\xe9?"}', "not readable as text in UTF-8 (byte 0xe9)"),
+        (b'{"prompt": ' + b"7" * 5000 + b"}", "not valid JSON (a number of too many digits): "),
+        (b"[" * 100_000, "not valid JSON (nested too deep): "),
+    ],
+    ids=["bytes", "digits", "nested"],
+)
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz"])
+def test_a_line_that_cannot_be_read_is_bad_alone(tmp_path, line, problem, ending):
+    rows = [json.dumps(row).encode() for row in ROWS]
+    path = tmp_path / f"rows.{ending}"
+    content = b"\n".join([rows[0], line, rows[1]])
+    path.write_bytes(gzip.compress(content) if ending.endswith("gz") else content)
+    assert refusal(str(path)).startswith(f"{path}:2: {problem}")
+    [source] = load_sources(str(path), on_bad_row="skip")
+    assert source.skipped == {"broken": 1}
+    assert [(row.number, row.values) for row in source.rows] == [(0, ROWS[0]), (2, ROWS[1])]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [("7" * 5000, "a number of too many digits"), ("[" * 100_000, "nested too deep")],
+    ids=["digits", "nested"],
+)
+def test_a_json_file_that_cannot_be_read_is_refused_in_one_line(tmp_path, text, problem):
+    (tmp_path / "rows.json").write_text(text)
+    assert refusal(str(tmp_path / "rows.json"), on_bad_row="skip").endswith(f"rows.json: not valid JSON ({problem})")
+
+
+@pytest.mark.parametrize("row", [b'"1 + 1?"x,2', b"1 + 1?\xff,2"])
+def test_a_csv_row_that_cannot_be_read_is_bad_alone(tmp_path, row):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b"\n".join([b"prompt,answer", b"0 + 0?,0", row, b"2 + 2?,4", b""]))
+    assert refusal(str(path)).startswith(f"{path}:3: not ")
+    [source] = load_sources(str(path), on_bad_row="skip")
+    assert source.skipped == {"broken": 1}
+    assert [(row.number, row.values["answer"]) for row in source.rows] == [(0, "0"), (2, "4")]
+
+
+def test_every_line_that_an_open_quote_takes_with_it_is_counted(tmp_path):
+    path = write_lines(tmp_path / "rows.csv", "prompt,answer", "0 + 0?,0", '"1 + 1?,2', "2 + 2?,4", "3 + 3?,6")
+    assert refusal(str(path)) == f"{path}:3: not valid csv (unexpected end of data)"
+    [source] = load_sources(str(path), on_bad_row="skip")
+    assert (len(source.rows), source.skipped) == (1, {"broken": 3})
+
+
+def test_a_csv_header_that_names_a_column_twice_is_refused_and_named(tmp_path):
+    path = write_lines(tmp_path / "rows.csv", "prompt,answer,prompt", "1 + 1?,2,hm")
+    assert refusal(str(path), on_bad_row="skip") == (
+        f"{path}:1: got 2 columns named 'prompt', expected a name of its own for each; rename them"
+    )
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
+    content = b"\xef\xbb\xbfprompt,answer\n1 + 1?,2\n"
+    (tmp_path / "rows.csv").write_bytes(content)
+    (tmp_path / "rows.csv.gz").write_bytes(gzip.compress(content))
+    for source in load_sources([str(tmp_path / "rows.csv"), str(tmp_path / "rows.csv.gz")]):
+        assert [row.values for row in source.rows] == [{"prompt": "1 + 1?", "answer": "2"}]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda whole: whole[:-20],
+        lambda whole: whole[:20] + b"\xff" * 40 + whole[60:],
+        lambda whole: whole[:-8] + b"0" * 8,
+    ],
+    ids=["cut", "garbled", "checksum"],
+)
+@pytest.mark.parametrize("ending", ["jsonl", "json", "csv"])
+def test_a_damaged_gz_file_is_refused_by_name(tmp_path, damage, ending):
+    path = tmp_path / f"rows.{ending}.gz"
+    path.write_bytes(damage(gzip.compress("\n".join(str(i) for i in range(5000)).encode())))
+    assert refusal(str(path), on_bad_row="skip").startswith(f"{path}: got a damaged .gz file (")
 
 
 def test_a_missing_file_and_a_misspelt_source_are_told_what_is_expected():
@@ -148,9 +229,33 @@ def test_a_misspelt_key_of_a_file_is_refused_with_the_nearest_name(tmp_path):
     )
 
 
-@pytest.mark.parametrize("weight", [0, -1, math.inf, math.nan, "much"])
+@pytest.mark.parametrize("weight", [0, -1, math.inf, math.nan, "much", True])
 def test_a_weight_that_is_no_positive_number_is_refused(weight):
     assert refusal({"source": "arithmetic", "weight": weight}).startswith(f"arithmetic: got weight {weight!r}")
+
+
+@pytest.mark.parametrize(
+    ("source", "key", "value", "expected"),
+    [
+        ("arithmetic", "limit", "ten", "a whole number of at least 1"),
+        ("arithmetic", "limit", 1.5, "a whole number of at least 1"),
+        ("arithmetic", "limit", True, "a whole number of at least 1"),
+        ("rows.jsonl", "limit", 0, "a whole number of at least 1"),
+        ("rows.jsonl", "name", 7, "text"),
+        ("rows.jsonl", "split", 7, "text"),
+        ("rows.jsonl", "prompt_column", ["a"], "text"),
+        ("gym:gcd", "size", "x", "a whole number of at least 1"),
+        ("gym:gcd", "size", 2.5, "a whole number of at least 1"),
+        ("gym:gcd", "seed", "x", "a whole number"),
+        ("arithmetic", "high", True, "a whole number"),
+    ],
+)
+def test_a_setting_of_the_wrong_kind_is_refused_with_what_was_got_and_expected(source, key, value, expected):
+    assert refusal({"source": source, key: value}) == f"{source}: got {key} {value!r}, expected {expected}"
+
+
+def test_a_gym_size_of_the_wrong_kind_is_refused_beside_a_limit_too():
+    assert refusal({"source": "gym:gcd", "size": "x", "limit": 2}).startswith("gym:gcd: got size 'x', expected")
 
 
 def test_limits_come_from_the_run_unless_the_source_has_its_own(tmp_path):

@@ -94,9 +94,11 @@ def test_math_verify_sees_equal_expressions_in_any_thread():
     assert rewards("math_verify", *pairs) == out
 
 
-def test_math_verify_refuses_an_answer_it_cannot_read():
-    with pytest.raises(DataError, match="expected a mathematical expression"):
-        rewards("math_verify", ("42", ""))
+@pytest.mark.parametrize("answer", [None, True, False, "", " \n", "#### ", math.nan, math.inf])
+def test_math_verify_refuses_an_answer_it_cannot_read(answer):
+    with pytest.raises(DataError) as caught:
+        rewards("math_verify", ("42", answer))
+    assert str(caught.value) == f"answer: got {answer!r}, expected a mathematical expression"
 
 
 def test_gym_answers_are_scored_by_the_task_itself():

@@ -52,5 +52,8 @@ def test_the_pages_command_trains_with_the_method_and_reports_its_metric(folder)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [json.loads(line) for line in (folder / "runs/page/metrics.jsonl").read_text().splitlines()]
     trained = [line for line in lines if "credit/baseline" in line]
-    assert [line["step"] for line in trained] == [1]
-    assert 0.0 <= trained[0]["credit/baseline"] <= 1.0
+    assert [line["step"] for line in trained] == [1, 2, 3]
+    assert all(0.0 <= line["credit/baseline"] <= 1.0 for line in trained)
+    samples = [json.loads(line) for line in (folder / "runs/page/samples.jsonl").read_text().splitlines()]
+    assert samples and all(len(sample["advantages"]) == len(sample["tokens"]) for sample in samples)
+    assert list((folder / "runs/page/plots").glob("*.png"))

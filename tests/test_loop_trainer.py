@@ -14,6 +14,7 @@ from apportion.loop.resume import check_steps_left
 from apportion.loop.state import Actors, Experience, LoopSettings
 from apportion.platform.checkpoint import CheckpointStore, RunState
 from apportion.platform.errors import ConfigError, RewardError
+from apportion.platform.errors import DataError as ActorDataError
 from apportion.platform.metric_names import unknown_metrics
 from apportion.trainer import Trainer
 
@@ -106,7 +107,7 @@ class Loop(Trainer):
         return []
 
     def _credit(self, shards, signals):
-        return [], CreditReport({})
+        return [], CreditReport(dict(self.credited))
 
     def _update(self, shards, minibatches):
         self._takes("update")
@@ -135,7 +136,7 @@ def make(tmp_path, monkeypatch):
         )  # fmt: skip
         actors, store = Actors([], [], None, []), CheckpointStore(tmp_path / "checkpoints")
         loop = Loop(actors, prompts or Prompts(), settings, KlCoefficient(0.0), Tracker(), store)
-        loop.evaluator, loop.clock = evaluator, clock
+        loop.evaluator, loop.clock, loop.credited = evaluator, clock, {}
         loop.seconds_of = {"rollout": 4.0, "update": 6.0, "evaluate": 30.0, "checkpoint": 5.0}
         return loop
 
@@ -258,6 +259,21 @@ def test_a_row_that_cannot_be_used_leaves_a_checkpoint_from_which_the_step_is_dr
     assert first.store.steps() == []  # nothing was trained
 
 
+def test_a_row_that_an_actor_finds_unusable_leaves_a_checkpoint_too(make, monkeypatch):
+    loop = make(steps=9)
+    whole = loop._collect
+
+    def collect():
+        if loop.progress.step == 2:
+            raise ActorDataError("rollout.response_column: prompt 7 has NoneType in 'chosen', expected text")
+        return whole()
+
+    monkeypatch.setattr(loop, "_collect", collect)
+    with pytest.raises(ActorDataError, match="prompt 7 has NoneType"):
+        loop.run()
+    assert saved(loop).step == 2
+
+
 def test_held_out_rewards_that_fail_are_said_and_the_training_goes_on(make):
     loop = make(evaluator=Evaluator(0.25, RewardError("evaluation after step 1: ..."), 0.75, every_steps=1), steps=2)
     loop.run()
@@ -270,3 +286,29 @@ def test_held_out_rewards_that_fail_are_said_and_the_training_goes_on(make):
 def test_held_out_rewards_that_fail_before_the_first_step_stop_the_run(make):
     with pytest.raises(RewardError):
         make(evaluator=Evaluator(RewardError("evaluation after step 0: ...")), steps=2).run()
+
+
+def test_a_step_logs_the_coefficient_it_had_and_a_resumed_run_goes_on_from_the_next(make):
+    """KL 5 of a target of 1 is the largest error, 0.2; 4 trajectories of a horizon of 10: 8% more each step."""
+
+    def steered(**changes) -> Loop:
+        loop = make(**changes)
+        loop.kl, loop.credited = KlCoefficient(0.1, target=1.0, horizon=10), {"policy/kl_reference": 5.0}
+        return loop
+
+    loop = steered()
+    loop.run()
+    logged = [loop.tracker.rows[step]["policy/kl_coefficient"] for step in (1, 2)]
+    assert logged == pytest.approx([0.1, 0.108])
+    assert saved(loop).kl == {"coefficient": pytest.approx(0.11664)}
+    again = resumed(steered(steps=3), saved(loop))
+    again.run()
+    assert again.tracker.rows[3]["policy/kl_coefficient"] == pytest.approx(0.11664)
+    assert saved(again).kl == {"coefficient": pytest.approx(0.1259712)}
+
+
+def test_a_coefficient_stays_where_no_reference_was_asked(make):
+    loop = make()
+    loop.kl = KlCoefficient(0.1, target=1.0, horizon=10)
+    loop.run()
+    assert [loop.tracker.rows[step]["policy/kl_coefficient"] for step in (1, 2)] == [0.1, 0.1]

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from apportion.cli import compose_config, to_config
 from apportion.conf.devices import Machine
 from apportion.plan import GIB, make_plan
-from apportion.platform.errors import ConfigError
+from apportion.platform.errors import ApportionError, ConfigError
 
 LAPTOP = Machine(cores=2, memory_bytes=24 * GIB, gpus=0)
 SERVER = Machine(cores=64, memory_bytes=512 * GIB, gpus=8)
@@ -280,6 +280,21 @@ REFUSALS = [
         "evaluation.samples: got 0 with evaluation.greedy=false, expected at least 1, or greedy=true, "
         "or data.eval=null for no evaluation",
     ),
+    (["seed=-1"], "seed: got -1, expected 0 to 4294967294"),
+    (["seed=4294967295"], "seed: got 4294967295, expected 0 to 4294967294"),
+    (["cluster.object_store_gib=0.01"], "cluster.object_store_gib: got 0.01, expected at least 0.075"),
+    (["rollout.stop=['']"], "rollout.stop: got [''], expected texts that are not empty, or []"),
+    (["policy.lora.alpha=-3"], "policy.lora.alpha: got -3.0, expected above 0"),
+    (["policy.lora.rank=0"], "policy.lora.rank: got 0, expected at least 1"),
+    (["policy.adam_eps=-1"], "policy.adam_eps: got -1.0, expected above 0"),
+    (["algorithm.correction.bound=-1"], "algorithm.correction.bound: got -1.0, expected at least 0"),
+    (["algorithm.entropy_coefficient=-1"], "algorithm.entropy_coefficient: got -1.0, expected at least 0"),
+    (
+        ["policy.lora.targets=[q_proj,q_prj]"],
+        "policy.lora.targets: got 'q_prj', expected names of layers of builtin:smollm2-135m-instruct: down_proj, "
+        "gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj (did you mean 'q_proj'?)",
+    ),
+    (["run_name=a/b"], "run_name: got 'a/b', expected letters, digits and . _ - + = @ (a folder's name, no path)"),
     (
         ["rollout.kv_cache_gib=20"],
         "model.path: got builtin:smollm2-135m-instruct, whose weights, optimiser and caches take 22.8 GiB, "
@@ -332,3 +347,77 @@ def test_a_cache_too_small_for_one_sequence_is_refused(tmp_path):
 def test_a_plan_says_when_the_clock_ends_a_run():
     assert "ends after 8.5 minutes at the latest (train.max_minutes)" in planned().notes
     assert not any("minutes" in note for note in planned("train.max_minutes=null").notes)
+
+
+EXPECTED = (
+    "a .jsonl, .json, .csv or .parquet file, a saved dataset's folder, hf:NAME, gym:TASK, function:NAME or arithmetic"
+)
+
+
+@pytest.mark.parametrize("key", ["data.train", "data.eval"])
+@pytest.mark.parametrize(
+    ("value", "line"),
+    [
+        ("nope.jsonl", f"nope.jsonl: no such file or saved dataset; expected {EXPECTED}"),
+        ("5", f"data: got 5, expected one or more sources: {EXPECTED}"),
+        ("[]", f"data: got [], expected one or more sources: {EXPECTED}"),
+        (
+            "[{source: a.jsonl, wieght: 2}]",
+            "a.jsonl: got 'wieght', a file has no such parameter (did you mean 'weight'?)",
+        ),
+        (
+            "[{source: b.jsonl}]",
+            "b.jsonl:1: no column 'prompt', got question, answer; name the right one with prompt_column",
+        ),
+        ("[{source: saved, wieght: 2}]", "saved: got 'wieght', a saved dataset has no such parameter"),
+        ("gym:nosuch", "gym:nosuch: no such reasoning-gym task"),
+        ("function:math:sqr", "math:sqr: math has no 'sqr' (did you mean 'sqrt'?)"),
+    ],
+)
+def test_data_that_a_start_would_refuse_are_refused_by_the_plan(key, value, line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_text('{"prompt": "q", "answer": "1"}\n')
+    (tmp_path / "b.jsonl").write_text('{"question": "q", "answer": "1"}\n')
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "state.json").write_text("{}")
+    with pytest.raises(ApportionError) as error:
+        planned(f"{key}={value}")
+    assert str(error.value) == line
+
+
+def test_a_chat_template_that_is_not_there_is_refused_by_the_plan():
+    with pytest.raises(ApportionError) as error:
+        planned("model.chat_template=nope.jinja")
+    assert str(error.value) == "model.chat_template: got 'nope.jinja', no such file; expected a jinja file"
+
+
+def test_data_that_cannot_be_seen_are_left_to_the_start(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_text('{"prompt": "q", "answer": "1"}\nthis line is read by nobody\n')
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "state.json").write_text("{}")
+    for source in ("hf:nobody/nothing", "saved", "a.jsonl", "function:math:sqrt"):
+        assert planned(f"data.train={source}", "data.eval=null").value("optimiser steps") == 40
+
+
+def test_targets_are_held_against_the_layers_that_the_weights_name(tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    (tmp_path / "config.json").write_text('{"vocab_size": 9}')
+    assert not planned("model.path=nobody/nothing", "policy.lora.targets=[anything]").actor("policy").memory_known
+    assert not planned(f"model.path={tmp_path}", "policy.lora.targets=[anything]").actor("policy").memory_known
+    layers = ("transformer.h.0.attn.c_attn.weight", "transformer.wte.weight")
+    save_file({name: torch.zeros(2, 2) for name in layers} | {"ln.weight": torch.zeros(2)}, tmp_path / "m.safetensors")
+    assert not planned(f"model.path={tmp_path}", "policy.lora.targets=[attn.c_attn]").actor("policy").memory_known
+    line = refusal(f"model.path={tmp_path}", "policy.lora.targets=[q_proj]")
+    assert line == f"policy.lora.targets: got 'q_proj', expected names of layers of {tmp_path}: c_attn, wte"
+
+
+def test_a_model_whose_sizes_are_in_other_words_is_held_to_its_context_all_the_same(tmp_path):
+    (tmp_path / "config.json").write_text('{"vocab_size": 99, "n_positions": 100, "n_embd": 8}')
+    assert refusal(f"model.path={tmp_path}").startswith("rollout.max_response_tokens: got data.max_prompt_tokens=96 + ")
+    assert refusal("algorithm=ppo", f"reference.model={tmp_path}") == (
+        f"reference.model: got {tmp_path} with a context of 100 tokens, expected at least 120 = data.max_prompt_tokens=96 "
+        "+ rollout.max_response_tokens=24, or shorter responses"
+    )

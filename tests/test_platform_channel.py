@@ -1,7 +1,6 @@
 """Weights broadcast over gloo between processes of their own, as they travel to the engines' workers."""
 
 import multiprocessing
-import socket
 
 import numpy as np
 import pytest
@@ -10,13 +9,8 @@ import torch
 from apportion.platform import weights
 from apportion.platform.channel import ChannelAddress, WeightChannel
 from apportion.platform.errors import WeightSyncError
+from apportion.platform.rendezvous import hold_port
 from apportion.platform.weights import WeightBundle, receive, send
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def tensors() -> list[tuple[str, torch.Tensor]]:
@@ -40,7 +34,7 @@ def member(address: ChannelAddress, number: int, answers) -> None:
 @pytest.mark.slow
 def test_every_member_receives_the_trainers_bytes_each_time(monkeypatch):
     monkeypatch.setattr(weights, "PIECE_BYTES", 7)
-    address = ChannelAddress("127.0.0.1", free_port(), 3, "gloo", 60)
+    address = ChannelAddress("127.0.0.1", hold_port("127.0.0.1"), 3, "gloo", 60)
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
     others = [context.Process(target=member, args=(address, number, answers)) for number in (1, 2)]
@@ -64,7 +58,7 @@ def test_every_member_receives_the_trainers_bytes_each_time(monkeypatch):
 
 @pytest.mark.slow
 def test_joining_is_not_waited_for_without_end():
-    address = ChannelAddress("127.0.0.1", free_port(), 2, "gloo", 1)
+    address = ChannelAddress("127.0.0.1", hold_port("127.0.0.1"), 2, "gloo", 1)
     with pytest.raises(WeightSyncError, match=r"got no broadcast among 2 members at 127.0.0.1:\d+ within 1 s"):
         WeightChannel(address, 0, "cpu")
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import random
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from apportion.loop.resume import progress_of
 from apportion.platform.checkpoint import CheckpointStore, RunState
 from apportion.platform.errors import CheckpointError
 from apportion.platform.random_states import load_random_states, save_random_states
@@ -131,6 +133,69 @@ def test_a_run_that_went_back_goes_on_from_what_it_wrote_last(tmp_path):
     write(store, 7)
     assert newest(store).step == 7
     assert store.steps() == [7, 10]
+
+
+def test_a_kill_before_latest_is_replaced_loses_nothing(tmp_path):
+    store = CheckpointStore(tmp_path)
+    write(store, 5)
+    write(store, 10)
+    (tmp_path / "latest").write_text("step-000005\n")
+    assert newest(store).step == 10
+
+
+def test_of_two_written_at_the_same_time_latest_names_the_newest(tmp_path, monkeypatch):
+    monkeypatch.setattr("time.time", lambda: 1e9)
+    store = CheckpointStore(tmp_path)
+    write(store, 10)
+    write(store, 7)
+    assert newest(store).step == 7
+
+
+def rewrite(folder, change):
+    file = folder / "manifest.json"
+    manifest = json.loads(file.read_text())
+    change(manifest)
+    file.write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.update(format=2, files=[]), r"got format 2, expected format 1: take it up with the version that"),
+        (lambda m: m.update(files=[]), r"got no such values as this version writes for files"),
+        (lambda m: m.pop("step"), r"got no such values as this version writes for step"),
+        (lambda m: m["files"]["state.json"].pop("blake2b"), r"got no such values .* for state.json"),
+        (lambda m: m["files"]["state.json"].update(size="1"), r"got no such values .* for state.json"),
+    ],
+)
+def test_an_odd_manifest_is_a_named_problem_beside_whole_checkpoints(tmp_path, change, message):
+    store = CheckpointStore(tmp_path, keep=2)
+    write(store, 1)
+    write(store, 2)
+    rewrite(tmp_path / "step-000002", change)
+    assert newest(store).step == 1
+    [problem] = store.problems()
+    assert problem.startswith("step-000002: manifest.json: cannot be read (") and re.search(message, problem)
+    with pytest.raises(CheckpointError, match=message):
+        store.open(tmp_path / "step-000002")
+    write(store, 3)
+    assert newest(store).step == 3
+
+
+def test_a_checkpoint_of_another_versions_format_is_not_removed(tmp_path):
+    store = CheckpointStore(tmp_path, keep=1)
+    write(store, 9)
+    rewrite(tmp_path / "step-000009", lambda m: m.update(format=2))
+    write(store, 3)
+    write(store, 4)
+    assert store.steps() == [4, 9]
+
+
+def test_progress_that_a_later_version_added_is_refused_by_name():
+    with pytest.raises(CheckpointError) as caught:
+        progress_of(RunState(step=1, policy_version=1, data={}, extra={"samples": 8, "tempo": 2}))
+    assert str(caught.value).startswith("state.json: got extra values tempo, expected at most accuracy_before, ")
+    assert progress_of(RunState(step=1, policy_version=1, data={}, extra={"samples": 8})).samples == 8
 
 
 def test_a_step_written_again_replaces_the_earlier_one(tmp_path):

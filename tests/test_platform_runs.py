@@ -2,7 +2,9 @@
 
 import json
 import re
+import shutil
 import threading
+from contextlib import nullcontext
 
 import pytest
 import yaml
@@ -10,6 +12,7 @@ import yaml
 from apportion.platform.checkpoint import CheckpointStore, RunState
 from apportion.platform.errors import CheckpointError, ConfigError
 from apportion.platform.files import write_text_atomically
+from apportion.platform.run_lock import held
 from apportion.platform.runs import find_checkpoint, make_run_folder, redacted, redacted_text, run_of
 
 
@@ -40,6 +43,64 @@ def test_a_taken_name_is_refused_with_the_two_ways_out(tmp_path):
     make_run_folder(tmp_path, "mine", "q")
     with pytest.raises(ConfigError, match=r"run_name: got 'mine'.*expected a new name, or resume=mine"):
         make_run_folder(tmp_path, "mine", "q")
+
+
+def failed_start(tmp_path, jsonl=True):
+    run = make_run_folder(tmp_path, "mine", "q")
+    with held(run.path):
+        run.save_config({"tracking": {"jsonl": jsonl}})
+    (run.path / "metrics.jsonl").write_text("")
+    (run.path / "logs").mkdir()
+    (run.path / "logs" / "policy-0.log").write_text("no GPU\n")
+    return run
+
+
+def test_the_folder_of_a_start_that_failed_is_taken_over_once(tmp_path):
+    run = failed_start(tmp_path)
+    assert make_run_folder(tmp_path, "mine", "q").path == run.path
+    assert sorted(entry.name for entry in run.path.iterdir()) == [".lock", "logs"]
+    with pytest.raises(ConfigError, match="got 'mine', which"):  # of a second start, before the first has its lock
+        make_run_folder(tmp_path, "mine", "q")
+
+
+def test_of_starts_that_take_over_a_folder_at_once_one_gets_it(tmp_path):
+    failed_start(tmp_path)
+    outcomes = []
+
+    def start():
+        try:
+            outcomes.append(make_run_folder(tmp_path, "mine", "q").name)
+        except ConfigError:
+            outcomes.append(None)
+
+    threads = [threading.Thread(target=start) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes, key=str) == [None] * 19 + ["mine"]
+
+
+@pytest.mark.parametrize("left", ["metrics", "checkpoint", "summary", "no jsonl", "running", "no run", "no locks"])
+def test_a_folder_that_holds_a_run_or_may_hold_one_is_not_taken_over(tmp_path, left, monkeypatch):
+    run = failed_start(tmp_path, jsonl=left != "no jsonl")
+    if left == "metrics":
+        (run.path / "metrics.jsonl").write_text('{"step": 1}\n')
+    elif left == "checkpoint":
+        checkpoint(run, 1)
+    elif left == "summary":
+        run.write_summary({})
+    elif left == "no run":
+        (run.path / "config.yaml").write_text("theme: dark\n")
+    elif left == "no locks":
+        monkeypatch.setattr("apportion.platform.run_lock._locked", lambda file, mode: True)
+    before = {file: file.read_bytes() for file in run.path.rglob("*") if file.is_file()}
+    with (
+        held(run.path) if left == "running" else nullcontext(),
+        pytest.raises(ConfigError, match="expected a new name"),
+    ):
+        make_run_folder(tmp_path, "mine", "q")
+    assert {file: file.read_bytes() for file in run.path.rglob("*") if file.is_file()} == before
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden", "two words"])
@@ -98,6 +159,17 @@ def test_secrets_are_taken_out_and_everything_else_stays():
         ('{"token":"abc", "n": 1}', '{"token":"<redacted>", "n": 1}'),
         ("client-secret: 'a b'", "client-secret: '<redacted>'"),
         ("{max_tokens: 8, level: token, token: null}", "{max_tokens: 8, level: token, token: null}"),
+        ("https://h/v1?key=AIzaX&n=1", "https://h/v1?key=<redacted>&n=1"),
+        ("https://h/f?n=1&sig=a%2B,b;c== x", "https://h/f?n=1&sig=<redacted> x"),
+        ("https://h/f?code=abc==#top", "https://h/f?code=<redacted>#top"),
+        (
+            "https://h?Subscription-Key=a&X-Amz-Signature=b",
+            "https://h?Subscription-Key=<redacted>&X-Amz-Signature=<redacted>",
+        ),
+        ("[http://h?pwd=a, 'http://h?pass=b']", "[http://h?pwd=<redacted>, 'http://h?pass=<redacted>']"),
+        ("http://h/?monkey=3&keys=2&zipcode=1", "http://h/?monkey=3&keys=2&zipcode=1"),
+        ("http://me:p@ss@h/x/a@b", "http://<redacted>@h/x/a@b"),
+        ("is a?key=1 a question", "is a?key=1 a question"),
         ("kl_per_token=0.1 {kl_per_token: 0.1}", "kl_per_token=0.1 {kl_per_token: 0.1}"),
         ("{eos_token: </s>}", "{eos_token: </s>}"),
     ],
@@ -141,6 +213,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
 
 def test_resume_takes_a_name_a_folder_or_a_checkpoint(tmp_path, monkeypatch):
     run = make_run_folder(tmp_path / "runs", "first", "q")
+    run.save_config({})
     checkpoint(run, 1)
     checkpoint(run, 2)
     monkeypatch.chdir(tmp_path)
@@ -179,8 +252,36 @@ def test_resume_of_a_run_without_a_whole_checkpoint_says_what_was_found(tmp_path
         find_checkpoint("r", tmp_path)
 
 
+@pytest.mark.parametrize("place", ["backup", "checkpoints"])
+def test_a_checkpoint_outside_a_run_makes_no_run_of_what_it_lies_in(tmp_path, place):
+    run = make_run_folder(tmp_path / "runs", "r", "q")
+    checkpoint(run, 4)
+    run.save_config({})
+    copy = tmp_path / "proj" / place / "step-000004"
+    shutil.copytree(run.checkpoints / "step-000004", copy)
+    if place == "backup":  # a project has a config.yaml of its own
+        (tmp_path / "proj" / "config.yaml").write_text("mine: 1\n")
+    with pytest.raises(ConfigError) as caught:
+        find_checkpoint(str(copy), tmp_path / "runs")
+    assert str(caught.value) == (
+        f"checkpoint: got {str(copy)!r}, which lies in no run's folder, expected RUN/checkpoints/step-000004 beside "
+        "RUN/config.yaml: lay a copy out so, with the config.yaml of the run that wrote it"
+    )
+    shutil.copytree(run.path, tmp_path / "laid-out")
+    assert find_checkpoint(str(tmp_path / "laid-out" / "checkpoints" / "step-000004"), tmp_path).step == 4
+
+
+def test_a_folder_with_checkpoints_and_no_configuration_is_no_run(tmp_path):
+    checkpoint(make_run_folder(tmp_path, "proj", "q"), 4)
+    with pytest.raises(
+        ConfigError, match=r"resume: got .*proj, a folder with checkpoints and no config.yaml, expected a"
+    ):
+        find_checkpoint(str(tmp_path / "proj"), tmp_path)
+
+
 def test_a_checkpoint_named_outright_must_be_whole(tmp_path):
     run = make_run_folder(tmp_path, "r", "q")
+    run.save_config({})
     checkpoint(run, 4)
     (run.checkpoints / "step-000004" / "state.json").unlink()
     with pytest.raises(CheckpointError, match=r"state\.json: missing"):

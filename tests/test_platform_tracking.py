@@ -194,6 +194,59 @@ def test_a_given_up_backend_keeps_its_run_id_for_the_next_resume(tmp_path):
     tracker.close()
 
 
+def test_a_runs_id_outlives_a_part_of_the_run_without_its_tracker(tmp_path, monkeypatch):
+    asked = []
+
+    class Wandb:
+        name, vital = "wandb", False
+
+        def __init__(self, folder, settings, config):
+            asked.append(settings.run_id)
+
+        def state(self):
+            return {"run_id": asked[-1] or "made"}
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr("apportion.platform.wandb_tracking.WandbTracker", Wandb)
+    kept: dict = {}
+    for mode in ("online", "off", "online"):
+        settings = SimpleNamespace(
+            console=False,
+            jsonl=False,
+            tensorboard=False,
+            wandb=mode,
+            wandb_project="p",
+            wandb_entity=None,
+            wandb_tags=[],
+        )
+        tracker = open_trackers(settings, TrackedRun(tmp_path, "run", 2, {}, resume_step=1, resume_state=kept))
+        kept = tracker.state()
+        assert kept == {"wandb": {"run_id": "made"}}
+    assert asked == [None, "made"]
+
+
+def test_secrets_in_a_traceback_reach_no_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("JUDGE_API_KEY", "correct-horse-battery")
+    tracker = MultiTracker([JsonlTracker(tmp_path)])
+    tracker.warn("reward failed: 401 for https://me:pw@j/v1?api_key=sk-abcdefghijklmnopqrst with correct-horse-battery")
+    tracker.log(1, {})
+    tracker.close()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert "401 for https://" in text
+    for secret in ("sk-abc", "correct-horse", "me:pw"):
+        assert secret not in text
+
+
+def test_a_lone_surrogate_does_not_switch_tensorboard_off(tmp_path):
+    tracker = MultiTracker([TensorBoardTracker(tmp_path)])
+    tracker.log_samples(1, [{"critique": "bad \ud83d"}])
+    tracker.log(1, {"reward/mean": 0.5})
+    assert list(tracker.state()) == ["tensorboard"]
+    tracker.close()
+
+
 def test_a_name_without_documentation_is_warned_about_once(tmp_path):
     tracker = MultiTracker([JsonlTracker(tmp_path)])
     tracker.log(1, {"reward/mean": 0.0, "polcy/loss": 0.0})

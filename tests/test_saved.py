@@ -1,9 +1,10 @@
-"""What a saved configuration has lost, and how a command that takes it up is told."""
+"""What a saved configuration keeps and has lost, and how a command that takes it up is told."""
 
 import pytest
 import yaml
 
 from apportion.cli import compose_config, main, to_config
+from apportion.platform.runs import make_run_folder
 
 
 @pytest.fixture
@@ -35,3 +36,36 @@ def test_a_secret_that_was_not_saved_has_to_be_given_again(words, run, build, ca
 def test_given_again_the_run_goes_on_and_no_stage_before_it_is_asked_for_its_own(run, build):
     assert main(["train", "resume=first", "reward.functions.0.params.api_key=mine"]) == 0
     assert build.calls[0][1].reward.functions[0]["params"]["api_key"] == "mine"
+
+
+@pytest.mark.parametrize(
+    "text", ["costs ${price} now", "${oc.env:HOME}", r"a \${b} \\${c}", "${", "$ {}", r"ends with \\"]
+)
+def test_a_text_with_a_dollar_and_a_brace_is_the_same_text_when_the_run_goes_on(text, tmp_path, monkeypatch, build):
+    monkeypatch.chdir(tmp_path)
+    resolved = to_config(compose_config(["experiment=quickstart"]))[1]
+    resolved["data"]["system_prompt"] = text
+    resolved["reward"]["functions"] = [{"function": "math_verify", "params": {"note": [text]}}]
+    folder = make_run_folder(tmp_path / "runs", "first", "q")
+    folder.save_config(resolved)
+    assert main(["train", "resume=first"]) == 0
+    _, config, again = build.calls[0]
+    assert config.data.system_prompt == again["data"]["system_prompt"] == text
+    assert config.reward.functions[0]["params"]["note"] == [text]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("seed: 1\n  train: 2\n", "got a file that is no YAML (mapping values are not allowed here in "),
+        ("- 1\n", "got a list, expected a run's configuration, a mapping: correct it\n"),
+    ],
+)
+@pytest.mark.parametrize("words", [["train", "resume=first"], ["evaluate", "first"]])
+def test_a_configuration_that_was_spoilt_by_hand_is_named_in_one_line(words, text, line, run, build, capsys):
+    (run / "config.yaml").write_text(text)
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert f"runs/first/config.yaml: {line}" in error
+    assert build.calls == []

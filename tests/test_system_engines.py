@@ -190,6 +190,21 @@ def test_a_stop_string_ends_a_response_and_is_part_of_it(synced, prompts, name):
 
 
 @pytest.mark.parametrize("name", BOTH)
+def test_responses_of_a_batch_that_stopped_before_others_have_no_padding(synced, prompts, tokenizer, name):
+    asked = [Request(p, seed) for seed, p in enumerate(prompts * 2)]
+    whole = synced.answers(name, asked, Sampling(1.0, max_tokens=16))
+    letters = sorted({c for sample in whole for c in sample.text if c.isascii() and c.isalpha()})
+    samples = synced.answers(name, asked, Sampling(1.0, max_tokens=16, stop=letters))
+    stopped = [s for s in samples if s.text[-1:] in letters]
+    assert len({len(s.token_ids) for s in stopped}) > 1  # unlike lengths: within a batch, padding stood behind some
+    for sample in stopped:
+        assert sample.finish_reason == "stop"
+        assert len(sample.logprobs) == len(sample.token_ids)
+        text, last = (tokenizer.decode(part, skip_special_tokens=True) for part in np.split(sample.token_ids, [-1]))
+        assert last == sample.text[-1] and not set(text) & set(letters)
+
+
+@pytest.mark.parametrize("name", BOTH)
 def test_the_end_token_stops_and_the_limit_cuts(synced, prompts, trained, name):
     end = trained.generation_config.eos_token_id
     samples = synced.answers(

@@ -1,9 +1,12 @@
 """Every method's recipe for two steps on real Ray and DeepSpeed, with what is its own in metrics and samples."""
 
 import math
+import shutil
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
+import torch
 from run_commands import QUICK, Run, lines_of, starting
 
 pytestmark = pytest.mark.system
@@ -19,7 +22,7 @@ def rows():
         yield {"prompt": f"{number} + 1 =", "answer": str(number + 1), "chosen": f"It is {number + 1}."}
 '''
 
-TEACHERS = ["teachers.dpo=builtin:tiny", "teachers.other=builtin:tiny"]
+TEACHERS = ["teachers.dpo={folder}/teacher-1", "teachers.other={folder}/teacher-2"]
 METHODS = {
     "ma_rlhf": [],
     "ma_rlhf_one_action": [],
@@ -30,10 +33,24 @@ METHODS = {
 }
 
 
+def write_teacher(tiny: str, folder: Path, seed: int) -> None:
+    """The student with noise on every weight: it knows something else."""
+    from transformers import AutoModelForCausalLM
+
+    shutil.copytree(tiny, folder)
+    model, generator = AutoModelForCausalLM.from_pretrained(tiny), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(folder)
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tiny, tmp_path_factory):
     made = tmp_path_factory.mktemp("methods")
     (made / "own.py").write_text(FILES)
+    for seed in (1, 2):
+        write_teacher(tiny, made / f"teacher-{seed}", seed)
     return made
 
 
@@ -48,8 +65,9 @@ def runs(folder, started):
     """Every method's run, two at a time: much of a run's start is one thread's work."""
 
     def run(name: str) -> Run:
+        own = [word.format(folder=folder) for word in METHODS[name]]
         words = [
-            "train", "experiment=tiny_grpo", f"algorithm={name}", *METHODS[name], *QUICK, f"run_name={name}",
+            "train", "experiment=tiny_grpo", f"algorithm={name}", *own, *QUICK, f"run_name={name}",
             "data.train=function:own.py:rows", "reward.functions=own.py:parity", "train.steps=2", "policy.zero_stage=1",
         ]  # fmt: skip
         return started(*words).finished(480)
@@ -90,15 +108,22 @@ def test_hidden_rewards_differ_from_token_to_token(folder, runs, name):
     assert any(len({abs(value) for value in row}) > 1 for row in credit_of(samples))
 
 
+def assert_it_learns_from_the_teachers(metrics: list[dict]) -> None:
+    assert [line["step"] for line in metrics] == [1, 2]
+    for line in metrics:
+        assert line["policy/distillation_kl"] > 0 and line["policy/grad_norm"] > 0
+        assert 0 < line["policy/distillation_total_variation"] < 1
+        variation = line["policy/distillation_total_variation"]
+        assert line["policy/distillation_alpha"] == pytest.approx(30 * variation + 1e-3, rel=1e-2)
+
+
 def test_distillation_on_policy_has_a_gradient_and_no_credit(folder, runs):
     metrics, samples = read(folder, runs, "aligndistil")
-    first = metrics[0]  # the teachers are the student itself: there is nothing to learn yet
-    assert first["policy/distillation_total_variation"] == first["policy/distillation_kl"] == 0
-    assert first["policy/distillation_alpha"] == pytest.approx(1e-3)
+    assert_it_learns_from_the_teachers(metrics)
     assert not any(map(any, credit_of(samples)))
 
 
 def test_distillation_off_policy_learns_from_the_datas_responses_and_samples_none(folder, runs):
     metrics, samples = read(folder, runs, "aligndistil_offpolicy")
-    assert [line["step"] for line in metrics] == [1, 2]
+    assert_it_learns_from_the_teachers(metrics)
     assert all(sample["response"].startswith("It is ") for sample in samples)

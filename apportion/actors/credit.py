@@ -38,6 +38,9 @@ class CreditSpec:
     tokenizer: str
     keep_groups_together: bool = False
     trust_remote_code: bool = False  # of the tokenizer
+    # Whether an episode that a limit cut would have gone on, as one in an environment does. A response without one is
+    # rewarded as it stands: what the critic expects of the next token would come on top of a reward already given.
+    continues: bool = False
 
 
 @dataclass
@@ -86,17 +89,17 @@ class CreditWorker(ActorBase):
         valid = np.flatnonzero(scored.sample_mask)
         kept = scored.select(valid)
         before = len(set(kept.group_ids.tolist()))
-        if self.selection and len(kept):
-            inputs = credit_input(kept)
-            if "critiques" in self.credit_method.needs:
-                earned = judged_method(self.credit_method).token_rewards(inputs)
-                inputs = replace(inputs, token_rewards_BT=earned)
-            keep = torch.ones(len(kept), dtype=torch.bool)
-            for part in self.selection:
-                keep &= part(inputs)
-            kept = kept.select(np.flatnonzero(keep.numpy()))
+        for part in self.selection:  # one after the other: a group is judged by what is left of it
+            if len(kept):
+                kept = kept.select(np.flatnonzero(part(self._selection_input(kept)).numpy()))
         after = len(set(kept.group_ids.tolist()))
         return AdmitReport(totals, after, before - after), kept
+
+    def _selection_input(self, batch: Batch) -> CreditInput:
+        inputs = credit_input(batch)
+        if "critiques" not in self.credit_method.needs:
+            return inputs
+        return replace(inputs, token_rewards_BT=judged_method(self.credit_method).token_rewards(inputs))
 
     def cut(self, groups: int, shards: int, minibatches: int, *admitted: Batch) -> tuple:
         """(CutReport, shard, ...): at most `groups` groups, assigned to optimiser steps, dealt to ranks by tokens."""
@@ -131,9 +134,14 @@ class CreditWorker(ActorBase):
     def assign(self, batch: Batch, kl_coefficient: float) -> tuple[Batch, dict[str, float]]:
         """Advantages, returns and loss weights of a whole batch."""
         inputs = credit_input(batch)
+        if inputs.bootstrap_values_B is not None and not self.spec.continues:
+            inputs = replace(inputs, bootstrap_values_B=torch.zeros_like(inputs.bootstrap_values_B))
+        scored = inputs.rewards_B
         for part in self.shaping:
             rewards, token_rewards = part(inputs, torch.from_numpy(batch.response_lengths.copy()))
             inputs = replace(inputs, rewards_B=rewards, token_rewards_BT=token_rewards)
+        if self.shaping:
+            inputs = replace(inputs, scored_rewards_B=scored)
         metrics: dict[str, float] = {}
         if inputs.old_logprobs_BT is not None and inputs.reference_logprobs_BT is not None:
             kl = kl_estimates(inputs.old_logprobs_BT, inputs.reference_logprobs_BT, "k3")[inputs.mask_BT]

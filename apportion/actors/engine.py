@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from apportion.platform.errors import ConfigError, TrainingError
+from apportion.platform.rendezvous import open_store
 from apportion.platform.schedule import learning_rate_at
 
 M = TypeVar("M")
@@ -261,6 +262,10 @@ def join_world(world: World) -> torch.device:
     if not torch.distributed.is_initialized():
         limit = timedelta(seconds=world.timeout_seconds)
         backend = "nccl" if device.type == "cuda" else "gloo"
+        store = open_store(world.master_address, world.master_port, world.size, world.rank == 0, limit, wait=False)
+        torch.distributed.init_process_group(
+            backend, store=store, rank=world.rank, world_size=world.size, timeout=limit
+        )
         deepspeed.init_distributed(backend, verbose=False, timeout=limit)
     return device
 

@@ -1,7 +1,7 @@
 """Hosts environment instances: one actor runs thousands of them, each for one episode.
 
-Synchronous environments step on a pool of threads, asynchronous ones side by side on one event loop. A call has a time
-limit, counted from when it begins to run. What raises or is late ends its own episode with a failure that says why;
+Synchronous methods run on a pool of threads, asynchronous ones side by side on one event loop, each method as it is
+written. A call has a time limit, counted from when it begins to run. What raises or is late ends its own episode with a failure that says why;
 the others go on. Python cannot stop a thread: a synchronous call past its limit is left behind in its daemon thread,
 and when too many are, further calls fail at once rather than pile up.
 """
@@ -65,7 +65,8 @@ class EnvironmentWorker(ActorBase):
     def __init__(self, spec: EnvironmentSpec) -> None:
         self._spec = spec
         self._make = load_environment(spec.cls)
-        self._is_async = inspect.iscoroutinefunction(self._make.step)
+        methods = ("reset", "step")
+        self._is_async = {name: inspect.iscoroutinefunction(getattr(self._make, name)) for name in methods}
         self._pool = ThreadPool(spec.threads, spec.step_timeout_seconds)
         self._loop = EventLoop(spec.step_timeout_seconds)
         self._live: dict[tuple[str, int], Any] = {}
@@ -73,29 +74,25 @@ class EnvironmentWorker(ActorBase):
     def start(self, owner: str, starts: list[EpisodeStart]) -> list[EpisodeState]:
         """Make and reset an instance for each episode; those the owner still has are closed first."""
         self.finish(owner, [episode for name, episode in self._live if name == owner])
-        outcomes = self._run([self._begin_async(s) if self._is_async else self._beginner(s) for s in starts])
+        made: dict[int, Any] = {}
+        outcomes = self._run("reset", [self._beginner(start, made) for start in starts])
+        self._live |= {(owner, episode): environment for episode, environment in made.items()}
         states = []
         for given, outcome in zip(starts, outcomes, strict=True):
             if isinstance(outcome, BaseException):
                 states.append(EpisodeState(given.episode, done=True, failure=_told(outcome, "reset")))
-                continue
-            environment, observation = outcome
-            self._live[owner, given.episode] = environment
-            problem = _no_text(observation)
-            if problem is None:
-                states.append(EpisodeState(given.episode, observation))
-            else:
+            elif (problem := _no_text(outcome)) is not None:
                 states.append(EpisodeState(given.episode, done=True, failure=f"reset: {problem}"))
+            else:
+                states.append(EpisodeState(given.episode, outcome))
         self._close_ended(owner, states)
         return states
 
     def step(self, owner: str, actions: list[Action]) -> list[EpisodeState]:
         """Each action's outcome; instances whose episode is over are closed."""
         environments = [self._live[owner, action.episode] for action in actions]
-        outcomes = self._run([
-            environment.step(action.text) if self._is_async else _bound(environment.step, action.text)
-            for environment, action in zip(environments, actions, strict=True)
-        ])  # fmt: skip
+        steps = [_bound(e.step, action.text) for e, action in zip(environments, actions, strict=True)]
+        outcomes = self._run("step", steps)
         states = [_state(action.episode, outcome) for action, outcome in zip(actions, outcomes, strict=True)]
         self._close_ended(owner, states)
         return states
@@ -104,7 +101,7 @@ class EnvironmentWorker(ActorBase):
         """Close instances; closing has the time limit of a step, and what goes wrong is only logged."""
         gone = [self._live.pop((owner, episode)) for episode in episodes if (owner, episode) in self._live]
         closers = [environment.close for environment in gone if callable(getattr(environment, "close", None))]
-        waiting = [close() for close in closers if inspect.iscoroutinefunction(close)]
+        waiting = [close for close in closers if inspect.iscoroutinefunction(close)]
         plain = [close for close in closers if not inspect.iscoroutinefunction(close)]
         for outcome in [*(self._pool.run(plain) if plain else []), *(self._loop.run(waiting) if waiting else [])]:
             if isinstance(outcome, BaseException):
@@ -114,31 +111,18 @@ class EnvironmentWorker(ActorBase):
         """Instances that are open."""
         return len(self._live)
 
-    def _run(self, jobs: list[Any]) -> list[Any]:
-        return self._loop.run(jobs) if self._is_async else self._pool.run(jobs)
+    def _run(self, method: str, functions: list[Callable[[], Any]]) -> list[Any]:
+        return self._loop.run(functions) if self._is_async[method] else self._pool.run(functions)
 
-    def _beginner(self, start: EpisodeStart) -> Callable[[], Any]:
-        def begin() -> tuple[Any, Any]:
-            environment = self._make(**self._spec.params)
-            try:
-                return environment, environment.reset(**reset_arguments(environment.reset, start))
-            except BaseException:
-                if callable(getattr(environment, "close", None)):
-                    environment.close()
-                raise
+    def _beginner(self, start: EpisodeStart, made: dict[int, Any]) -> Callable[[], Any]:
+        """Makes an instance, kept in `made` however its reset ends, and resets it: where `reset` runs, so that what an
+        asynchronous one opens belongs to the loop."""
+
+        def begin() -> Any:
+            environment = made[start.episode] = self._make(**self._spec.params)
+            return environment.reset(**reset_arguments(environment.reset, start))
 
         return begin
-
-    async def _begin_async(self, start: EpisodeStart) -> tuple[Any, Any]:
-        environment = self._make(**self._spec.params)
-        try:
-            observation = environment.reset(**reset_arguments(environment.reset, start))
-            return environment, await observation if inspect.isawaitable(observation) else observation
-        except BaseException:
-            closed = environment.close() if callable(getattr(environment, "close", None)) else None
-            if inspect.isawaitable(closed):
-                await closed
-            raise
 
     def _close_ended(self, owner: str, states: list[EpisodeState]) -> None:
         self.finish(owner, [state.episode for state in states if state.done])

@@ -1,7 +1,8 @@
 """Calling environments with a time limit: synchronous ones on threads, asynchronous ones on an event loop.
 
-A limit counts from when a call begins to run, so that a short pool does not make calls late. Python cannot stop a
-thread: a call past its limit is left behind in its daemon thread, and past `MAX_HUNG` of them nothing more is started.
+A limit counts from when a call begins to run, so that neither a short pool nor a busy loop makes calls late that have
+not begun. Python cannot stop a thread: a call past its limit is left behind in its daemon thread, and past `MAX_HUNG` of
+them nothing more is started.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 MAX_HUNG = 64  # threads left behind in one process
+MAX_BLOCKED = 2  # event loops given up in one round of calls, each of which costs the limit
 GRACE_SECONDS = 1.0  # for a coroutine to notice that it was cancelled
 
 
@@ -22,10 +24,11 @@ class StepTimeout(Exception):
     """An environment did not answer within its limit."""
 
 
-@dataclass
+@dataclass(eq=False)  # two jobs are never the same, and finding one among thousands compares no results
 class _Job:
     call: Callable[[], Any]
     started: float = 0.0
+    task: asyncio.Task[None] | None = None  # of a coroutine
     result: Any = None  # or the exception it ended with
     done: bool = False
     abandoned: bool = False
@@ -38,6 +41,35 @@ class _Round:
     waiting: deque[_Job]
     running: list[_Job]
     missing: int
+
+    @staticmethod
+    def of(jobs: Sequence[_Job]) -> _Round:
+        return _Round(deque(jobs), [], len(jobs))
+
+    def begin(self, job: _Job) -> None:
+        self.waiting.remove(job)
+        job.started = time.monotonic()
+        self.running.append(job)
+
+    def end(self, job: _Job, result: Any) -> None:
+        """What a call gave, unless it was given up before."""
+        job.done = True
+        if not job.abandoned:
+            job.result = result
+            self.running.remove(job)
+            self.missing -= 1
+
+    def give_up(self, job: _Job, why: str) -> None:
+        job.abandoned = True
+        job.result = StepTimeout(why)
+        self.running.remove(job)
+        self.missing -= 1
+
+    def refuse_waiting(self, why: str) -> None:
+        for job in self.waiting:
+            job.result = StepTimeout(why)
+        self.missing -= len(self.waiting)
+        self.waiting.clear()
 
 
 class ThreadPool:
@@ -58,7 +90,7 @@ class ThreadPool:
     def run(self, functions: Sequence[Callable[[], Any]]) -> list[Any]:
         """What each function returned, or the exception that it ended with (StepTimeout past the limit)."""
         jobs = [_Job(function) for function in functions]
-        round_ = _Round(deque(jobs), [], len(jobs))
+        round_ = _Round.of(jobs)
         for _ in range(min(self._threads, len(jobs))):
             self._thread(round_)
         with self._changed:
@@ -75,11 +107,8 @@ class ThreadPool:
     def _leave_late_ones(self, round_: _Round) -> None:
         now = time.monotonic()
         for job in [job for job in round_.running if now >= job.started + self._limit]:
-            job.abandoned = True
-            job.result = StepTimeout(f"no answer within {self._limit:g} s, its thread is left behind")
+            round_.give_up(job, f"no answer within {self._limit:g} s, its thread is left behind")
             self._hung.append(job)
-            round_.running.remove(job)
-            round_.missing -= 1
             self._thread(round_)  # in the place of the one that is busy
 
     def _work(self, round_: _Round) -> None:
@@ -89,29 +118,23 @@ class ThreadPool:
             except BaseException as error:  # noqa: BLE001 - carried to the caller, SystemExit of a user's class too
                 result = error
             with self._changed:
-                job.done = True
+                round_.end(job, result)
                 if job.abandoned:
                     return
-                job.result = result
-                round_.running.remove(job)
-                round_.missing -= 1
                 if not round_.missing:
                     self._changed.notify_all()
 
     def _next(self, round_: _Round) -> _Job | None:
         with self._changed:
             if self.hung >= self._max_hung:
-                for job in round_.waiting:
-                    text = f"not called: {self._max_hung} earlier calls are still busy past their time limit"
-                    job.result = StepTimeout(text)
-                round_.missing -= len(round_.waiting)
-                round_.waiting.clear()
+                round_.refuse_waiting(
+                    f"not called: {self._max_hung} earlier calls are still busy past their time limit"
+                )
                 self._changed.notify_all()
             if not round_.waiting:
                 return None
-            job = round_.waiting.popleft()
-            job.started = time.monotonic()
-            round_.running.append(job)
+            job = round_.waiting[0]
+            round_.begin(job)
             return job
 
 
@@ -120,30 +143,93 @@ class EventLoop:
 
     def __init__(self, limit: float) -> None:
         self._limit = limit
+        self._changed = threading.Condition()
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    def run(self, coroutines: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
-        """What each coroutine gave, or the exception that it ended with (StepTimeout past the limit)."""
+    def run(self, functions: Sequence[Callable[[], Awaitable[Any]]]) -> list[Any]:
+        """What each coroutine gave, or the exception that it ended with (StepTimeout past the limit).
+
+        However long all of them take together, only one that has begun and is past its own limit is late. One that
+        blocks the loop makes all that began before it late; those that have not begun go on with a fresh loop.
+        """
+        jobs = [_Job(function) for function in functions]
+        round_ = _Round.of(jobs)
+        for _ in range(MAX_BLOCKED):
+            self._go_on(round_)
+            if not round_.missing:
+                break
+        with self._changed:
+            round_.refuse_waiting(f"not called: {MAX_BLOCKED} asynchronous environments blocked the event loop before")
+        return [job.result for job in jobs]
+
+    def _go_on(self, round_: _Round) -> None:
+        """Until each call has a result, or the loop is blocked and only those are left that have not begun."""
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
             threading.Thread(target=self._loop.run_forever, name="environment-loop", daemon=True).start()
-        future = asyncio.run_coroutine_threadsafe(self._all(coroutines), self._loop)
-        try:
-            return future.result(self._limit + GRACE_SECONDS)
-        except TimeoutError:
-            self._loop = None  # something blocks it: whoever waits on it is lost, later calls get a fresh one
-            text = f"no answer within {self._limit:g} s; one of the asynchronous environments blocks the event loop"
-            return [StepTimeout(text) for _ in coroutines]
+        pulse = _Pulse(self._loop)
+        self._loop.call_soon_threadsafe(self._create, self._loop, round_, list(round_.waiting))
+        with self._changed:
+            while round_.missing:
+                self._changed.wait(self._limit / 10)
+                if round_.missing and pulse.still_seconds() >= self._limit:
+                    self._loop = None  # whoever waits on it is lost, later calls get a fresh one
+                    self._blame(round_, pulse.task)
+                    return
+                self._leave_late_ones(round_)
 
-    async def _all(self, coroutines: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
-        return await asyncio.gather(*map(self._one, coroutines), return_exceptions=True)
+    def _create(self, loop: asyncio.AbstractEventLoop, round_: _Round, jobs: Sequence[_Job]) -> None:
+        for job in jobs:
+            job.task = loop.create_task(self._one(job, round_))
 
-    async def _one(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+    async def _one(self, job: _Job, round_: _Round) -> None:
+        with self._changed:
+            if job not in round_.waiting:
+                return  # this loop was given up, and another has begun it
+            round_.begin(job)
         scope = asyncio.timeout(self._limit)
         try:
             async with scope:
-                return await coroutine
-        except TimeoutError:
-            if scope.expired():
-                raise StepTimeout(f"no answer within {self._limit:g} s") from None
-            raise
+                result: Any = await job.call()
+        except BaseException as error:  # noqa: BLE001 - carried to the caller; a SystemExit would end the loop of all
+            late = isinstance(error, TimeoutError) and scope.expired()
+            result = StepTimeout(f"no answer within {self._limit:g} s") if late else error
+        with self._changed:
+            round_.end(job, result)
+            if not round_.missing:
+                self._changed.notify_all()
+
+    def _blame(self, round_: _Round, blocker: asyncio.Task[Any] | None) -> None:
+        for job in list(round_.running):
+            who = "it" if job.task is blocker else "another asynchronous environment"
+            round_.give_up(job, f"no answer within {self._limit:g} s; {who} blocks the event loop")
+
+    def _leave_late_ones(self, round_: _Round) -> None:
+        """The loop itself ends what is late; this is for what goes on though it was cancelled."""
+        now = time.monotonic()
+        for job in [job for job in round_.running if now >= job.started + self._limit + GRACE_SECONDS]:
+            round_.give_up(job, f"no answer within {self._limit:g} s")
+
+
+class _Pulse:
+    """Tells a loop that is busy from one that is blocked: for how long neither a turn of it nor a task has ended."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._beats = 0  # turns of the loop, at most one for each time that was asked
+        self._last, self._since = (-1, self.task), time.monotonic()
+
+    @property
+    def task(self) -> asyncio.Task[Any] | None:
+        """The one that holds the loop now."""
+        return asyncio.current_task(self._loop)
+
+    def still_seconds(self) -> float:
+        seen, now = (self._beats, self.task), time.monotonic()
+        if seen != self._last:
+            self._last, self._since = seen, now
+        self._loop.call_soon_threadsafe(self._beat)
+        return now - self._since
+
+    def _beat(self) -> None:
+        self._beats += 1

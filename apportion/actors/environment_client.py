@@ -15,11 +15,17 @@ T = TypeVar("T")
 
 
 class RemoteEnvironments:
-    """Instances of one owner on `actors`; an episode stays on the actor that its number gives."""
+    """Instances of one owner on `actors`; an episode stays on the actor that its number gives.
 
-    def __init__(self, actors: Sequence[Actor], owner: str, step_timeout_seconds: float, threads: int) -> None:
+    `sharing`: owners that one actor serves, one call after the other, this one included.
+    """
+
+    def __init__(
+        self, actors: Sequence[Actor], owner: str, step_timeout_seconds: float, threads: int, sharing: int = 1
+    ) -> None:
         self._actors, self._owner = list(actors), owner
-        self._timeout, self._threads = step_timeout_seconds, threads
+        self._timeout, self._threads, self._sharing = step_timeout_seconds, threads, sharing
+        self._largest = 0  # part that one actor was given; other owners' batches are about as large
 
     def start(self, starts: list[EpisodeStart]) -> list[EpisodeState]:
         return self._ask("start", starts, lambda start: start.episode)
@@ -44,10 +50,17 @@ class RemoteEnvironments:
 
     def _gather(self, method: str, parts: dict[int, list[Any]]) -> list[Any]:
         calls: list[Call] = [self._actors[at].call(method, self._owner, part) for at, part in parts.items()]
-        most = max(map(len, parts.values()))
-        # Each call may take its limit, and so may closing what it ended; an actor has so many threads at once.
-        seconds = SLACK_SECONDS + 2 * self._timeout * ceil(most / self._threads)
-        return gather(calls, seconds, f"{method} of environments")
+        return gather(calls, self._seconds(max(map(len, parts.values()))), f"{method} of environments")
+
+    def _seconds(self, most: int) -> float:
+        """How long a call about `most` instances of one actor may take, with those that the actor has to answer before.
+
+        Each instance may take its limit, twice where an event loop is blocked, and so may closing what it ended; an actor
+        has so many threads at once.
+        """
+        self._largest = max(self._largest, most)
+        rounds = ceil(most / self._threads) + (self._sharing - 1) * ceil(self._largest / self._threads)
+        return SLACK_SECONDS + 4 * self._timeout * rounds
 
 
 def share(environments: Sequence[Actor], engine: int, engines: int) -> list[Actor]:
@@ -58,3 +71,12 @@ def share(environments: Sequence[Actor], engine: int, engines: int) -> list[Acto
     """
     own = list(environments[engine::engines])
     return own or [environments[engine % len(environments)]]
+
+
+def sharing(environments: int, engines: int) -> int:
+    """The most engines that `share` leads to one environment actor.
+
+    >>> sharing(1, 8), sharing(2, 3), sharing(5, 2)
+    (8, 2, 1)
+    """
+    return ceil(engines / environments)

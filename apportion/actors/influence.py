@@ -4,8 +4,7 @@ The credit method's `influence` hook is given, group by group, the final hidden 
 tokens and their probabilities on V*, the tokens that occur in the group. Those come from the output head's rows of V*
 and each token's logsumexp, so beyond a chunk nothing has a vocabulary's width, and only one number a token leaves here.
 
-The hook's rewards are outcomes as scored, before shaping: credit, which sees them after it, must sort right from wrong
-alike (with `correct_at`, where shaping moves rewards off 0 and 1).
+The hook's rewards are outcomes as scored, before shaping; credit finds the same in `CreditInput.scored_rewards_B`.
 """
 
 from __future__ import annotations

@@ -33,8 +33,9 @@ from apportion.actors.reward_call import LimitedCaller, failure_of
 from apportion.actors.reward_service import FIRST_PAUSE_SECONDS, RETRIED_STATUS, shown_url
 from apportion.algorithms.steps import critique_prompt, parse_verdict
 from apportion.batch import Critique
+from apportion.data.errors import DataError
 from apportion.data.functions import load_function
-from apportion.data.prompts import PromptEncoder, load_tokenizer
+from apportion.data.prompts import PromptEncoder, check_characters, load_tokenizer
 from apportion.platform.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -89,6 +90,10 @@ def read_answer(answer: str, steps: int) -> Critique:
     return Critique(None, "out_of_range" if listed else "unparseable", answer)
 
 
+def _unreadable(error: DataError) -> Critique:
+    return Critique(None, "refused", detail=f"the judge's prompt cannot be read: {error}")
+
+
 # a Python function
 
 
@@ -131,7 +136,7 @@ class FunctionJudge:
             arguments = {name: value for name, value in arguments.items() if name in self._wanted}
         try:
             said = self._caller.call(lambda: self._function(**arguments), left)
-        except Exception as error:  # noqa: BLE001 - a user's function may raise anything; it is carried on as a failure
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a user's function raises is a failure
             failure = failure_of(error, self.name)
             return Critique(None, _FAILURES[failure.reason], detail=failure.text)
         return _of_function(said, len(case.steps), self.name)
@@ -184,11 +189,20 @@ class ModelJudge:
         return case.prompt()
 
     def ask(self, cases: Sequence[Case], count: int, deadline: float) -> list[list[Critique]]:
-        prompts = [self._encoder.token_ids(case.prompt()) for case in cases]
+        prompts: dict[int, np.ndarray] = {}  # of the cases that are asked about
+        out: list[list[Critique]] = []
         room = self._spec.engine_spec.max_model_len - self._spec.max_tokens
-        places = [(i, k) for i, ids in enumerate(prompts) if len(ids) <= room for k in range(count)]
-        # What is not overwritten below was not reached in time, or does not fit.
-        out = [[Critique(None, "slow" if len(ids) <= room else "too_long")] * count for ids in prompts]
+        for i, case in enumerate(cases):
+            try:
+                ids = self._encoder.token_ids(case.prompt())
+            except DataError as error:
+                out.append([_unreadable(error)] * count)
+                continue
+            # What is not overwritten below was not reached in time, or does not fit.
+            out.append([Critique(None, "slow" if len(ids) <= room else "too_long")] * count)
+            if len(ids) <= room:
+                prompts[i] = ids
+        places = [(i, k) for i in prompts for k in range(count)]
         # An engine cannot be interrupted: the deadline is looked at between calls, each large enough to keep it busy.
         size = 4 * self._spec.engine_spec.max_sequences
         for start in range(0, len(places), size):
@@ -279,6 +293,10 @@ class ServiceJudge:
 
     def _critique(self, case: Case, prompt: str, batch_deadline: float) -> Critique:
         spec = self._spec
+        try:
+            check_characters(prompt)
+        except DataError as error:
+            return _unreadable(error)
         if self._count_tokens(prompt) + spec.max_tokens > spec.context_tokens:
             return Critique(None, "too_long")
         deadline = min(batch_deadline, time.monotonic() + spec.timeout_seconds)
@@ -289,6 +307,8 @@ class ServiceJudge:
             text, reason = self._attempts(content, deadline)
         except _Refused as error:
             return Critique(None, error.reason, detail=str(error))
+        except RecursionError:  # of the JSON reader
+            return Critique(None, "malformed", detail="the answer has brackets without end, expected a chat completion")
         return Critique(None, "cut", text) if reason == "length" else read_answer(text, len(case.steps))
 
     def _attempts(self, content: bytes, deadline: float) -> tuple[str, str]:
@@ -312,12 +332,13 @@ class ServiceJudge:
         """One request. ConnectionError where another may help, _Refused where not."""
         import httpx
 
-        address, shown = completions_address(url), shown_url(url)
+        shown = "judge.url"
         left = max(0.001, deadline - time.monotonic())
         try:
-            with self._client.stream("POST", address, content=content, timeout=left) as response:
+            shown = shown_url(url)
+            with self._client.stream("POST", completions_address(url), content=content, timeout=left) as response:
                 answer = _read(response, deadline, shown)
-        except httpx.HTTPError as error:  # its text may name the address in full
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:  # its text may name the address in full
             raise ConnectionError(f"{shown}: {type(error).__name__}") from None
         status = response.status_code
         if status in RETRIED_STATUS:

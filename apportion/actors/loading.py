@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def save_huggingface(
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     cpu = {name: tensor.to("cpu") for name, tensor in named.items()}
-    if (Path(base) / "generation_config.json").exists():
+    with suppress(OSError):  # not every model has one; a hub's name may be no folder
         model.generation_config = GenerationConfig.from_pretrained(base)
     model.save_pretrained(folder, state_dict=cpu)
     tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code)

@@ -32,13 +32,15 @@ def merged_weights(named: Iterator[tuple[str, Tensor]], lora: Any | None) -> Ite
             weight = held[1].float() + (lora.alpha / lora.rank) * (tensor.float() @ factor)
             yield held[0], weight.to(held[1].dtype)
             held, factor = None, None
+        elif ".base_layer." in name and not name.endswith(".weight"):  # a bias stands between a weight and its factors
+            yield name.replace(".base_layer.", "."), tensor
         else:
             if held is not None:
                 yield held
                 held = None
-            if ".base_layer.weight" in name:
+            if ".base_layer." in name:
                 held = (name.replace(".base_layer.", "."), tensor.clone())
             else:
-                yield name.replace(".base_layer.", "."), tensor
+                yield name, tensor
     if held is not None:
         yield held

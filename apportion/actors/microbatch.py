@@ -27,10 +27,21 @@ class Tree:
     members: Tensor  # [r] int64, trajectory (0 to b - 1) of each action token
     trajectories: int  # b
     positions: Tensor  # [rows, S] int64
-    visible: Tensor  # [rows, 1, S, S] bool, which positions each position attends to
+    segments: Tensor  # [rows, S] int64: 0 what all of the row see (a prompt), 1.. what only itself sees, -1 padding
+
+    @property
+    def visible(self) -> Tensor:
+        """[rows, 1, S, S] bool, which positions each position attends to: earlier ones of the prompt and of its own
+        segment. Made for each pass: the masks of a whole data set would not fit. Padding sees itself, so that no softmax
+        is over nothing."""
+        ids = self.segments
+        query, key = ids[:, :, None], ids[:, None, :]
+        earlier = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device)
+        seen = earlier.tril() & (key >= 0) & ((key == 0) | (key == query))
+        return (seen | torch.eye(ids.shape[1], dtype=torch.bool, device=ids.device))[:, None]
 
     def to(self, device: torch.device | str) -> Tree:
-        return Tree(self.members.to(device), self.trajectories, self.positions.to(device), self.visible.to(device))
+        return Tree(self.members.to(device), self.trajectories, self.positions.to(device), self.segments.to(device))
 
 
 @dataclass
@@ -205,19 +216,8 @@ def make_tree(batch: Batch, families: list[np.ndarray]) -> MicroBatch:
         width=max(1, int(batch.response_lengths[chosen].max())),
         packed_index=joined["packed"],
         real_tokens=int((batch.prompt_lengths + batch.response_lengths)[chosen].sum()),
-        tree=Tree(torch.from_numpy(joined["members"]), member, torch.from_numpy(positions), _visible(segments)),
+        tree=Tree(torch.from_numpy(joined["members"]), member, torch.from_numpy(positions), torch.from_numpy(segments)),
     )
-
-
-def _visible(segments: np.ndarray) -> Tensor:
-    """[rows, S] segment of each position to [rows, 1, S, S] bool: earlier positions of the prompt and of one's own
-    response. Padding sees itself, so that no softmax is over nothing."""
-    ids = torch.from_numpy(segments)
-    query, key = ids[:, :, None], ids[:, None, :]
-    width = ids.shape[1]
-    earlier = torch.ones(width, width, dtype=torch.bool).tril()
-    seen = earlier & (key >= 0) & ((key == 0) | (key == query))
-    return (seen | torch.eye(width, dtype=torch.bool))[:, None]
 
 
 def nothing() -> MicroBatch:

@@ -42,7 +42,6 @@ def make_packed(batch: Batch, indices: np.ndarray) -> MicroBatch:
     starts = np.cumsum(lengths) - lengths
     owners = torch.from_numpy(np.repeat(np.arange(len(indices)), lengths))
     positions = torch.from_numpy(np.arange(lengths.sum()) - np.repeat(starts, lengths))
-    visible = torch.ones(len(owners), len(owners), dtype=torch.bool).tril_() & (owners[:, None] == owners[None])
     members = padded.rows
     return MicroBatch(
         input_ids=torch.from_numpy(np.concatenate([batch.sequence(int(i)) for i in indices]).astype(np.int64))[None],
@@ -53,5 +52,5 @@ def make_packed(batch: Batch, indices: np.ndarray) -> MicroBatch:
         width=padded.width,
         packed_index=padded.packed_index,
         real_tokens=padded.real_tokens,
-        tree=Tree(members, len(indices), positions[None], visible[None, None]),
+        tree=Tree(members, len(indices), positions[None], owners[None] + 1),
     )

@@ -7,22 +7,58 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from typing import Any
+from urllib.parse import urlsplit
 
-from apportion.actors.reward_sources import RESERVED, FunctionSource, function_source, parse_entries
+from apportion.actors.reward_sources import RESERVED, FunctionSource, RewardEntry, function_source, parse_entries
 from apportion.platform.errors import ConfigError
+from apportion.platform.metric_names import METRICS
+
+# A component's mean is logged as `reward/NAME`: these are other metrics, and `square` is what the std is made of.
+TAKEN_NAMES = (
+    *(name.removeprefix("reward/") for name in METRICS if name.startswith("reward/") and "<" not in name),
+    "square",
+)
 
 
 def check_functions(functions: Any, timeout_seconds: float) -> list[FunctionSource]:
-    """The functions among `reward.functions`; ConfigError for one that does not exist or cannot be imported."""
+    """The functions among `reward.functions`; ConfigError for one that does not exist or cannot be imported, and for a
+    component of any kind whose name cannot be a metric's."""
     entries = parse_entries(functions, timeout_seconds)
     if functions is not None and not entries:
         raise ConfigError("reward.functions: got an empty list, expected at least one")
-    return [
-        function_source(entry)
-        for entry in entries
-        if callable(entry.function)
-        or (entry.function is not None and not entry.function.startswith(("http://", "https://", "model:")))
-    ]
+    functions_found = []
+    for entry in entries:
+        if _is_function(entry):
+            source = function_source(entry)
+            functions_found.append(source)
+            _check_name(source.name)
+        else:
+            _check_name(entry.name or _host(entry))
+    return functions_found
+
+
+def _is_function(entry: RewardEntry) -> bool:
+    if isinstance(entry.function, str):
+        return not entry.function.startswith(("http://", "https://", "model:"))
+    return entry.function is not None
+
+
+def _host(entry: RewardEntry) -> str:
+    """What a service is called that has no name; a reward model's is fixed and free."""
+    url = entry.urls[0] if entry.urls else str(entry.function)
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:  # no address at all, which the service's own check says
+        return ""
+
+
+def _check_name(name: str) -> None:
+    problem = "that is the name of another metric" if name in TAKEN_NAMES else "it has a /" if "/" in name else None
+    if problem:
+        raise ConfigError(
+            f"reward.functions: got a component named {name!r} ({problem}), expected one that can be logged as "
+            "reward/NAME; give it another `name:`"
+        )
 
 
 def has_models(functions: Any) -> bool:

@@ -2,7 +2,8 @@
 
 A request is `POST {"prompts": [...], "completions": [...], "columns": {name: [...]}}`, the answer `{"rewards": [...]}`
 with status 200 and one number, null or list a sample. Anything else fails the samples of that request (`batch_size: 1`
-makes that one sample). Nothing of a header, of an address's user part or query, or of an answer's body is ever shown.
+makes that one sample). JSON has no NaN and no infinity: those of columns are sent as null. Nothing of a header, of an
+address's user part or query, or of an answer's body is ever shown.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import math
 import os
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -32,7 +35,12 @@ class _Refused(Exception):
 
 
 class ServiceSource:
-    """One component of the reward, asked from `urls`: requests go to them in turn, a retry to the next one."""
+    """One component of the reward, asked from `urls`: requests go to them in turn, a retry to the next one.
+
+    Where there are several, an attempt has its share of the time that is left, the last one all of it, so that an
+    address that accepts and never answers leaves time for another. One alone has all of it from the first attempt on:
+    nobody else would be asked, and a slow answer is better than none.
+    """
 
     def __init__(self, entry: RewardEntry) -> None:
         import httpx
@@ -77,7 +85,7 @@ class ServiceSource:
 
     def _ask(self, call: RewardCall, turn: int, deadline: float) -> list[Any]:
         """The elements of one request, failures if no attempt gave them in time."""
-        body = {"prompts": call.prompts, "completions": call.completions, "columns": call.columns}
+        body = {"prompts": call.prompts, "completions": call.completions, "columns": _finite(call.columns)}
         try:
             content = json.dumps(body, default=_plain, allow_nan=False).encode()
         except (TypeError, ValueError) as error:
@@ -89,18 +97,21 @@ class ServiceSource:
             if left <= 0:
                 return self._failed(call, "timeout", f"no answer within {self._limit:g} s; last: {problem}")
             try:
-                return self._attempt(url, content, len(call), deadline)
+                return self._attempt(url, content, len(call), time.monotonic() + left / self._sharing(attempt))
             except _Refused as error:
                 return self._failed(call, "service", str(error))
             except ConnectionError as error:
                 problem = str(error)
-            pause = FIRST_PAUSE_SECONDS * 2**attempt
-            if attempt < self._retries:
-                time.sleep(max(0.0, min(pause, deadline - time.monotonic())))
+            if attempt < self._retries:  # at most half of what is left, or the last attempts would never be made
+                time.sleep(max(0.0, min(FIRST_PAUSE_SECONDS * 2**attempt, (deadline - time.monotonic()) / 2)))
         late = time.monotonic() >= deadline
         return self._failed(
             call, "timeout" if late else "service", f"{self._retries + 1} attempts failed; last: {problem}"
         )
+
+    def _sharing(self, attempt: int) -> int:
+        """How many attempts share the time that is left before this one."""
+        return self._retries + 1 - attempt if len(set(self.urls)) > 1 else 1
 
     def _attempt(self, url: str, content: bytes, expected: int, deadline: float) -> list[Any]:
         """One request. ConnectionError where another attempt may help, _Refused where not."""
@@ -159,6 +170,21 @@ def _is_address(url: str) -> bool:
     except (httpx.InvalidURL, TypeError):
         return False
     return parts.scheme in ("http", "https") and bool(parts.host)
+
+
+def _finite(value: Any) -> Any:
+    """`value` with None for every NaN and infinity in it: one row's must not fail the request of all.
+
+    >>> _finite({"level": [1.5, float("nan")], "text": ["nan", "inf"]})
+    {'level': [1.5, None], 'text': ['nan', 'inf']}
+    """
+    if hasattr(value, "tolist"):  # arrays, and their numbers
+        value = value.tolist()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(element) for key, element in value.items()}
+    return [_finite(element) for element in value] if isinstance(value, list | tuple) else value
 
 
 def _plain(value: Any) -> Any:

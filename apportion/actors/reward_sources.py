@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -54,7 +55,7 @@ class RewardEntry:
     `model:PATH` or an address; a service with several addresses has `urls` instead."""
 
     function: str | Callable[..., Any] | None = None
-    urls: list[str] | None = None
+    urls: list[str] | None = None  # a text is a list of one
     weight: float = 1.0
     timeout_seconds: float = 60.0
     name: str | None = None  # null: the function's
@@ -65,19 +66,61 @@ class RewardEntry:
     auth_env: str | None = None  # services: environment variable that holds the Authorization header
 
     def __post_init__(self) -> None:
-        shown = self.function if self.function is not None else self.urls
+        if isinstance(self.urls, str):
+            self.urls = [self.urls]
+        elif isinstance(self.urls, Sequence):
+            self.urls = list(self.urls)
+        if isinstance(self.params, Mapping):
+            self.params = dict(self.params)
         if (self.function is None) == (self.urls is None):
-            raise ConfigError(
-                f"reward.functions: got function={self.function!r} and urls={self.urls!r}, expected one of the two"
-            )
-        if not isinstance(self.weight, int | float) or self.weight != self.weight or abs(self.weight) == float("inf"):
-            raise ConfigError(f"reward.functions {shown}: got weight {self.weight!r}, expected a number")
-        if not self.timeout_seconds > 0:
-            raise ConfigError(f"reward.functions {shown}: got timeout_seconds {self.timeout_seconds}, expected above 0")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ConfigError(f"reward.functions {shown}: got batch_size {self.batch_size}, expected at least 1")
-        if self.retries < 0:
-            raise ConfigError(f"reward.functions {shown}: got retries {self.retries}, expected at least 0")
+            given = "neither" if self.function is None else "both"
+            raise ConfigError(f"reward.functions: got {given} of function and urls, expected one of the two")
+        for key, (fits, expected) in _EXPECTED.items():
+            value = getattr(self, key)
+            if not fits(value):
+                got = "addresses" if key == "urls" else f"{key} {value!r}"  # an address may hold a password
+                raise ConfigError(f"reward.functions {self._shown()}: got {got}, expected {expected}")
+
+    def _shown(self) -> str:
+        """What an error calls this component: never an address's user part or query."""
+        if self.urls is not None:
+            return "urls"
+        text = str(self.function)
+        scheme, _, rest = text.partition("://")
+        return f"{scheme}://{rest.partition('?')[0].rpartition('@')[2]}" if scheme in ("http", "https") else text
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_text(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and bool(value))
+
+
+# Of every field of an entry: what it may be, in code and in words.
+_EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "function": (lambda v: v is None or isinstance(v, str) or callable(v), "a function's name"),
+    "urls": (
+        lambda v: v is None or (isinstance(v, list) and bool(v) and all(isinstance(url, str) for url in v)),
+        "a list of addresses",
+    ),
+    "weight": (_is_number, "a number"),
+    "timeout_seconds": (lambda v: _is_number(v) and v > 0, "above 0 (a number of seconds)"),
+    "name": (_is_text, "text"),
+    "params": (
+        lambda v: isinstance(v, dict) and all(isinstance(key, str) for key in v),
+        "a mapping of names to values",
+    ),
+    "one_by_one": (lambda v: isinstance(v, bool), "true or false"),
+    "batch_size": (lambda v: v is None or _is_whole(v, 1), "at least 1 (a whole number)"),
+    "retries": (lambda v: _is_whole(v, 0), "at least 0 (a whole number)"),
+    "auth_env": (_is_text, "an environment variable's name"),
+}
 
 
 def parse_entries(value: Any, default_timeout: float) -> list[RewardEntry]:
@@ -104,9 +147,8 @@ def _parse_entry(entry: Any, default_timeout: float) -> RewardEntry:
     given = {"timeout_seconds": default_timeout} | dict(entry)
     if given["timeout_seconds"] is None:
         given["timeout_seconds"] = default_timeout
-    for key, kind in (("params", dict), ("urls", list)):
-        if given.get(key) is not None:
-            given[key] = kind(given[key])
+    if given.get("params") is None:
+        given["params"] = {}
     return RewardEntry(**given)
 
 

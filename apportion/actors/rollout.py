@@ -48,11 +48,12 @@ class RolloutWorker(ActorBase):
         self._given = GivenResponses(spec.engine_spec.model, spec.engine_spec.trust_remote_code)
         self._runner: EpisodeRunner | None = None
 
-    def connect(self, environments: list[Actor]) -> None:
-        """From now on a prompt is played as an episode of several turns with one of `environments`."""
+    def connect(self, environments: list[Actor], sharing: int) -> None:
+        """From now on a prompt is played as an episode of several turns with one of `environments`, each of which at
+        most `sharing` engines use."""
         spec = self._spec.episodes
         assert spec is not None
-        remote = RemoteEnvironments(environments, self._name, spec.step_timeout_seconds, spec.threads)
+        remote = RemoteEnvironments(environments, self._name, spec.step_timeout_seconds, spec.threads, sharing)
         self._runner = EpisodeRunner(self._engine, remote, spec.encoder(), spec.limits)
 
     def generate(

@@ -34,6 +34,7 @@ class CreditInput:
     token_rewards_BT: Tensor
     turn_ids_BT: Tensor  # int, turn of each action token, -1 elsewhere
     terminated_B: Tensor  # bool, False: cut by a limit
+    scored_rewards_B: Tensor | None = None  # outcome before shaping; None where it is `rewards_B`
     kl_rewards_BT: Tensor | None = None  # the KL's part of token_rewards_BT; None without a KL in the reward
     token_ids_BT: Tensor | None = None  # int
     old_logprobs_BT: Tensor | None = None

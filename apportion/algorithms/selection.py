@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -39,6 +40,8 @@ class DynamicSampling:
     """
 
     by: str = "auto"
+    # Parameters with which the only response to a prompt is never kept: `always`, or `unjudged` where no judge votes.
+    needs_groups: ClassVar[dict[str, Any]] = {"always": {"by": "outcome"}, "unjudged": {"by": "auto"}}
 
     def __post_init__(self) -> None:
         if self.by not in ("auto", "outcome", "tokens"):

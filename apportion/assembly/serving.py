@@ -18,15 +18,17 @@ from apportion.platform.cluster import ActorRequest
 from apportion.platform.runs import RunFolder
 
 
-def serving_requests(config: Config, model: str, needs: Needs | None = None) -> dict[str, list[ActorRequest]]:
-    """Rollout engines, reward workers and the credit worker."""
+def serving_requests(
+    config: Config, model: str, needs: Needs | None = None, step: int = 0
+) -> dict[str, list[ActorRequest]]:
+    """Rollout engines, reward workers and the credit worker, of a run that goes on after `step`."""
     reward, c = config.reward, config.cluster
     gpus = c.gpus_per_rollout_engine
     environment = compute_environment(config, gpus)
     if not joins(config):
         environment["GLOO_SOCKET_IFNAME"] = "lo"  # a Ray of our own: whoever they speak to is on this machine
     rollouts = [
-        ActorRequest(f"rollout-{i}", RolloutWorker, (rollout_spec(config, model, i), f"rollout-{i}"), 1, gpus,
+        ActorRequest(f"rollout-{i}", RolloutWorker, (rollout_spec(config, model, i, step), f"rollout-{i}"), 1, gpus,
                      environment)
         for i in range(c.rollout_engines)
     ]  # fmt: skip
@@ -73,14 +75,16 @@ def _episodes(config: Config, model: str) -> EpisodeSpec | None:
     )
 
 
-def rollout_spec(config: Config, model: str, index: int) -> RolloutSpec:
+def rollout_spec(config: Config, model: str, index: int, step: int = 0) -> RolloutSpec:
     r = config.rollout
+    # vLLM's own stream of random numbers is in no checkpoint: a resumed run begins another, not the first steps' again.
+    seed = (config.seed + index + 1009 * step) % 2**32
     threads = thread_count(config.cluster)
     longest = config.data.max_prompt_tokens + max(r.max_response_tokens, config.evaluation.max_response_tokens or 0)
     spec = EngineSpec(
         model=model,
         dtype=config.model.dtype,
-        seed=config.seed + index,
+        seed=seed,
         max_model_len=longest,
         max_sequences=r.max_sequences,
         tensor_parallel_size=r.tensor_parallel_size,
@@ -108,6 +112,7 @@ def _credit_spec(config: Config, model: str, needs: Needs | None) -> CreditSpec:
         tokenizer=model,
         keep_groups_together=bool(needs and needs.groups_together),
         trust_remote_code=config.model.trust_remote_code,
+        continues=config.environment.cls is not None,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from apportion.actors.engine import World
-from apportion.actors.environment_client import share
+from apportion.actors.environment_client import share, sharing
 from apportion.assembly.hosts import thread_count
 from apportion.conf.preference_schema import RanksConfig
 from apportion.conf.schema import ClusterConfig, Config
@@ -22,7 +22,8 @@ def start(config: Config, cluster: Cluster, requests: dict[str, list[ActorReques
     ]
     if environments := started.get("environment", []):
         engines = started["rollout"]
-        joining += [a.call("connect", share(environments, i, len(engines))) for i, a in enumerate(engines)]
+        owners = sharing(len(environments), len(engines))
+        joining += [a.call("connect", share(environments, i, len(engines)), owners) for i, a in enumerate(engines)]
     joining += [actor.call("prepare") for actor in started["credit"]]
     if config.cluster.weight_transfer == "broadcast" and started.get("policy"):
         joining += _channel(config, cluster, started["policy"][0], started["rollout"])

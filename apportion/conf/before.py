@@ -12,7 +12,7 @@ from apportion.conf.schema import Config
 from apportion.platform.errors import ConfigError
 from apportion.platform.files import write_text_atomically
 from apportion.platform.run_lock import is_held
-from apportion.platform.runs import redacted_text
+from apportion.platform.runs import never_began, redacted_text
 
 WORDS_FILE = "before.json"  # in the run's folder: what it was made by
 COMMANDS = tuple(name.replace("_", "-") for name in STAGES)
@@ -56,6 +56,8 @@ def done(stage: Stage, runs_folder: str) -> bool:
     if (folder / "summary.json").is_file() and any((folder / "checkpoints").glob("step-*")):
         _refuse_other_words(stage, folder)
         return True
+    if never_began(folder):  # its run takes the folder over
+        return False
     raise ConfigError(
         f"before: {folder} is of a stage that did not end, expected a finished run: apportion {stage.words[0]} "
         f"resume={folder}, or remove that folder"

@@ -10,6 +10,8 @@ from typing import Any
 from apportion.platform.errors import ConfigError, nearest
 
 MISSING: Any = "???"  # a value that has to be given, as omegaconf spells it
+LARGEST_SEED = 2**32 - 1  # that numpy takes
+SMALLEST_STORE_GIB = 0.075  # Ray starts with none smaller (75 MiB)
 
 
 def one_of(name: str, value: str, valid: tuple[str, ...]) -> None:
@@ -20,6 +22,11 @@ def one_of(name: str, value: str, valid: tuple[str, ...]) -> None:
 def at_least(name: str, value: float | None, low: float) -> None:
     if value is not None and value < low:
         raise ConfigError(f"{name}: got {value}, expected at least {low}")
+
+
+def above(name: str, value: float | None, low: float) -> None:
+    if value is not None and not value > low:
+        raise ConfigError(f"{name}: got {value}, expected above {low}")
 
 
 def between(name: str, value: float, low: float, high: float) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from math import ceil
 
 from apportion.conf.devices import Machine, check_devices
-from apportion.conf.models import VALUE_BYTES, ModelFacts
-from apportion.conf.parts import group_relative, pooled_unit, units_of_one_advantage
+from apportion.conf.models import VALUE_BYTES, ModelFacts, check_targets, read_limits, read_model
+from apportion.conf.parts import drops_lone_responses, group_relative, pooled_unit, units_of_one_advantage
 from apportion.conf.schema import AlgorithmConfig, Config
 from apportion.platform.errors import ConfigError
 
@@ -24,9 +24,11 @@ def check_combinations(
     """ConfigError for the first combination that cannot run. `machine` is None where the cluster is not this machine;
     `gpus` is what each actor asks for."""
     _check_batches(config)
-    _check_lengths(config, needs, model)
-    _check_algorithm(config)
+    _check_lengths(config, needs)
+    _check_algorithm(config, needs)
     _check_rollout(config, model)
+    if config.policy.lora is not None:
+        check_targets(config.policy.lora.targets, config.model.path)
     check_devices(config, needs, machine, gpus)
     _check_evaluation(config)
     alone, steps = config.critic.warmup_steps_without_policy, config.train.steps
@@ -35,6 +37,13 @@ def check_combinations(
             f"critic.warmup_steps_without_policy: got {alone} with train.steps={steps}, expected fewer: the policy would "
             "never be trained"
         )
+
+
+def check_evaluation(config: Config, path: str) -> None:
+    """Those of these checks that measuring the model at `path` needs, without a run around it."""
+    _check_context(config, path)
+    _check_cache(config, read_model(path))
+    _check_evaluation(config)
 
 
 def _check_batches(config: Config) -> None:
@@ -57,7 +66,7 @@ def _check_batches(config: Config) -> None:
         )
 
 
-def _check_lengths(config: Config, needs: frozenset[str], model: ModelFacts | None) -> None:
+def _check_lengths(config: Config, needs: frozenset[str]) -> None:
     prompt, response = config.data.max_prompt_tokens, config.rollout.max_response_tokens
     longest = prompt + response
     sum_text = f"data.max_prompt_tokens={prompt} + rollout.max_response_tokens={response}"
@@ -72,27 +81,39 @@ def _check_lengths(config: Config, needs: frozenset[str], model: ModelFacts | No
                 f"{section}.micro_batch_tokens: got {limit}, expected at least {longest} = {sum_text}, "
                 "the longest sequence"
             )
-    if model is None or model.context is None:
+    _check_context(config, config.model.path)
+
+
+def _check_context(config: Config, path: str) -> None:
+    context = read_limits(path).context
+    if context is None:
         return
-    if longest > model.context:
+    prompt, response = config.data.max_prompt_tokens, config.rollout.max_response_tokens
+    if prompt + response > context:
         raise ConfigError(
-            f"rollout.max_response_tokens: got {sum_text} = {longest}, "
-            f"expected at most {model.context}, the model's context; shorten prompts or responses"
+            f"rollout.max_response_tokens: got data.max_prompt_tokens={prompt} + rollout.max_response_tokens={response} = "
+            f"{prompt + response}, expected at most {context}, the model's context; shorten prompts or responses"
         )
     evaluated = config.evaluation.max_response_tokens
-    if evaluated is not None and prompt + evaluated > model.context:
+    if evaluated is not None and prompt + evaluated > context:
         raise ConfigError(
             f"evaluation.max_response_tokens: got {evaluated} and data.max_prompt_tokens={prompt}, "
-            f"expected at most {model.context} together, the model's context"
+            f"expected at most {context} together, the model's context"
         )
 
 
-def _check_algorithm(config: Config) -> None:
+def _check_algorithm(config: Config, needs: frozenset[str]) -> None:
     algorithm, responses = config.algorithm, config.rollout.responses_per_prompt
     if responses == 1 and group_relative(algorithm):
         raise ConfigError(
             f"rollout.responses_per_prompt: got 1 with credit {algorithm.credit['name']}, which compares the responses "
             "to a prompt, expected at least 2 (or algorithm=reinforce_pp or ppo)"
+        )
+    lone = [part["name"] for part in algorithm.selection if drops_lone_responses(part, "critiques" in needs)]
+    if responses == 1 and lone:
+        raise ConfigError(
+            f"rollout.responses_per_prompt: got 1 with selection {lone[0]}, which keeps responses to a prompt only where "
+            "their rewards differ, expected at least 2, or algorithm.selection without it"
         )
     _check_surrogate(algorithm)
     if algorithm.kl.place == "none" and algorithm.kl.coefficient > 0:
@@ -139,14 +160,19 @@ def _check_rollout(config: Config, model: ModelFacts | None) -> None:
             f"cluster.rollout_engines: got {engines} for train.prompts_per_step={prompts}, "
             f"expected at most {prompts}: the responses to a prompt are sampled on one engine"
         )
-    if model is not None and gpus == 0 and config.rollout.engine == "vllm":
-        longest = longest_sampled(config)
-        needed = longest * model.kv_bytes_per_token(VALUE_BYTES[config.model.dtype]) / 2**30
-        if max(1, round(config.rollout.kv_cache_gib)) < needed:
-            raise ConfigError(
-                f"rollout.kv_cache_gib: got {config.rollout.kv_cache_gib:g}, "
-                f"expected at least {ceil(needed)} for one sequence of {longest} tokens"
-            )
+    _check_cache(config, model)
+
+
+def _check_cache(config: Config, model: ModelFacts | None) -> None:
+    if model is None or config.cluster.gpus_per_rollout_engine > 0 or config.rollout.engine != "vllm":
+        return
+    longest = longest_sampled(config)
+    needed = longest * model.kv_bytes_per_token(VALUE_BYTES[config.model.dtype]) / 2**30
+    if max(1, round(config.rollout.kv_cache_gib)) < needed:
+        raise ConfigError(
+            f"rollout.kv_cache_gib: got {config.rollout.kv_cache_gib:g}, "
+            f"expected at least {ceil(needed)} for one sequence of {longest} tokens"
+        )
 
 
 def _check_evaluation(config: Config) -> None:

@@ -1,30 +1,35 @@
-"""Models beside the policy that read its sequences, the critic and the reference: they must fit what they are given."""
+"""Models beside the policy that read its sequences, critic, reference and teachers: they must fit what they are given."""
 
 from __future__ import annotations
 
-from apportion.conf.models import ModelFacts, read_model
+from apportion.conf.models import ModelLimits, read_limits
 from apportion.conf.schema import Config
 from apportion.platform.errors import ConfigError
 
 
-def check_companions(config: Config, needs: frozenset[str], model: ModelFacts | None) -> None:
+def check_companions(config: Config, needs: frozenset[str]) -> None:
     """ConfigError where a critic or reference of its own could not read the longest sequence or every token."""
     given = {
         "critic.model": config.critic.model if "values" in needs else None,
         "reference.model": config.reference.model if "reference_logprobs" in needs else None,
     }
-    prompt, response = config.data.max_prompt_tokens, config.rollout.max_response_tokens
+    own = read_limits(config.model.path)
     for key, path in given.items():
-        facts = None if path is None else read_model(path, key)
-        if facts is None:
+        if path is None:
             continue
-        if facts.context is not None and prompt + response > facts.context:
+        limits = read_limits(path, key)
+        check_context(config, key, path, limits)
+        if own.vocabulary is not None and limits.vocabulary is not None and limits.vocabulary < own.vocabulary:
             raise ConfigError(
-                f"{key}: got {path} with a context of {facts.context} tokens, expected at least {prompt + response} = "
-                f"data.max_prompt_tokens={prompt} + rollout.max_response_tokens={response}, or shorter responses"
-            )
-        if model is not None and facts.vocabulary < model.vocabulary:
-            raise ConfigError(
-                f"{key}: got {path} with {facts.vocabulary} tokens, expected at least the {model.vocabulary} of "
+                f"{key}: got {path} with {limits.vocabulary} tokens, expected at least the {own.vocabulary} of "
                 f"{config.model.path}, with the same tokenizer: it reads the policy's token ids"
             )
+
+
+def check_context(config: Config, key: str, path: str, limits: ModelLimits) -> None:
+    prompt, response = config.data.max_prompt_tokens, config.rollout.max_response_tokens
+    if limits.context is not None and prompt + response > limits.context:
+        raise ConfigError(
+            f"{key}: got {path} with a context of {limits.context} tokens, expected at least {prompt + response} = "
+            f"data.max_prompt_tokens={prompt} + rollout.max_response_tokens={response}, or shorter responses"
+        )

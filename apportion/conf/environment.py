@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 
 from apportion.conf.schema import Config
+from apportion.data.environment_adapters import is_path
 from apportion.data.environments import load_environment
 from apportion.data.errors import DataError
 from apportion.platform.errors import ConfigError, nearest
+
+LIBRARIES = ("gymnasium", "textarena")  # built-in adapters, named like what they need
 
 
 def check_environment(config: Config) -> None:
@@ -27,6 +31,7 @@ def check_environment(config: Config) -> None:
         got = f"{environment.cls} cannot be imported ({type(error).__name__}: {error})"
         raise ConfigError(f"environment.cls: {got}, expected a class that can") from error
     _check_params(environment.cls, cls, environment.params)
+    _check_installed(environment.cls, environment.params)
     tokens, response = environment.max_turn_tokens, config.rollout.max_response_tokens
     if tokens is not None and tokens > response:
         raise ConfigError(
@@ -46,3 +51,10 @@ def _check_params(name: str, cls: type, params: dict) -> None:
         raise ConfigError(
             f"environment.params: {name}: {error}, expected {', '.join(known) or 'no parameters'}{hint}"
         ) from None
+
+
+def _check_installed(name: str, params: dict) -> None:
+    """Before actors start, since these libraries are imported only where an episode begins."""
+    own_class = name == "gymnasium" and is_path(str(params["id"]))  # has Gymnasium's API, and may do without it
+    if name in LIBRARIES and not own_class and importlib.util.find_spec(name) is None:
+        raise ConfigError(f"environment.cls: got {name}, which is not installed, expected it to be; pip install {name}")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import inspect
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from apportion.conf.devices import vllm_needs_gpu
-from apportion.conf.models import ModelFacts, read_model
+from apportion.conf.models import read_limits
 from apportion.conf.schema import Config, JudgeConfig
 from apportion.platform.errors import ConfigError
 
@@ -24,14 +24,23 @@ def judge_urls(judge: JudgeConfig) -> list[str]:
     """The addresses, none where the judge is of another kind; ConfigError for what is no address."""
     given = [] if judge.url is None else [judge.url] if isinstance(judge.url, str) else list(judge.url)
     for url in given:
-        parts = urlsplit(url) if isinstance(url, str) else None
-        if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
+        if not _is_address(url):
             raise ConfigError(
                 "judge.url: got an address that is not one, expected http://HOST:PORT/v1 or a list of such"
             )
     if judge.url is not None and not given:
         raise ConfigError("judge.url: got an empty list, expected at least one address, or null")
     return given
+
+
+def _is_address(url: Any) -> bool:
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # ValueError for one that no machine has
+        encoded = (parts.hostname or "").encode("idna")  # UnicodeError for what no name can be: a..b
+    except (ValueError, TypeError, AttributeError):  # the latter for what is no text
+        return False
+    return parts.scheme in ("http", "https") and bool(encoded)
 
 
 def own_model(judge: JudgeConfig) -> str | None:
@@ -57,7 +66,7 @@ def check_judge(config: Config, joined: bool) -> None:
         raise ConfigError("judge.api_key_env: got a name without judge.url, expected null, or an address to send it to")
     if judge.api_key_env is not None and not joined and not os.environ.get(judge.api_key_env):
         raise ConfigError(f"judge.api_key_env: got {judge.api_key_env}, which is not set, expected the key in it")
-    if judge.function is None and judge.temperature == 0 and (judge.critiques or 2) > 1:
+    if judge.function is None and judge.temperature == 0 and _critiques(config) > 1:
         raise ConfigError(
             "judge.temperature: got 0 with several critiques of a response, which would all be the same, "
             "expected above 0, or judge.critiques=1"
@@ -70,7 +79,17 @@ def check_judge(config: Config, joined: bool) -> None:
     if judge.function is not None:
         _check_function(judge.function)
     if own_model(judge) is not None:
-        _check_own_model(config, judge, read_model(str(judge.model), "judge.model"))
+        _check_own_model(config, judge)
+
+
+def _critiques(config: Config) -> int:
+    """Of each response."""
+    if config.judge.critiques is not None:
+        return config.judge.critiques
+    from apportion.algorithms.interface import judged_method
+    from apportion.algorithms.registry import build
+
+    return judged_method(build("credit", config.algorithm.credit)).critiques
 
 
 def _check_function(spec: str) -> None:
@@ -93,7 +112,7 @@ def _check_function(spec: str) -> None:
         ) from error
 
 
-def _check_own_model(config: Config, judge: JudgeConfig, model: ModelFacts | None) -> None:
+def _check_own_model(config: Config, judge: JudgeConfig) -> None:
     parallel, gpus = judge.tensor_parallel_size, config.cluster.gpus_per_judge
     if parallel > 1 and (judge.engine != "vllm" or gpus < parallel or gpus % parallel):
         raise ConfigError(
@@ -105,9 +124,10 @@ def _check_own_model(config: Config, judge: JudgeConfig, model: ModelFacts | Non
             "cluster.gpus_per_judge: got 0 with a vLLM that was built for CUDA, expected at least 1, or "
             "judge.engine=transformers"
         )
-    if model is not None and model.context is not None and judge.context_tokens > model.context:
+    context = read_limits(str(judge.model), "judge.model").context
+    if context is not None and judge.context_tokens > context:
         raise ConfigError(
-            f"judge.context_tokens: got {judge.context_tokens}, expected at most {model.context}, the context of "
+            f"judge.context_tokens: got {judge.context_tokens}, expected at most {context}, the context of "
             f"{judge.model} (and judge.max_tokens below it)"
         )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,14 @@ class ModelFacts:
     def lora_parameters(self, rank: int, targets: list[str]) -> int:
         """Trainable parameters of adapters on `targets`; unknown names are for peft to refuse."""
         return self.layers * sum(rank * sum(self.shapes[name]) for name in targets if name in self.shapes)
+
+
+@dataclass(frozen=True)
+class ModelLimits:
+    """What a model can read, which more architectures write in the same words than their sizes. None: not known."""
+
+    vocabulary: int | None = None
+    context: int | None = None
 
 
 # What the builtin models will be once they are made.
@@ -79,6 +86,38 @@ def read_model(path: str, key: str = "model.path") -> ModelFacts | None:
 
     ConfigError, under the configuration's `key`, for a builtin that does not exist or a folder that is no model's.
     """
+    config, folder = _described(path, key)
+    try:
+        return _facts(config, _counted(folder))
+    except KeyError:  # nothing is known, or an architecture that writes its sizes in other words
+        return None
+
+
+def read_limits(path: str, key: str = "model.path") -> ModelLimits:
+    """As `read_model`, of what can be read of any architecture."""
+    config, _ = _described(path, key)
+    return ModelLimits(config.get("vocab_size"), config.get("max_position_embeddings", config.get("n_positions")))
+
+
+def check_targets(targets: list[str], path: str) -> None:
+    """ConfigError for a LoRA target that is no layer of the model, as far as its files name its layers."""
+    config, folder = _described(path, "model.path")
+    names = {name.removesuffix(".weight") for name, shape in _tensors(folder).items() if len(shape) == 2}
+    if folder is None and config:
+        names = set(_facts(config, None).shapes)
+    if not names or any(".experts." in name for name in names):  # those are joined when they are loaded
+        return
+    for target in targets:
+        if target != "lm_head" and not any(name == target or name.endswith(f".{target}") for name in names):
+            known = sorted({name.rpartition(".")[2] for name in names if "embed" not in name})
+            raise ConfigError(
+                f"policy.lora.targets: got {target!r}, expected names of layers of {path}: {', '.join(known)}"
+                f"{nearest(target, known)}"
+            )
+
+
+def _described(path: str, key: str) -> tuple[dict[str, Any], Path | None]:
+    """A model's configuration, empty where nothing is known, and its folder."""
     if path.startswith(PREFIX):
         name = path.removeprefix(PREFIX)
         if name not in BUILDERS:
@@ -86,19 +125,19 @@ def read_model(path: str, key: str = "model.path") -> ModelFacts | None:
             raise ConfigError(f"{key}: got {path!r}, expected one of {', '.join(known)}{nearest(path, known)}")
         folder = cache_folder() / "models" / BUILDERS[name][0]
         if (folder / "config.json").is_file():
-            return _from_folder(folder)
-        return _facts(_BUILTIN_CONFIGS[name], None) if name in _BUILTIN_CONFIGS else None
+            return _configuration(folder), folder
+        return _BUILTIN_CONFIGS.get(name, {}), None
     local = Path(path).expanduser()
     if local.is_dir():
         if not (local / "config.json").is_file():
             raise ConfigError(
                 f"{key}: got {path!r}, a folder without config.json, expected a Hugging Face model's folder"
             )
-        return _from_folder(local)
+        return _configuration(local), local
     if path.startswith(("/", "./", "../", "~")):
         raise ConfigError(f"{key}: got {path!r}, which does not exist, expected a folder, a hub name or builtin:NAME")
     cached = _hub_snapshot(path)
-    return _from_folder(cached) if cached is not None else None
+    return (_configuration(cached), cached) if cached is not None else ({}, None)
 
 
 def _hub_snapshot(name: str) -> Path | None:
@@ -108,28 +147,34 @@ def _hub_snapshot(name: str) -> Path | None:
     return found[-1].parent if found else None
 
 
-def _from_folder(folder: Path) -> ModelFacts | None:
+def _configuration(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder}/config.json: not readable ({error}), expected a model's configuration") from error
-    config = config.get("text_config", config)  # a vision model's language part
-    try:
-        return _facts(config, _counted(folder))
-    except KeyError:  # an architecture that writes its sizes in other words
-        return None
+    return config.get("text_config", config)  # a vision model's language part
 
 
-def _counted(folder: Path) -> int | None:
-    """Parameters in the headers of the safetensors files; None where there are no such files."""
-    files = sorted(folder.glob("*.safetensors"))
-    total = 0
-    for file in files:
+def _counted(folder: Path | None) -> int | None:
+    """Parameters in the safetensors files; None where there are no such files."""
+    tensors = _tensors(folder)
+    return sum(math.prod(shape) for shape in tensors.values()) if tensors else None
+
+
+def _tensors(folder: Path | None) -> dict[str, list[int]]:
+    """Shapes by name, from the headers of the safetensors files."""
+    shapes: dict[str, list[int]] = {}
+    for file in sorted(folder.glob("*.safetensors")) if folder is not None else ():
         with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
+            length = int.from_bytes(stream.read(8), "little")
+            if not 0 < length <= file.stat().st_size:
+                raise ConfigError(
+                    f"model: got {file}, which is no safetensors file (left over from git without lfs?), expected the "
+                    "model's weights: fetch them"
+                )
             header = json.loads(stream.read(length))
-        total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-    return total if files else None
+        shapes |= {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+    return shapes
 
 
 def _facts(config: dict[str, Any], counted: int | None) -> ModelFacts:

@@ -55,6 +55,18 @@ def _group_relative(credit: Mapping[str, Any]) -> bool:
     return _holds("credit", credit, conditions)
 
 
+def drops_lone_responses(selection: Mapping[str, Any], judged: bool) -> bool:
+    """Whether the selection never keeps the only response to a prompt. `judged`: responses have a judge's vote."""
+    declared = _declared("selection", selection, "needs_groups")
+    if declared is _ABSENT:
+        return False
+    return any(
+        _holds("selection", selection, conditions)
+        for when, conditions in declared.items()
+        if when == "always" or not judged
+    )
+
+
 def units_of_one_advantage(credit: Mapping[str, Any]) -> frozenset[str] | None:
     """What the tokens of which have one advantage: some of macro (its own segments), turn and response. Empty where it
     differs from token to token; None for a method of one's own that does not say."""

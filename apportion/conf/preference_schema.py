@@ -5,12 +5,13 @@ One class a stage, so that a value which another stage would read is refused rat
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from apportion.conf.checks import MISSING, at_least, between, one_of
+from apportion.conf.checks import LARGEST_SEED, MISSING, SMALLEST_STORE_GIB, at_least, between, one_of
 from apportion.conf.devices import check_attention, check_share
-from apportion.conf.models import read_model
+from apportion.conf.models import check_targets, read_limits
 from apportion.conf.schema import CheckpointConfig, EngineConfig, LoraConfig, ModelConfig, TrackingConfig
 from apportion.platform.errors import ConfigError
 
@@ -135,6 +136,7 @@ class RanksConfig:
     def __post_init__(self) -> None:
         for name in ("policy_ranks", "threads", "start_timeout_seconds", "call_timeout_seconds"):
             at_least(f"cluster.{name}", getattr(self, name), 1)
+        at_least("cluster.object_store_gib", self.object_store_gib, SMALLEST_STORE_GIB)
         at_least("cluster.gpus_per_policy_rank", self.gpus_per_policy_rank, 0)
 
 
@@ -165,6 +167,10 @@ class PreferenceConfig:
     evaluation: HeldOutConfig = field(default_factory=HeldOutConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        between("seed", self.seed, 0, LARGEST_SEED)
+        self.runs_folder = os.path.expanduser(self.runs_folder)
 
 
 @dataclass
@@ -224,10 +230,28 @@ def check(config: PreferenceConfig) -> None:
         raise ConfigError(
             f"data.margin_column: got {data.margin_column!r}, expected none: only reward-model reads margins"
         )
-    facts = read_model(config.model.path)
-    if facts is not None and facts.context is not None and data.max_tokens > facts.context:
+    limits = read_limits(config.model.path)
+    if limits.context is not None and data.max_tokens > limits.context:
         raise ConfigError(
-            f"data.max_tokens: got {data.max_tokens}, expected at most {facts.context}, the model's context"
+            f"data.max_tokens: got {data.max_tokens}, expected at most {limits.context}, the model's context"
         )
+    if policy.lora is not None:
+        check_targets(policy.lora.targets, config.model.path)
     if isinstance(config, DpoRunConfig) and config.dpo.reference:
-        read_model(config.dpo.reference, "dpo.reference")
+        check_reference(config, config.dpo.reference)
+
+
+def check_reference(config: DpoRunConfig, path: str) -> None:
+    """ConfigError where DPO's reference could not read the longest sequence or every token; what its files do not say
+    is passed over."""
+    own, limits, longest = read_limits(config.model.path), read_limits(path, "dpo.reference"), config.data.max_tokens
+    if limits.context is not None and longest > limits.context:
+        raise ConfigError(
+            f"dpo.reference: got {path} with a context of {limits.context} tokens, expected at least "
+            f"data.max_tokens={longest}, or shorter examples"
+        )
+    if own.vocabulary is not None and limits.vocabulary is not None and limits.vocabulary < own.vocabulary:
+        raise ConfigError(
+            f"dpo.reference: got {path} with {limits.vocabulary} tokens, expected at least the {own.vocabulary} of "
+            f"{config.model.path}, with the same tokenizer: it reads the policy's token ids"
+        )

@@ -5,9 +5,10 @@ Nothing here repairs a value. What one component alone cannot judge (combination
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 
-from apportion.conf.checks import at_least, one_of
+from apportion.conf.checks import LARGEST_SEED, SMALLEST_STORE_GIB, at_least, between, one_of
 from apportion.conf.schema_algorithm import AlgorithmConfig, CorrectionConfig, KlConfig
 from apportion.conf.schema_experience import DataConfig, EnvironmentConfig, JudgeConfig, RewardConfig, RolloutConfig
 from apportion.conf.schema_models import (
@@ -71,6 +72,7 @@ class ClusterConfig:
             at_least(f"cluster.{name}", getattr(self, name), 1)
         for name in ("start_timeout_seconds", "call_timeout_seconds", "threads"):
             at_least(f"cluster.{name}", getattr(self, name), 1)
+        at_least("cluster.object_store_gib", self.object_store_gib, SMALLEST_STORE_GIB)
         one_of("cluster.weight_transfer", self.weight_transfer, ("object_store", "broadcast"))
         for name in (
             "gpus_per_policy_rank",
@@ -179,3 +181,7 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        between("seed", self.seed, 0, LARGEST_SEED - self.cluster.rollout_engines)  # each engine has one of its own
+        self.runs_folder = os.path.expanduser(self.runs_folder)

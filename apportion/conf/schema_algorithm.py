@@ -51,6 +51,7 @@ class CorrectionConfig:
         one_of("algorithm.correction.method", self.method, ("none", "truncate", "mask"))
         one_of("algorithm.correction.level", self.level, ("token", "sequence"))
         at_least("algorithm.correction.cap", self.cap, 1.0)
+        at_least("algorithm.correction.bound", self.bound, 0)
 
 
 @dataclass
@@ -75,6 +76,7 @@ class AlgorithmConfig:
     def __post_init__(self) -> None:
         at_least("algorithm.updates_per_batch", self.updates_per_batch, 1)
         at_least("algorithm.epochs", self.epochs, 1)
+        at_least("algorithm.entropy_coefficient", self.entropy_coefficient, 0)
         if self.surrogate is None and self.distillation is None:
             raise ConfigError(
                 "algorithm.surrogate: got null, expected a mapping with a name, or algorithm.distillation"

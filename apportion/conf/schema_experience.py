@@ -59,6 +59,8 @@ class RolloutConfig:
         at_least("rollout.tensor_parallel_size", self.tensor_parallel_size, 1)
         at_least("rollout.max_sequences", self.max_sequences, 1)
         at_least("rollout.top_k", self.top_k, 0)
+        if "" in self.stop:
+            raise ConfigError(f"rollout.stop: got {self.stop}, expected texts that are not empty, or []")
         between("rollout.top_p", self.top_p, 1e-6, 1.0)
         if self.kv_cache_gib <= 0:
             raise ConfigError(f"rollout.kv_cache_gib: got {self.kv_cache_gib}, expected above 0")

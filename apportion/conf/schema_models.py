@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from apportion.conf.checks import MISSING, at_least, between, one_of
+from apportion.conf.checks import MISSING, above, at_least, between, one_of
 from apportion.platform.errors import ConfigError
 
 
@@ -35,8 +35,9 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         at_least("policy.lora.rank", self.rank, 1)
+        above("policy.lora.alpha", self.alpha, 0)
         between("policy.lora.dropout", self.dropout, 0.0, 1.0)
-        if not self.targets:
+        if not all(self.targets or [""]):
             raise ConfigError("policy.lora.targets: got none, expected the names of linear layers such as q_proj")
 
 
@@ -69,6 +70,7 @@ class EngineConfig:
             at_least(f"{at}.{name}", getattr(self, name), 0)
         for name in ("adam_beta1", "adam_beta2"):
             between(f"{at}.{name}", getattr(self, name), 0.0, 1.0 - 1e-9)
+        above(f"{at}.adam_eps", self.adam_eps, 0)  # a weight without a gradient is divided by it alone
         at_least(f"{at}.micro_batch_tokens", self.micro_batch_tokens, 16)
         at_least(f"{at}.logits_chunk_tokens", self.logits_chunk_tokens, 1)
         between(f"{at}.min_lr_ratio", self.min_lr_ratio, 0.0, 1.0)

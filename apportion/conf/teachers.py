@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from apportion.conf.before import stages
-from apportion.conf.models import ModelFacts, read_model
+from apportion.conf.companions import check_context
+from apportion.conf.models import ModelFacts, read_limits, read_model
 from apportion.conf.schema import Config
 from apportion.data.builtin import PREFIX
 from apportion.platform.errors import ConfigError
@@ -44,7 +46,7 @@ def _model_of(path: str, config: Config) -> str:
     return config.model.path if path in [stage.run_name for stage in stages(config)] else path
 
 
-def check_distillation(config: Config, model: ModelFacts | None) -> dict[str, ModelFacts | None]:
+def check_distillation(config: Config) -> dict[str, ModelFacts | None]:
     """Facts of each teacher by its key; ConfigError for a combination that cannot run or would silently do nothing."""
     paths = teacher_paths(config)
     rollout = config.rollout
@@ -77,27 +79,39 @@ def check_distillation(config: Config, model: ModelFacts | None) -> dict[str, Mo
         )
     facts = {key: read_model(path, key) for key, path in paths.items()}
     for key, teacher in facts.items():
-        if teacher is None and "/" not in paths[key] and not paths[key].startswith(PREFIX):
+        here = paths[key].startswith(PREFIX) or Path(paths[key]).expanduser().is_dir()
+        if teacher is None and not here and "/" not in paths[key]:
             raise ConfigError(
                 f"{key}: got {paths[key]!r}, expected a run in {config.runs_folder} with a checkpoint, a model's folder, "
                 "owner/name of a hub's model or builtin:NAME"
             )
-        if model is not None and teacher is not None and teacher.vocabulary != model.vocabulary:
-            raise ConfigError(
-                f"{key}: got a model with {teacher.vocabulary} tokens, expected {model.vocabulary} as {config.model.path} "
-                "has: whole distributions are compared id by id"
-            )
+    check_teachers(config, paths)
     return facts
 
 
-def check_same_tokenizer(student: Any, teacher: Any, key: str) -> None:
-    """ConfigError unless both give every token the same id."""
-    own, other = student.get_vocab(), teacher.get_vocab()
+def check_teachers(config: Config, paths: Mapping[str, str]) -> None:
+    """ConfigError for a teacher with another vocabulary, or a context too short; what its files do not say, or who is not
+    here yet, is passed over."""
+    own = read_limits(config.model.path)
+    for key, path in paths.items():
+        limits = read_limits(path, key)
+        if own.vocabulary is not None and limits.vocabulary not in (None, own.vocabulary):
+            raise ConfigError(
+                f"{key}: got a model with {limits.vocabulary} tokens, expected {own.vocabulary} as {config.model.path} "
+                "has: whole distributions are compared id by id"
+            )
+        check_context(config, key, path, limits)
+
+
+def check_same_tokenizer(
+    own_tokenizer: Any, other_tokenizer: Any, key: str, why: str = "whole distributions are compared id by id"
+) -> None:
+    """ConfigError unless both give every token the same id. `why` they have to."""
+    own, other = own_tokenizer.get_vocab(), other_tokenizer.get_vocab()
     different = sorted(token for token in own.keys() | other.keys() if own.get(token) != other.get(token))
     if different:
         first = different[0]
         raise ConfigError(
             f"{key}: got a tokenizer that differs from the model's in {len(different)} of {len(own)} tokens (first "
-            f"{first!r}: id {other.get(first)}, expected {own.get(first)}), expected the same: whole distributions are "
-            "compared id by id"
+            f"{first!r}: id {other.get(first)}, expected {own.get(first)}), expected the same: {why}"
         )

@@ -12,14 +12,19 @@ import fcntl
 import importlib.util
 import os
 import shutil
+import socket
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from apportion.data.errors import DataError, nearest
 
 PREFIX = "builtin:"
+LOCK_SECONDS = 1200.0  # that one process waits for another to make a model: far more than any takes
+LOCK_POLL_SECONDS = 0.2
 
 # The tiny tokenizer: these tokens, then one token a byte.
 TINY_SPECIAL_TOKENS = (
@@ -39,13 +44,13 @@ TINY_CHAT_TEMPLATE = (
 
 
 def resolve_model(path: str) -> str:
-    """The local folder of a `builtin:` model, made if it is not there; any other path or hub name unchanged.
+    """The local folder of a `builtin:` model, made if it is not there; any other path (`~` expanded) or hub name unchanged.
 
     >>> resolve_model("Qwen/Qwen3-0.6B")
     'Qwen/Qwen3-0.6B'
     """
     if not path.startswith(PREFIX):
-        return path
+        return os.path.expanduser(path)
     name = path.removeprefix(PREFIX)
     if name not in BUILDERS:
         names = [PREFIX + known for known in BUILDERS]
@@ -72,6 +77,8 @@ def _made_once(folder: Path, build: Callable[[Path], None]) -> Path:
         with _locked(folder.parent / f".{folder.name}.lock"):
             if folder.is_dir():
                 return folder
+            for left in folder.parent.glob(f".{folder.name}.*/"):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
             building = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
             try:
                 build(building)
@@ -91,9 +98,33 @@ def _made_once(folder: Path, build: Callable[[Path], None]) -> Path:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    """Hold the lock; DataError where another process has it for LOCK_SECONDS."""
+    with path.open("a+") as file:  # "w" would lose who holds it
+        deadline, told = time.monotonic() + LOCK_SECONDS, False
+        while not _taken(file):
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            if time.monotonic() >= deadline:
+                raise DataError(
+                    f"{path}: held by {holder} for {LOCK_SECONDS:g} s, expected its model to be made by now: end that process"
+                )
+            if not told:
+                print(f"waiting for {holder}, which makes {path.with_suffix('').name[1:]}", file=sys.stderr, flush=True)
+                told = True
+            time.sleep(LOCK_POLL_SECONDS)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
         yield
+
+
+def _taken(file: IO[str]) -> bool:
+    """Take the lock until the file is closed; False where another process has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # the latter on CIFS
+        return False
+    return True
 
 
 def _build_smollm2(folder: Path) -> None:

@@ -76,7 +76,7 @@ def read_pair(values: Mapping[str, Any], columns: PairColumns) -> Example:
     chosen, rejected = values[columns.chosen], values[columns.rejected]
     prompt = values.get(columns.prompt)
     _refuse_empty({columns.chosen: chosen, columns.rejected: rejected})
-    if _is_hh(chosen) and _is_hh(rejected) and prompt is None:
+    if _is_hh(chosen) and _is_hh(rejected):  # whole transcripts: a prompt beside them is in them
         chosen, rejected = hh_messages(chosen), hh_messages(rejected)
     if _is_conversation(chosen) and _is_conversation(rejected):
         example = _with_shared_prompt(chosen, rejected)
@@ -119,7 +119,7 @@ def read_demonstration(values: Mapping[str, Any], columns: PairColumns) -> Examp
         )
     chosen = values[columns.chosen]
     _refuse_empty({columns.chosen: chosen})
-    if _is_hh(chosen) and columns.prompt not in values:
+    if _is_hh(chosen):
         chosen = hh_messages(chosen)
     if _is_conversation(chosen):
         messages = _ending_with_an_answer(_messages(chosen, columns.chosen))
@@ -203,6 +203,8 @@ def _messages(value: Any, column: str) -> list[Message]:
 
 
 def _prompt(value: Any, column: str) -> str | list[Message]:
+    if _is_hh(value):
+        return _asked(hh_messages(value))
     if isinstance(value, str) and value.strip():
         return value
     if not value or isinstance(value, str):
@@ -211,6 +213,15 @@ def _prompt(value: Any, column: str) -> str | list[Message]:
     if messages[-1]["role"] == "assistant":
         raise UnusableError("broken", f"column {column!r}: the last message is the assistant's, expected a question")
     return messages
+
+
+def _asked(turns: list[Message]) -> list[Message]:
+    """An hh prompt as messages: the `Assistant:` at its end only says whose turn it is."""
+    if turns[-1]["role"] == "assistant" and not turns[-1]["content"]:
+        turns = turns[:-1]
+    if turns[-1]["role"] == "assistant":
+        raise UnusableError("broken", "the prompt ends with the assistant's answer, expected a question")
+    return turns
 
 
 def _answer(value: Any, column: str) -> str | list[Message]:

@@ -1,13 +1,19 @@
-"""Rows of files: jsonl, json, csv and parquet, the first three also as .gz. Each row knows its file and line."""
+"""Rows of files: jsonl, json, csv and parquet, the first three also as .gz. Each row knows its file and line.
+
+A byte that is not UTF-8 spoils its own line of a jsonl or csv file, and a json file whole.
+"""
 
 from __future__ import annotations
 
 import csv
 import gzip
+import itertools
 import json
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from apportion.data.errors import BadRows, DataError
 from apportion.data.rows import Row
@@ -20,19 +26,38 @@ def read_file(path: Path, bad: BadRows) -> Iterator[Row]:
         raise DataError(f"{path}: got a .{ending} file, expected {', '.join('.' + name for name in READERS)}")
     try:
         yield from READERS[ending](path, bad)
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+    except UnicodeDecodeError as error:
         raise DataError(f"{path}: not readable as {ending} text in UTF-8 ({error})") from None
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise DataError(
+            f"{path}: got a damaged .gz file ({error}), expected one that unpacks; fetch it again"
+        ) from None
 
 
-def _open(path: Path) -> IO[str]:
+def _open(path: Path, errors: str = "strict") -> IO[str]:
     if path.name.endswith(".gz"):
-        return gzip.open(path, "rt", encoding="utf-8", newline="")
-    return path.open(encoding="utf-8-sig", newline="")
+        return gzip.open(path, "rt", encoding="utf-8-sig", errors=errors, newline="")
+    return path.open(encoding="utf-8-sig", errors=errors, newline="")
+
+
+def _encoding_problem(text: str) -> str | None:
+    """Of text read with `surrogateescape`, which leaves half a character where a byte is not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"not readable as text in UTF-8 (byte 0x{ord(text[error.start]) - 0xDC00:02x})"
+    return None
+
+
+def _json_problem(error: ValueError | RecursionError) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at column {error.colno}"
+    return "nested too deep" if isinstance(error, RecursionError) else "a number of too many digits"
 
 
 def _read_jsonl(path: Path, bad: BadRows) -> Iterator[Row]:
     blank: list[int] = []  # blank lines at the end of a file are no rows; between rows they are bad ones
-    with _open(path) as file:
+    with _open(path, "surrogateescape") as file:
         for number, line in enumerate(file):
             place = f"{path}:{number + 1}"
             if not line.strip():
@@ -41,11 +66,13 @@ def _read_jsonl(path: Path, bad: BadRows) -> Iterator[Row]:
             for empty in blank:
                 bad.reject("empty", f"{path}:{empty}: empty line, expected a JSON object")
             blank.clear()
+            if problem := _encoding_problem(line):
+                bad.reject("broken", f"{place}: {problem}")
+                continue
             try:
                 values = json.loads(line)
-            except json.JSONDecodeError as error:
-                shown = line.strip()[:60]
-                bad.reject("broken", f"{place}: not valid JSON ({error.msg} at column {error.colno}): {shown!r}")
+            except (ValueError, RecursionError) as error:
+                bad.reject("broken", f"{place}: not valid JSON ({_json_problem(error)}): {line.strip()[:60]!r}")
                 continue
             if isinstance(values, dict) and values:
                 yield Row(number, place, values)
@@ -62,6 +89,10 @@ def _read_json(path: Path, bad: BadRows) -> Iterator[Row]:
         except json.JSONDecodeError as error:
             hint = "; one object a line belongs into a .jsonl file" if error.msg == "Extra data" else ""
             raise DataError(f"{path}:{error.lineno}: not valid JSON ({error.msg}){hint}") from None
+        except UnicodeDecodeError:
+            raise  # a ValueError too, which `read_file` words
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}: not valid JSON ({_json_problem(error)})") from None
     if not isinstance(rows, list):
         raise DataError(f"{path}: got a JSON {type(rows).__name__}, expected a list of objects")
     for number, values in enumerate(rows):
@@ -74,24 +105,46 @@ def _read_json(path: Path, bad: BadRows) -> Iterator[Row]:
 
 def _read_csv(path: Path, bad: BadRows) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)  # of the whole process; the default refuses long prompts
-    with _open(path) as file:
+    with _open(path, "surrogateescape") as file:
         reader = csv.reader(file, strict=True)
-        try:
-            header = next(reader, None)
-            if header is None or not any(header):
-                raise DataError(f"{path}:1: no header line, expected column names")
-            for number, cells in enumerate(reader):
-                place = f"{path}:{reader.line_num}"
-                if not any(cell.strip() for cell in cells):
-                    bad.reject("empty", f"{place}: empty row, expected {len(header)} columns")
-                elif len(cells) != len(header):
-                    bad.reject(
-                        "broken", f"{place}: got {len(cells)} columns, expected {len(header)}: {', '.join(header)}"
-                    )
-                else:
-                    yield Row(number, place, dict(zip(header, cells, strict=True)))
-        except csv.Error as error:
-            raise DataError(f"{path}:{reader.line_num}: not valid csv ({error})") from None
+        header = _csv_header(path, reader)
+        for number in itertools.count():
+            first = reader.line_num + 1
+            try:
+                cells = next(reader, None)
+            except csv.Error as error:
+                # Each line of it counts: a quote that is never closed takes the rest of the file.
+                for line in range(first, reader.line_num + 1):
+                    bad.reject("broken", f"{path}:{line}: not valid csv ({error})")
+                continue
+            if cells is None:
+                return
+            place = f"{path}:{reader.line_num}"
+            if not any(cell.strip() for cell in cells):
+                bad.reject("empty", f"{place}: empty row, expected {len(header)} columns")
+            elif len(cells) != len(header):
+                bad.reject("broken", f"{place}: got {len(cells)} columns, expected {len(header)}: {', '.join(header)}")
+            elif problem := _encoding_problem("".join(cells)):
+                bad.reject("broken", f"{place}: {problem}")
+            else:
+                yield Row(number, place, dict(zip(header, cells, strict=True)))
+
+
+def _csv_header(path: Path, reader: Any) -> list[str]:
+    try:
+        header: list[str] = next(reader, [])
+    except csv.Error as error:
+        raise DataError(f"{path}:1: not valid csv ({error})") from None
+    if not any(header):
+        raise DataError(f"{path}:1: no header line, expected column names")
+    if problem := _encoding_problem("".join(header)):
+        raise DataError(f"{path}:1: {problem}")
+    name, count = Counter(header).most_common(1)[0]
+    if count > 1:
+        raise DataError(
+            f"{path}:1: got {count} columns named {name!r}, expected a name of its own for each; rename them"
+        )
+    return header
 
 
 def _read_parquet(path: Path, bad: BadRows) -> Iterator[Row]:

@@ -41,10 +41,21 @@ class SourceSpec:
     def __post_init__(self) -> None:
         if not isinstance(self.source, str) or not self.source:
             raise DataError(f"source: got {self.source!r}, expected {EXPECTED}")
-        if not isinstance(self.weight, int | float) or not 0 < self.weight < float("inf"):
+        is_number = isinstance(self.weight, int | float) and not isinstance(self.weight, bool)
+        if not is_number or not 0 < self.weight < float("inf"):
             raise DataError(f"{self.source}: got weight {self.weight!r}, expected a number above 0")
-        if self.limit is not None and self.limit < 1:
-            raise DataError(f"{self.source}: got limit {self.limit}, expected at least 1")
+        if self.limit is not None:
+            check_whole(self.source, "limit", self.limit, least=1)
+        for key in ("name", "split", "prompt_column"):
+            if (value := getattr(self, key)) is not None and not isinstance(value, str):
+                raise DataError(f"{self.source}: got {key} {value!r}, expected text")
+
+
+def check_whole(source: str, key: str, value: Any, least: int | None = None) -> None:
+    """DataError where `value` is no whole number (true is none), or below `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or (least is not None and value < least):
+        bound = "" if least is None else f" of at least {least}"
+        raise DataError(f"{source}: got {key} {value!r}, expected a whole number{bound}")
 
 
 def prompt_problem(values: Mapping[str, Any], column: str) -> tuple[str, str] | None:

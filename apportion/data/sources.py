@@ -26,7 +26,7 @@ from apportion.data.errors import BadRows, DataError, nearest
 from apportion.data.functions import load_function
 from apportion.data.hub import load_hub, load_saved, saved_by_datasets
 from apportion.data.readers import read_file
-from apportion.data.rows import EXPECTED, Row, RowCheck, SourceSpec, prompt_problem
+from apportion.data.rows import EXPECTED, Row, RowCheck, SourceSpec, check_whole, prompt_problem
 from apportion.data.tasks import EVAL_SEED_OFFSET, Arithmetic, GymRows
 
 SPLITS = ("train", "eval")
@@ -128,8 +128,7 @@ def _arithmetic(spec: SourceSpec, split: str) -> list[Row]:
     for name, value in spec.parameters.items():
         if name not in known:
             raise DataError(f"arithmetic: got {name!r}, expected {', '.join(known)}{nearest(name, known)}")
-        if not isinstance(value, int):
-            raise DataError(f"arithmetic: got {name}={value!r}, expected a whole number")
+        check_whole("arithmetic", name, value)
     side = _one_of_splits(spec, split)
     return Arithmetic(**spec.parameters).rows(side)[: spec.limit]
 
@@ -138,6 +137,8 @@ def _gym(spec: SourceSpec, task: str, split: str) -> Sequence[Row]:
     parameters = dict(spec.parameters)
     size = parameters.pop("size", 1000)
     seed = parameters.pop("seed", 0 if _one_of_splits(spec, split) == "train" else EVAL_SEED_OFFSET)
+    check_whole(spec.source, "size", size, least=1)
+    check_whole(spec.source, "seed", seed)
     return GymRows(task, size if spec.limit is None else min(size, spec.limit), seed, parameters)
 
 

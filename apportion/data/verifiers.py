@@ -159,9 +159,11 @@ def _math_verify(text: str, answer: Any) -> float:
     from math_verify import parse, verify
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns once that its own time limit is off
-    written = str(answer).rpartition("####")[2].strip()
+    # str() would make expressions of them: None is the product of N, o, n and e.
+    missing = answer is None or isinstance(answer, bool) or (isinstance(answer, float) and not math.isfinite(answer))
+    written = "" if missing else str(answer).rpartition("####")[2].strip()
     forms = [written] if "$" in written or "boxed" in written else [f"${written}$", written]
-    for form in forms:
+    for form in forms if written else []:
         gold = parse(form, parsing_timeout=None)
         if gold:
             break

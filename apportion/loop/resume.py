@@ -7,7 +7,7 @@ from typing import Any
 
 from apportion.loop.state import Progress
 from apportion.platform.checkpoint import RunState
-from apportion.platform.errors import ConfigError
+from apportion.platform.errors import CheckpointError, ConfigError
 
 _KEPT = (
     "accuracy_before", "accuracy_after", "answers_before", "answers_after", "stage_seconds", "samples", "rollout_tokens",
@@ -21,6 +21,13 @@ def kept(progress: Progress) -> dict[str, Any]:
 
 
 def progress_of(state: RunState) -> Progress:
+    """CheckpointError for progress that this version does not know."""
+    odd = sorted(set(state.extra) - set(_KEPT))
+    if odd:
+        raise CheckpointError(
+            f"state.json: got extra values {', '.join(odd)}, expected at most {', '.join(_KEPT)}: resume with the version "
+            "that wrote it"
+        )
     return Progress(step=state.step, policy_version=state.policy_version, **state.extra)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from apportion.platform.errors import WeightSyncError
+from apportion.platform.rendezvous import open_store
 
 BACKENDS = ("gloo", "nccl")
 
@@ -46,7 +47,7 @@ class WeightChannel:
         self._address, self._limit = address, limit
         self._group: Any
         with self._explained():
-            store = distributed.TCPStore(address.host, address.port, address.members, member == 0, limit)
+            store = open_store(address.host, address.port, address.members, member == 0, limit)
             if address.backend == "nccl":
                 torch.cuda.set_device(self.device)
                 options = distributed.ProcessGroupNCCL.Options()

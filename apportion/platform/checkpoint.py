@@ -160,8 +160,9 @@ class CheckpointStore:
         if not self.root.is_dir():
             return []
         folders = [entry for entry in self.root.iterdir() if FOLDER_PATTERN.fullmatch(entry.name) and entry.is_dir()]
+        # A kill may come between a checkpoint and `latest`, so that what it names only decides between equal times.
         pointed = self._pointed()
-        return sorted(folders, key=lambda f: (f.name == pointed, _written_at(f), _step_of(f)), reverse=True)
+        return sorted(folders, key=lambda f: (_written_at(f), f.name == pointed, _step_of(f)), reverse=True)
 
     def _pointed(self) -> str | None:
         file = self.root / LATEST_FILE
@@ -180,6 +181,8 @@ class CheckpointStore:
         self._remove_leftovers()
         newest = f"step-{step:06d}"
         others = [folder for folder in self._folders_newest_first() if folder.name != newest]
+        # Another version's are not known to be broken: not ours to remove.
+        others = [folder for folder in others if not _of_another_format(folder)]
         # A broken folder must not take a place that a whole one could have.
         whole = [folder for folder in others if _size_problem(folder) is None]
         for folder in others:
@@ -251,7 +254,7 @@ def _size_problem(folder: Path) -> str | None:
         listed = _read_manifest(folder)["files"]
     except FileNotFoundError:
         return f"{MANIFEST_FILE}: missing"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         return f"{MANIFEST_FILE}: cannot be read ({error})"
     for name, entry in listed.items():
         file = folder / name
@@ -280,7 +283,30 @@ def _write_manifest(folder: Path, step: int) -> None:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+    """ValueError for one that this version does not read."""
+    manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else None
+        raise ValueError(f"got format {found}, expected format {FORMAT}: take it up with the version that wrote it")
+    kinds: dict[str, type | tuple[type, ...]] = {"step": int, "written_at": (int, float), "files": dict}
+    odd = [key for key, kind in kinds.items() if not isinstance(manifest.get(key), kind)]
+    if not odd:
+        odd = [name for name, entry in manifest["files"].items() if not _is_entry(entry)]
+    if odd:
+        raise ValueError(f"got no such values as this version writes for {', '.join(odd)}")
+    return manifest
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("size"), int) and isinstance(entry.get("blake2b"), str)
+
+
+def _of_another_format(folder: Path) -> bool:
+    try:
+        manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and manifest.get("format") != FORMAT
 
 
 def _checkpoint(folder: Path) -> Checkpoint:
@@ -290,7 +316,7 @@ def _checkpoint(folder: Path) -> Checkpoint:
 def _written_at(folder: Path) -> float:
     try:
         return float(_read_manifest(folder)["written_at"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         return 0.0  # broken: after every whole one; `problem_of` says what is wrong with it
 
 

@@ -9,6 +9,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from apportion.platform.rendezvous import hold_port
+
 
 @dataclass
 class ProcessInfo:
@@ -37,13 +39,12 @@ class ActorBase:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
     def free_port(self, local: bool) -> tuple[str, int]:
-        """This node's address as others reach it (loopback if all are here), and a port free on it now."""
+        """This node's address as others reach it (loopback if all are here), and a port of it that this process keeps for
+        the store that it will open there."""
         import ray
 
         address = "127.0.0.1" if local else ray.util.get_node_ip_address()
-        with socket.socket() as listener:
-            listener.bind((address, 0))
-            return address, listener.getsockname()[1]
+        return address, hold_port(address)
 
     def stop(self) -> None:
         """Leave at once; Ray sees an intended exit."""

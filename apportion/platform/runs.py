@@ -5,6 +5,7 @@ runs/NAME/  config.yaml  metrics.jsonl  samples.jsonl  summary.json  plots/  ten
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -19,9 +20,11 @@ from typing import Any
 from apportion.platform.checkpoint import FOLDER_PATTERN, Checkpoint, CheckpointStore
 from apportion.platform.errors import ConfigError, nearest
 from apportion.platform.files import write_text_atomically
+from apportion.platform.run_lock import held, is_held
 
 REDACTED = "<redacted>"
 COMMAND_LINES = "before"  # the key under which a configuration holds words of commands
+_METRICS_FILES = ("metrics.jsonl", "samples.jsonl")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=@-]*")
 _SECRET_WORDS = r"token|secret|password|passwd|api_?key|access_?key|private_?key|credentials?|authorization|auth"
 _SECRET_KEY = re.compile(rf"(?:^|_)(?:{_SECRET_WORDS})$")
@@ -29,11 +32,12 @@ _SECRET_KEY = re.compile(rf"(?:^|_)(?:{_SECRET_WORDS})$")
 _TEXT_TOKEN_KEY = re.compile(
     r"(?:^|_)(?:bos|eos|pad|unk|sep|cls|mask|stop|start|end|begin|image|special|prefix|step)_token$"
 )
-_SECRET_NAME = rf"(?P<key>(?:[A-Za-z0-9_.-]*[_.-])?(?:{_SECRET_WORDS}))"
+# From where a name begins: tried from each of its letters, a long one would take the square of its length.
+_SECRET_NAME = rf"(?<![A-Za-z0-9_.-])(?P<before>[A-Za-z0-9_.-]*?)(?P<word>{_SECRET_WORDS})"
 _QUOTED = r"""(?P<open>\\?['"])(?P<quoted>.*?)(?P=open)"""
 _ASSIGNMENT = re.compile(rf"(?P<head>{_SECRET_NAME}=)(?:{_QUOTED}|(?P<bare>[^\s&'\",;}}\]]+))", re.IGNORECASE)
 _ENTRY = re.compile(  # `key: value` as YAML and JSON write it; `lead` is what stands before the key of a mapping
-    rf"""(?P<head>(?P<lead>[{{,]\s*\\?['"]?|\\?['"])?(?<![\w.-]){_SECRET_NAME}(?:\\?['"]\s*:\s*|\s*:\s+))"""
+    rf"""(?P<head>(?P<lead>[{{,]\s*\\?['"]?|\\?['"])?{_SECRET_NAME}(?:\\?['"]\s*:\s*|\s*:\s+))"""
     rf"(?:{_QUOTED}|(?P<bare>[^\s&'\",;}}\]{{\[][^\s&'\",;}}\]]*))",
     re.IGNORECASE,
 )
@@ -44,7 +48,12 @@ _KNOWN_SHAPES = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|xox[abprs]-[\w-]{10,}"
     r"|AKIA[A-Z0-9]{16}|(?:Bearer|Basic)\s+[A-Za-z0-9._~+/=-]{8,}|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*)"
 )
-_URL_PASSWORD = re.compile(r"(\w+://)[^/\s@]+@")
+_URL_USER = re.compile(r"(://)[^/\s]+@")  # up to the last @: a password may hold one
+_URL = re.compile(r"://[^\s]+")
+_QUERY_SECRET = re.compile(  # besides the names of an assignment: words that are secrets in an address alone
+    r"([?&#;](?:(?:[\w.-]*[._-])?(?:key|sig|signature|pwd|pass)|code)=)(?:[^\s&#'\"\\,;}\]]|[,;](?=[^\s'\"\\]))+",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -78,14 +87,12 @@ class RunFolder:
 def make_run_folder(root: str | Path, name: str | None, recipe: str) -> RunFolder:
     """A folder of its own for one run. Without a name it is made from recipe, time and a random tail.
 
-    Two runs never get the same one: the folder is made exclusively, and a name that is taken is a ConfigError.
+    Two runs never get the same one: the folder is made exclusively, and a name that is taken is a ConfigError, unless by
+    a start that failed.
     """
     folder = Path(root)
+    check_run_name(name)
     if name is not None:
-        if not _NAME.fullmatch(name):
-            raise ConfigError(
-                f"run_name: got {name!r}, expected letters, digits and . _ - + = @ (a folder's name, no path)"
-            )
         candidates = [name]
     else:
         stem = re.sub(r"[^A-Za-z0-9_-]+", "-", recipe).strip("-") or "run"
@@ -100,7 +107,8 @@ def make_run_folder(root: str | Path, name: str | None, recipe: str) -> RunFolde
         try:
             (folder / candidate).mkdir()
         except FileExistsError:
-            continue
+            if name is None or not _taken_over(folder / candidate):
+                continue
         except OSError as error:
             raise ConfigError(
                 f"runs_folder: got {folder}, not writable ({error.strerror}); expected a writable folder"
@@ -111,8 +119,52 @@ def make_run_folder(root: str | Path, name: str | None, recipe: str) -> RunFolde
     )
 
 
+def check_run_name(name: str | None) -> None:
+    if name is not None and not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"run_name: got {name!r}, expected letters, digits and . _ - + = @ (a folder's name, no path)"
+        )
+
+
+def never_began(folder: Path) -> bool:
+    """Whether a start ended here after its configuration was saved and before its first metrics or checkpoint. Of a run
+    without `tracking.jsonl` that is not known."""
+    import yaml
+
+    try:
+        keeps_metrics = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["tracking"]["jsonl"]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return False
+    metrics = [folder / name for name in _METRICS_FILES]
+    return keeps_metrics is True and not (
+        any(map(_has_text, metrics)) or (folder / "summary.json").exists() or _has_checkpoints(folder)
+    )
+
+
+def _has_text(file: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):  # another start may be taking the folder over
+        return file.stat().st_size > 0
+    return False
+
+
+def _taken_over(folder: Path) -> bool:
+    """Make the folder of a start that failed this run's own. Without its configuration it is nobody else's to take."""
+    if not never_began(folder):
+        return False
+    try:
+        with held(folder):
+            # Not held though it is: a file system without locks, on which another start may be under way here.
+            if not is_held(folder) or not never_began(folder):
+                return False
+            for name in (*_METRICS_FILES, "config.yaml"):
+                (folder / name).unlink(missing_ok=True)
+    except ConfigError:  # a run that is starting
+        return False
+    return True
+
+
 def redacted(config: Any) -> Any:
-    """A copy without secrets: values under telling keys, `KEY=value` texts, passwords in addresses, known token shapes.
+    """A copy without secrets: values under telling keys, `KEY=value` texts, users and keys in addresses, known token shapes.
 
     >>> redacted({"api_key": "abc", "max_prompt_tokens": 8, "eos_token": "</s>"})
     {'api_key': '<redacted>', 'max_prompt_tokens': 8, 'eos_token': '</s>'}
@@ -128,13 +180,14 @@ def redacted(config: Any) -> Any:
 def redacted_text(text: str, entries: bool = True) -> str:
     """A text (an override, a log line, an address) without secrets; `entries`: those written as `key: value` too.
 
-    >>> redacted_text("http://me:pw@host/v1?api_key=abc&n=1")
-    'http://<redacted>@host/v1?api_key=<redacted>&n=1'
+    >>> redacted_text("http://me:p@w@host/v1?api_key=abc&n=1&sig=x%3D")
+    'http://<redacted>@host/v1?api_key=<redacted>&n=1&sig=<redacted>'
     """
     for value in _environment_secrets():
         text = text.replace(value, REDACTED)
-    if "://" in text and "@" in text:
-        text = _URL_PASSWORD.sub(rf"\1{REDACTED}@", text)
+    if "://" in text:
+        text = _URL_USER.sub(rf"\1{REDACTED}@", text)
+        text = _URL.sub(lambda url: _QUERY_SECRET.sub(rf"\1{REDACTED}", url[0]), text)
     text = _HEADER.sub(rf"\1{REDACTED}", text)
     text = _ASSIGNMENT.sub(_redacted_value, _KNOWN_SHAPES.sub(REDACTED, text))
     return _ENTRY.sub(_redacted_entry, text) if entries else text
@@ -148,8 +201,14 @@ def _environment_secrets() -> list[str]:
     return sorted(found, key=len, reverse=True)
 
 
+def _name(match: re.Match[str]) -> str:
+    """Of `MYTOKEN` the word alone: what stands before it without a separator says nothing."""
+    before = match["before"]
+    return before + match["word"] if before[-1:] in ("_", ".", "-") else match["word"]
+
+
 def _redacted_value(match: re.Match[str]) -> str:
-    key, value = match["key"], match["bare"] or match["quoted"] or ""
+    key, value = _name(match), match["bare"] or match["quoted"] or ""
     harmless = value.lower() in ("", "null", "none", "true", "false")
     # As under a mapping's key: `kl_per_token=0.1` is no secret.
     number = "token" in key.lower() and re.fullmatch(r"[-+]?[0-9.]+(?:e[-+]?[0-9]+)?", value, re.IGNORECASE)
@@ -161,7 +220,7 @@ def _redacted_value(match: re.Match[str]) -> str:
 
 def _redacted_entry(match: re.Match[str]) -> str:
     """In prose ("The password: say friend") a plain word before a colon is no key; `api_key` is one anywhere."""
-    return _redacted_value(match) if match["lead"] or "_" in _normal_key(match["key"]) else match[0]
+    return _redacted_value(match) if match["lead"] or "_" in _normal_key(_name(match)) else match[0]
 
 
 def _redacted_under(key: str, value: Any) -> Any:
@@ -186,14 +245,37 @@ def find_checkpoint(argument: str, runs_root: str | Path) -> Checkpoint:
     """What `resume=` names: a checkpoint's folder, a run's folder, or a run's name below `runs_root`.
 
     The checkpoint is whole, checked byte by byte; of a run it is the newest whole one. ConfigError says what was found.
-    The run's folder is two levels above the checkpoint's (`run_of`).
+    The run's folder is two levels above the checkpoint's (`run_of`), and is known to be one: who resumes writes there.
     """
+    run, checkpoint = _named(argument, runs_root)
+    return CheckpointStore(run / "checkpoints").open(checkpoint) if checkpoint else _newest_of_run(run)
+
+
+def named_run(argument: str, runs_root: str | Path) -> Path:
+    """The run's folder of what `find_checkpoint` finds, without reading a checkpoint: to be held first, since whoever
+    holds it may be writing another."""
+    return _named(argument, runs_root)[0]
+
+
+def _named(argument: str, runs_root: str | Path) -> tuple[Path, Path | None]:
+    """A run's folder, and the checkpoint in it if that is what was named."""
     given = Path(argument)
     if given.is_dir() and FOLDER_PATTERN.fullmatch(given.resolve().name):
-        return CheckpointStore(given.parent).open(given.resolve())
+        folder = given.resolve()
+        if folder.parent.name != "checkpoints" or not (folder.parent.parent / "config.yaml").is_file():
+            raise ConfigError(
+                f"checkpoint: got {argument!r}, which lies in no run's folder, expected RUN/checkpoints/{folder.name} "
+                "beside RUN/config.yaml: lay a copy out so, with the config.yaml of the run that wrote it"
+            )
+        return folder.parent.parent, folder
     for folder in (given, Path(runs_root) / argument):
         if (folder / "checkpoints").is_dir() or (folder / "config.yaml").is_file():
-            return _newest_of_run(folder.resolve())
+            if not (folder / "config.yaml").is_file():
+                raise ConfigError(
+                    f"resume: got {folder}, a folder with checkpoints and no config.yaml, expected a run's: lay it out as "
+                    "RUN/config.yaml and RUN/checkpoints, with the config.yaml of the run that wrote them"
+                )
+            return folder.resolve(), None
     found = _runs_with_checkpoints(Path(runs_root))
     close = nearest(argument, found)
     listed = f"{runs_root} has {', '.join(found[:5])}" if found else f"no run in {runs_root} has a checkpoint"
@@ -217,10 +299,12 @@ def _newest_of_run(folder: Path) -> Checkpoint:
 def _runs_with_checkpoints(root: Path) -> list[str]:
     if not root.is_dir():
         return []
-    runs = [
-        run for run in root.iterdir() if (run / "checkpoints").is_dir() and CheckpointStore(run / "checkpoints").steps()
-    ]
+    runs = [run for run in root.iterdir() if _has_checkpoints(run)]
     return [run.name for run in sorted(runs, key=lambda run: run.stat().st_mtime, reverse=True)]
+
+
+def _has_checkpoints(run: Path) -> bool:
+    return (run / "checkpoints").is_dir() and bool(CheckpointStore(run / "checkpoints").steps())
 
 
 def _json_values(value: Any) -> Any:

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from apportion.platform.errors import ApportionError, ConfigError
 from apportion.platform.files import write_text_atomically
 from apportion.platform.metric_names import unknown_metrics
+from apportion.platform.runs import redacted_text
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
@@ -146,7 +147,8 @@ class TensorBoardTracker:
         for index, row in enumerate(rows):
             # Four spaces make a block of Markdown code: a model's text is shown, not interpreted.
             text = "\n\n".join(f"**{key}**\n\n" + _indented(cell(value)) for key, value in row.items())
-            self._writer.add_text(f"samples/{index}", text, step)
+            # A lone surrogate (of a judge's answer, of a column) cannot be written as it stands.
+            self._writer.add_text(f"samples/{index}", text.encode("utf-8", "backslashreplace").decode(), step)
 
     def log_summary(self, summary: Mapping[str, Any]) -> None:
         self._writer.add_text("summary", _indented(json.dumps(summary, indent=2, default=plain)))
@@ -172,11 +174,11 @@ class MultiTracker:
     name = "all"
     vital = True
 
-    def __init__(self, trackers: Sequence[Tracker]) -> None:
+    def __init__(self, trackers: Sequence[Tracker], states: State | None = None) -> None:
         self._trackers = sorted(trackers, key=lambda tracker: tracker.vital)
         self._failures = 0
         self._unknown: set[str] = set()
-        self._states: State = {}
+        self._states: State = dict(states or {})  # also of those that are off in this part of the run
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         unknown = [name for name in unknown_metrics(metrics) if name not in self._unknown]
@@ -196,6 +198,8 @@ class MultiTracker:
             self._attempt(tracker, "log_summary", summary)
 
     def warn(self, message: str) -> None:
+        """Tracebacks of a user's functions come here, with whatever addresses and keys stand in them."""
+        message = redacted_text(message, entries=False)
         if not any(tracker.name in ("console", "jsonl") for tracker in self._trackers):
             from apportion.platform.console import plain_text
 
@@ -279,7 +283,7 @@ def open_trackers(settings: TrackingSettings, run: TrackedRun, console: Tracker 
         trackers.append(JsonlTracker(run.folder, run.resume_step))
     if settings.console:
         trackers.append(console or ConsoleTracker(run.total_steps, start_step=run.resume_step or 0))
-    return MultiTracker(trackers)
+    return MultiTracker(trackers, run.resume_state)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

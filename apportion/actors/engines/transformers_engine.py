@@ -79,16 +79,26 @@ class TransformersEngine:
         return [self._cut(new[row, :n], logprobs[row, :n], sampling) for row, n in enumerate(limits)]
 
     def _cut(self, ids: torch.Tensor, logprobs: torch.Tensor, sampling: Sampling) -> Sample:
-        ends = self._end_ids()
-        stops = [t for t, token in enumerate(ids.tolist()) if token in ends]
-        length = stops[0] + 1 if stops else len(ids)
-        if not stops and sampling.stop:  # ended by a stop string, then padded
-            while length and ids[length - 1].item() == self._pad_id():
-                length -= 1
+        """A row without what `generate` padded it with, which may be an end token that was never sampled."""
+        ends, tokens = self._end_ids(), ids.tolist()
+        ended = next((t + 1 for t, token in enumerate(tokens) if token in ends), None)
+        stopped = self._first_stop(tokens[: ended or len(tokens)], sampling.stop)
+        length = stopped or ended or len(tokens)
         kept = ids[:length].numpy().astype(np.int32)
         text = self._tokenizer.decode(kept, skip_special_tokens=True)
-        stopped = bool(stops) or (bool(sampling.stop) and any(s in text for s in sampling.stop))
-        return Sample(kept, logprobs[:length].numpy().astype(np.float32), "stop" if stopped else "length", text)
+        reason = "length" if stopped is None and ended is None else "stop"
+        return Sample(kept, logprobs[:length].numpy().astype(np.float32), reason, text)
+
+    def _first_stop(self, tokens: list[int], stop: list[str]) -> int | None:
+        """Tokens up to and with the one that completes a stop string."""
+
+        def holds(length: int) -> bool:
+            text = self._tokenizer.decode(tokens[:length], skip_special_tokens=True)
+            return any(s in text for s in stop)
+
+        if not stop or not holds(len(tokens)):
+            return None
+        return next(length for length in range(1, len(tokens) + 1) if holds(length))
 
     def _end_ids(self) -> set[int]:
         ends = self._model.generation_config.eos_token_id

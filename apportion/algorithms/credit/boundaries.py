@@ -17,7 +17,7 @@ import random
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -214,8 +214,9 @@ class Parsing:
     of words, or raises where it cannot. A constituent of fewer than `max_tokens` tokens is one macro action;
     a larger one is split into its children; a single word joins the macro action before it.
 
-    A response that cannot be parsed, or whose words cannot be found again in its text, is cut by the fixed rule with
-    `n_gram`; `credit/parsing_fallback_share` says how many, and the first is logged with its reason. Needs `texts` and `token_ends_BT`.
+    Each turn is parsed by itself; the parser never sees what an environment said. A response with a turn that cannot be
+    parsed, or whose words cannot be found again in its text, is cut by the fixed rule with `n_gram`;
+    `credit/parsing_fallback_share` says how many, and the first is logged with its reason. Needs `texts` and `token_ends_BT`.
     """
 
     parser: str = ""
@@ -237,18 +238,30 @@ class Parsing:
         starts_BT = turn_starts(batch.mask_BT, batch.turn_ids_BT)
         fixed_BT = fixed_starts(batch.mask_BT, batch.turn_ids_BT, self.n_gram)
         fallbacks = 0
-        for row, mask_T in enumerate(batch.mask_BT):
-            places = mask_T.nonzero()[:, 0]
+        for row, turn_ids_T in enumerate(torch.where(batch.mask_BT, batch.turn_ids_BT, -1)):
             try:
-                ends = batch.token_ends_BT[row][mask_T].tolist()
-                cuts = parsed_starts(batch.texts[row], ends, self._parser, self.max_tokens)
+                starts = self._row_starts(batch.texts[row], batch.token_ends_BT[row].tolist(), turn_ids_T.tolist())
             except Unparseable as error:
                 self._log_first(error)
                 fallbacks += 1
                 starts_BT[row] = fixed_BT[row]
             else:
-                starts_BT[row, places[[cut for cut in cuts if cut < len(places)]]] = True
+                starts_BT[row, starts] = True
         return starts_BT, {"credit/parsing_fallback_share": fallbacks / max(1, len(batch.mask_BT))}
+
+    def _row_starts(self, text: str, ends: Sequence[int], turn_ids: Sequence[int]) -> list[int]:
+        """Tokens of a response that begin a macro action: of each run of tokens that the policy wrote in one turn, its
+        text parsed alone. `turn_ids` are -1 for an environment's tokens and for padding."""
+        starts: list[int] = []
+        for turn, run in groupby(range(len(turn_ids)), key=turn_ids.__getitem__):
+            if turn < 0:
+                continue
+            places = list(run)
+            begin = ends[places[0] - 1] if places[0] else 0
+            own = [ends[place] - begin for place in places]
+            cuts = parsed_starts(text[begin : begin + own[-1]], own, self._parser, self.max_tokens)
+            starts += [places[cut] for cut in cuts if cut < len(places)]
+        return starts
 
     def _log_first(self, error: Unparseable) -> None:
         if not self._logged:

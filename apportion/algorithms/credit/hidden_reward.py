@@ -14,7 +14,7 @@ credit method, and with every surrogate that keeps them apart (the token form of
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -64,9 +64,11 @@ class HiddenReward:
 
     `base`: the credit method (a mapping with `name` and parameters). `p`: how far THR leans towards (> 0) or away from
     (< 0) what supports right answers; `mode: mask` drops minor tokens and leaves the others' size (p of 0). `beta`
-    scales the threshold, `tau` replaces it; -.inf of either masks nothing, and neither does a threshold of 0 or less.
+    scales the threshold, `tau` replaces it: for THR, -.inf and any threshold of 0 or less mask nothing; for NTHR, -.inf
+    selects every token of wrong responses.
     `eta` is NTHR's factor: `imbalance` 2|0.5 - share correct|, `success` the share, `failure` 1 - share.
-    `correct_at`: the least reward of a right answer, needed when rewards are not 0 and 1.
+    `correct_at`: the least reward of a right answer, needed when rewards as scored are not 0 and 1. A KL in the reward is
+    neither scaled nor masked: only what the task's reward gives a token is.
     """
 
     base: Any = field(default_factory=lambda: {"name": "grpo"})
@@ -104,26 +106,36 @@ class HiddenReward:
         credit = self._base(batch)
         factors_BT = self.factors(batch)
         mask_BT = batch.mask_BT
+        earned_BT = self._without_kl(batch) if batch.kl_rewards_BT is not None else credit.advantages_BT
+        kl_BT = credit.advantages_BT - earned_BT
         changed = {
             "credit/masked_share": float(masked_mean((factors_BT == 0).float(), mask_BT)),
             "credit/mean_factor": float(masked_mean(factors_BT, mask_BT)),
         }
         return Credit(
-            masked(credit.advantages_BT * factors_BT.to(credit.advantages_BT.dtype), mask_BT),
+            masked(earned_BT * factors_BT.to(earned_BT.dtype) + kl_BT, mask_BT),
             credit.returns_BT,
             credit.segment_ids_BT,
             {**credit.metrics, **changed},
         )
 
+    def _without_kl(self, batch: CreditInput) -> Tensor:
+        """The base's advantages [B, T] as they were without a KL in the reward."""
+        assert batch.kl_rewards_BT is not None
+        task_BT = batch.token_rewards_BT - batch.kl_rewards_BT
+        return self._base(replace(batch, token_rewards_BT=task_BT, kl_rewards_BT=None)).advantages_BT
+
     def factors(self, batch: CreditInput) -> Tensor:
-        """[B, T]: what each token's advantage is multiplied by; 1 in groups with right or wrong answers alone."""
+        """[B, T]: what each token's advantage is multiplied by; 1 in groups with right or wrong answers alone, and where
+        no right answer has a token to be similar to."""
         if batch.influences_BT is None:
             raise ValueError("influences: got none, expected them for hidden reward; declare 'influences' in `needs`")
         mask_BT = batch.mask_BT
         scores_BT = masked(
             batch.influences_BT.to(torch.promote_types(batch.influences_BT.dtype, torch.float32)), mask_BT
         )
-        correct_B = correct_responses(batch.rewards_B, self.correct_at)
+        scored_B = batch.rewards_B if batch.scored_rewards_B is None else batch.scored_rewards_B
+        correct_B = correct_responses(scored_B, self.correct_at)
         share_B = _share_in_group(correct_B, batch.group_ids_B).to(scores_BT.dtype)
         if self.tau is None:
             tau_B = thresholds(scores_BT, mask_BT, correct_B, batch.group_ids_B, self.beta)
@@ -131,7 +143,8 @@ class HiddenReward:
             tau_B = torch.full_like(share_B, self.tau)
         weigh = self._thr if self.variant == "thr" else self._nthr
         factors_BT = weigh(scores_BT, tau_B[:, None], correct_B[:, None], share_B[:, None])
-        mixed_B1 = ((share_B > 0) & (share_B < 1))[:, None]
+        shown_B = _share_in_group(correct_B & mask_BT.any(-1), batch.group_ids_B) > 0
+        mixed_B1 = (shown_B & (share_B < 1))[:, None]
         return torch.where(mixed_B1 & mask_BT, factors_BT, 1.0)
 
     def _thr(self, scores_BT: Tensor, tau_B1: Tensor, correct_B1: Tensor, share_B1: Tensor) -> Tensor:

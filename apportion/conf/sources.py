@@ -1,0 +1,47 @@
+"""What a start reads before anything is started, looked at as far as that takes no time."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from apportion.conf.schema import Config
+from apportion.data.functions import load_function
+from apportion.data.hub import saved_by_datasets
+from apportion.data.rows import SourceSpec
+from apportion.data.sources import load_sources, parse_specs
+from apportion.platform.runs import check_run_name
+
+
+def check_sources(config: Config) -> None:
+    """The same errors as a start's, for sources that are not there or whose first row cannot be used, a chat template
+    that is not there, and a run's name that is no folder's. Datasets on a hub and saved ones are not opened; of the rest,
+    only a reasoning-gym task takes seconds (to be imported)."""
+    data = config.data
+    check_run_name(config.run_name)
+    if config.model.chat_template is not None:
+        from apportion.data.prompts import template_text  # imports torch
+
+        template_text(config.model.chat_template)
+    for split, given in (("train", data.train), ("eval", data.eval)):
+        if split == "eval" and given is None:
+            continue
+        for spec in parse_specs(given):
+            kind, _, rest = spec.source.partition(":")
+            if kind == "function":
+                load_function(rest)  # calling it may take long
+            elif _is_quick(spec, kind):
+                load_sources(
+                    _first_row(spec), split=split, prompt_column=data.prompt_column, on_bad_row=data.on_bad_row
+                )
+
+
+def _is_quick(spec: SourceSpec, kind: str) -> bool:
+    """A saved dataset has no parameters of its own: with some, it is refused without being opened."""
+    return kind != "hf" and (bool(spec.parameters) or not saved_by_datasets(Path(spec.source).expanduser()))
+
+
+def _first_row(spec: SourceSpec) -> dict[str, Any]:
+    entry = asdict(spec)
+    return entry.pop("parameters") | entry | {"limit": 1}
