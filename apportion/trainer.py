@@ -362,7 +362,8 @@ class Trainer:
         metrics["policy/kl_coefficient"] = self.kl.coefficient
         metrics["weights/version"] = p.policy_version
         metrics["weights/bytes"] = self._weight_bytes
-        if "policy/kl_reference" in metrics:
+        # While the critic learns alone the policy is its reference, which says nothing about the coefficient.
+        if "policy/kl_reference" in metrics and p.step > self.settings.critic_only_steps:
             self.kl.update(metrics["policy/kl_reference"], reports.trajectories)
         p.samples += reports.trajectories
         p.update_tokens += reports.update_tokens

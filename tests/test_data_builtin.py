@@ -113,10 +113,10 @@ def test_waiting_for_another_process_is_said_once_and_ends(tmp_path, monkeypatch
     monkeypatch.setattr(builtin, "LOCK_SECONDS", 0.3)
     monkeypatch.setattr(builtin, "LOCK_POLL_SECONDS", 0.05)
     folder, me = tmp_path / "m-1", f"process {os.getpid()} on {socket.gethostname()}"
-    with builtin._locked(tmp_path / ".m-1.lock"), pytest.raises(DataError) as caught:
+    with builtin.locked(tmp_path / ".m-1.lock"), pytest.raises(DataError) as caught:
         builtin._made_once(folder, lambda building: None)
     assert str(caught.value) == (
-        f"{tmp_path}/.m-1.lock: held by {me} for 0.3 s, expected its model to be made by now: end that process"
+        f"{tmp_path}/.m-1.lock: held by {me} for 0.3 s, expected what it makes to be there by now: end that process"
     )
     assert capsys.readouterr().err == f"waiting for {me}, which makes m-1\n"
     builtin._made_once(folder, lambda building: None)  # the lock went with who held it

@@ -301,6 +301,20 @@ def test_a_critic_that_warms_up_is_trained_alone_and_the_policy_joins_it_after_t
     assert progress.update_tokens == sum(trained) == 3 * 4 * 3  # four responses a step, of a prompt of 1 and 2 tokens
 
 
+def test_the_coefficient_stands_still_while_the_critic_learns_alone(make):
+    actors = actors_of(
+        credit_worker(GAE, kl_in_reward=True),
+        policy=[InPlace("policy-0", Rank(old_logprobs=-1.0))],
+        reference=[InPlace("reference-0", Rank(reference_logprobs=-1.0))],
+        critic=[InPlace("critic-0", Rank(values=0.25))],
+    )
+    kl = KlCoefficient(0.1, target=1.0, horizon=10)
+    trainer, rows = make(actors, kl, policy_signals=True, critic_only_steps=2)
+    trainer.run()
+    assert [row["policy/kl_coefficient"] for row in rows] == [0.1, 0.1, 0.1]
+    assert trainer.kl.coefficient == pytest.approx(0.1 * 0.92)  # a KL of 0 in the third step: 1 - 0.2 * 4 / 10
+
+
 def test_each_step_is_credited_and_updated_with_the_coefficient_that_the_last_one_left(make):
     """Policy 2 nats below its reference on each token: k3 is e^2 - 3, so that every step has the largest error, 0.2."""
     actors = actors_of(

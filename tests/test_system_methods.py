@@ -17,6 +17,15 @@ def parity(prompts, completions, **columns):
     return [float(sum(map(ord, text)) % 2) for text in completions]
 
 
+def one(prompts, completions, **columns):
+    return [1.0 for _ in completions]
+
+
+def judge(question, steps, answer, **columns):
+    """Finds fault with the first step of every second response."""
+    return [0] if sum(map(ord, steps[0])) % 2 else []
+
+
 def rows():
     for number in range(8):
         yield {"prompt": f"{number} + 1 =", "answer": str(number + 1), "chosen": f"It is {number + 1}."}
@@ -27,6 +36,8 @@ METHODS = {
     "ma_rlhf": [],
     "ma_rlhf_one_action": [],
     "thr": [],
+    "thr_gspo": [],
+    "capo": ["judge.function=own.py:judge", "judge.critiques=1", "reward.functions=own.py:one"],
     "nthr": ["algorithm.credit.tau=0.0"],  # the threshold of its own is rarely passed within eight tokens
     "aligndistil": TEACHERS,
     "aligndistil_offpolicy": [*TEACHERS, "rollout.response_column=chosen", "rollout.responses_per_prompt=1"],
@@ -67,8 +78,8 @@ def runs(folder, started):
     def run(name: str) -> Run:
         own = [word.format(folder=folder) for word in METHODS[name]]
         words = [
-            "train", "experiment=tiny_grpo", f"algorithm={name}", *own, *QUICK, f"run_name={name}",
-            "data.train=function:own.py:rows", "reward.functions=own.py:parity", "train.steps=2", "policy.zero_stage=1",
+            "train", "experiment=tiny_grpo", f"algorithm={name}", *QUICK, f"run_name={name}", "train.steps=2",
+            "data.train=function:own.py:rows", "reward.functions=own.py:parity", "policy.zero_stage=1", *own,
         ]  # fmt: skip
         return started(*words).finished(480)
 
@@ -101,7 +112,18 @@ def test_one_macro_action_has_one_credit(folder, runs):
     assert all(len(set(row)) == 1 for row in credit_of(samples)) and any(map(any, credit_of(samples)))
 
 
-@pytest.mark.parametrize("name", ["thr", "nthr"])
+def test_a_step_that_the_judge_found_wrong_costs_its_tokens(folder, runs):
+    """Every answer is right, so credit is the judge's alone."""
+    metrics, samples = read(folder, runs, "capo")
+    assert all(0 < line["credit/wrong_token_share"] < 1 and line["policy/grad_norm"] > 0 for line in metrics)
+    assert {tuple(sample["wrong_steps"]) for sample in samples} == {(), (0,)}
+    for sample in samples:
+        first = [a for a, step in zip(sample["advantages"], sample["step_ids"], strict=True) if step == 0]
+        assert all(a <= 0 for a in first) if sample["wrong_steps"] else all(a >= 0 for a in sample["advantages"])
+    assert any(min(sample["advantages"]) < 0 for sample in samples)
+
+
+@pytest.mark.parametrize("name", ["thr", "thr_gspo", "nthr"])
 def test_hidden_rewards_differ_from_token_to_token(folder, runs, name):
     metrics, samples = read(folder, runs, name)
     assert any(line["policy/grad_norm"] > 0 for line in metrics)

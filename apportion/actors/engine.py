@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from apportion.actors.extensions import compile_extensions
 from apportion.platform.errors import ConfigError, TrainingError
 from apportion.platform.rendezvous import open_store
 from apportion.platform.schedule import learning_rate_at
@@ -93,7 +94,7 @@ class DeepSpeedEngine:
         self.world = world
         self.total_steps = total_steps
         self.optimizer_steps = 0
-        self.device = join_world(world)
+        self.device = join_world(world, settings.offload_optimizer)
         trainable = [p for p in module.parameters() if p.requires_grad]
         dtype = next(p.dtype for p in trainable)
         self._engine, *_ = deepspeed.initialize(
@@ -242,8 +243,8 @@ def own_device() -> torch.device:
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def join_world(world: World) -> torch.device:
-    """Set this process up as one rank: threads, seeds, process group. Returns its device."""
+def join_world(world: World, offloads: bool = False) -> torch.device:
+    """Set this process up as one rank: threads, seeds, compiled parts, process group. Returns its device."""
     device = own_device()
     os.environ.update(
         RANK=str(world.rank),
@@ -259,6 +260,7 @@ def join_world(world: World) -> torch.device:
         torch.use_deterministic_algorithms(True, warn_only=True)
     import deepspeed
 
+    compile_extensions(offloads)
     if not torch.distributed.is_initialized():
         limit = timedelta(seconds=world.timeout_seconds)
         backend = "nccl" if device.type == "cuda" else "gloo"

@@ -32,9 +32,11 @@ def policy_requests(config: Config, model: str) -> list[ActorRequest]:
         mismatch_bound=a.correction.bound,
         epochs=a.epochs,
     )
+    needs = needs_of(config)
+    waits = config.critic.warmup_steps_without_policy if needs.critic else 0
     spec = PolicySpec(
         model, m.dtype, m.attention, m.trust_remote_code, config.policy.lora, config.policy, loss,
-        _optimizer_steps(config), credit=dict(a.credit) if needs_of(config).groups_together else None,
+        _optimizer_steps(config, waits), credit=dict(a.credit) if needs.groups_together else None,
         distillation=_distillation(config), share_prompts=config.policy.share_prompts,
         chat_template=template_text(m.chat_template),
     )  # fmt: skip
@@ -88,5 +90,7 @@ def _rank_requests(config: Config, role: str, cls: type, spec: Any, gpus: float)
     return [ActorRequest(f"{role}-{i}", cls, (spec,), 1, gpus, environment) for i in ranks]
 
 
-def _optimizer_steps(config: Config) -> int:
-    return config.train.steps * config.algorithm.updates_per_batch * config.algorithm.epochs
+def _optimizer_steps(config: Config, without: int = 0) -> int:
+    """Of all steps but the first `without`: what a schedule of the learning rate is laid over."""
+    steps = max(config.train.steps - without, 1)
+    return steps * config.algorithm.updates_per_batch * config.algorithm.epochs

@@ -74,7 +74,7 @@ def _made_once(folder: Path, build: Callable[[Path], None]) -> Path:
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder.parent / f".{folder.name}.lock"):
+        with locked(folder.parent / f".{folder.name}.lock"):
             if folder.is_dir():
                 return folder
             for left in folder.parent.glob(f".{folder.name}.*/"):  # by a process that was killed
@@ -97,7 +97,7 @@ def _made_once(folder: Path, build: Callable[[Path], None]) -> Path:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Hold the lock; DataError where another process has it for LOCK_SECONDS."""
     with path.open("a+") as file:  # "w" would lose who holds it
         deadline, told = time.monotonic() + LOCK_SECONDS, False
@@ -106,7 +106,7 @@ def _locked(path: Path) -> Iterator[None]:
             holder = file.read().strip() or "another process"
             if time.monotonic() >= deadline:
                 raise DataError(
-                    f"{path}: held by {holder} for {LOCK_SECONDS:g} s, expected its model to be made by now: end that process"
+                    f"{path}: held by {holder} for {LOCK_SECONDS:g} s, expected what it makes to be there by now: end that process"
                 )
             if not told:
                 print(f"waiting for {holder}, which makes {path.with_suffix('').name[1:]}", file=sys.stderr, flush=True)
