@@ -14,7 +14,7 @@ from apportion.conf.before import Stage, done, keep_words, same_words, stages
 from apportion.conf.schema import Config
 from apportion.edges import terminated_as_interrupt
 from apportion.platform.errors import ApportionError, ConfigError
-from apportion.platform.runs import redacted_text
+from apportion.platform.runs import never_began, redacted_text
 
 STOP_SECONDS = 60.0  # that an interrupted stage has to stop its actors
 
@@ -35,7 +35,8 @@ def run_before(config: Config) -> None:
                 "`before` is not known",
                 flush=True,
             )
-    if left and config.run_name is not None and (Path(config.runs_folder) / config.run_name).exists():
+    own = None if config.run_name is None else Path(config.runs_folder) / config.run_name
+    if left and own is not None and own.exists() and not never_began(own):
         raise ConfigError(
             f"run_name: got {config.run_name!r}, which {config.runs_folder} already has; expected a new name"
         )

@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from apportion.actors.reward_check import check_columns, check_functions
 from apportion.algorithms.kl import KlCoefficient
 from apportion.assembly.hosts import joins
-from apportion.assembly.inputs import load_prompts
+from apportion.assembly.inputs import load_held_out, load_prompts
 from apportion.assembly.loop_settings import evaluation_settings, loop_settings
 from apportion.assembly.needs import Needs, needs_of
 from apportion.assembly.report import examples, print_report, rewarded, say, summary_of
@@ -25,9 +24,7 @@ from apportion.conf.judges import check_judge
 from apportion.conf.schema import Config
 from apportion.conf.teachers import check_same_tokenizer, check_teachers, teacher_paths
 from apportion.data.builtin import resolve_model
-from apportion.data.prompts import PromptEncoder, PromptStream, every_prompt, load_tokenizer
-from apportion.data.sources import load_sources
-from apportion.data.turns import TurnEncoder
+from apportion.data.prompts import PromptStream, load_tokenizer
 from apportion.edges import closing, refusals, row_errors, terminated_as_interrupt
 from apportion.loop.evaluation import Evaluator
 from apportion.loop.resume import check_steps_left
@@ -110,8 +107,10 @@ def evaluate(config: Config, checkpoint: str) -> int:
         if config.data.eval is None:
             raise ConfigError("data.eval: got none, expected a source to evaluate on")
         check_evaluation(config, model)
-        check_environment(config)
-        held_out = _held_out(config, load_tokenizer(model, config.model.chat_template, config.model.trust_remote_code))
+        check_environment(config, joins(config))
+        held_out = load_held_out(
+            config, load_tokenizer(model, config.model.chat_template, config.model.trust_remote_code)
+        )
     serving = Needs(policy_signals=False, reference=False, critic=False, groups_together=False)
     with terminated_as_interrupt(), _cluster(config, serving, run_of(found)) as cluster:
         actors = start(config, cluster, serving_requests(config, model))
@@ -129,27 +128,6 @@ def _evaluated(argument: str, runs_folder: str) -> Checkpoint:
         return find_checkpoint(argument, runs_folder)
     except ConfigError as error:
         raise ConfigError(f"checkpoint: {str(error).removeprefix('resume: ').removeprefix('checkpoint: ')}") from error
-
-
-def _held_out(config: Config, tokenizer: Any) -> list[Prompt]:
-    """The held-out prompts alone: the data that a checkpoint was trained on may be gone."""
-    data = config.data
-    encoder = PromptEncoder(
-        tokenizer, data.system_prompt, data.chat, dict(data.chat_template_kwargs), data.max_prompt_tokens
-    )
-    if config.environment.cls is not None:
-        TurnEncoder(encoder, config.environment.observation_role)  # refuses a chat template that cannot show turns
-    sources = load_sources(
-        data.eval, split="eval", prompt_column=data.prompt_column, on_bad_row=data.on_bad_row, limit=data.eval_limit
-    )
-    columns = {name for s in sources for row in s.rows[:8] for name in row.values if name != s.prompt_column}
-    check_columns(check_functions(config.reward.functions, config.reward.timeout_seconds), columns, "data.eval")
-    held_out, skipped = every_prompt(sources, encoder, data.on_bad_row)
-    if skipped:
-        say(f"data: {skipped.total()} rows left out ({', '.join(f'{why} {count}' for why, count in skipped.items())})")
-    if not held_out:
-        raise ConfigError("data.eval: got no row that can be used, expected a source to evaluate on")
-    return held_out
 
 
 def _actors(config: Config, needs: Needs, model: str, cluster: Cluster, folder: RunFolder, step: int) -> Actors:

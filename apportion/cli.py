@@ -52,10 +52,13 @@ class Command:
     run: Callable[[list[str]], int]
 
 
+_HOME = re.compile(r"^(runs_folder=[\"']?)~(?=/)")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return the exit code."""
     words = sys.argv[1:] if arguments is None else arguments
-    words = [re.sub(r"^(runs_folder=[\"']?)~(?=/)", rf"\1{Path.home()}", w) for w in words]  # as some shells do not
+    words = [_HOME.sub(lambda m: m[1] + os.path.expanduser("~"), word) for word in words]  # as some shells do not
     if not words or words[0] in ("-h", "--help", "help"):
         print(_usage())
         return 0

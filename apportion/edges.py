@@ -3,6 +3,7 @@ interruption, trackers are closed, a sweep writes nothing."""
 
 from __future__ import annotations
 
+import errno
 import signal
 import sys
 from collections.abc import Iterator
@@ -33,6 +34,13 @@ def closing(tracker: MultiTracker) -> Iterator[None]:
     tracker.close()
 
 
+REFUSED_BY_SYSTEM = {
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EACCES", "EPERM", "EROFS", "EMFILE", "ENFILE", "ENAMETOOLONG", "EIO", "EFBIG",
+                 "ENOTDIR", "EISDIR", "ELOOP", "ESTALE", "ENOLCK")
+}  # fmt: skip
+
+
 @contextmanager
 def system_errors() -> Iterator[None]:
     """What the operating system refuses (a full disk, a folder without permission), and a file that is no YAML, in one
@@ -42,6 +50,8 @@ def system_errors() -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as error:
+        if error.errno not in REFUSED_BY_SYSTEM:  # a library's own (a connection, a time limit): with its traceback
+            raise
         where = f"{error.filename}: " if error.filename is not None else ""
         raise ApportionError(
             f"{where}got {_plain(error)}, expected the system to allow it: look at free space, paths and permissions"

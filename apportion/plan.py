@@ -118,7 +118,7 @@ def make_plan(config: Config, machine: Machine | None = None) -> Plan:
     check_companions(config, needs)
     if "critiques" in needs:
         check_judge(config, joined)
-    check_environment(config)
+    check_environment(config, joined)
     check_functions(config.reward.functions, config.reward.timeout_seconds)
     with refusals():
         check_sources(config)

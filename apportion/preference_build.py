@@ -21,6 +21,7 @@ from apportion.conf.preference_schema import (
 )
 from apportion.conf.teachers import check_same_tokenizer
 from apportion.data.builtin import resolve_model
+from apportion.data.errors import DataError as SourceError
 from apportion.data.pair_tokens import EncodedExample, ExampleEncoder, PreferenceData, encode_sources, hold_out, pack
 from apportion.data.pairs import PairColumns, read_demonstration, read_pair, row_check
 from apportion.data.prompts import PromptEncoder, load_tokenizer, template_text
@@ -101,9 +102,14 @@ def _train(config: PreferenceConfig, resolved: dict[str, Any], locks: ExitStack)
 
 def _check_reference(config: DpoRunConfig, path: str) -> None:
     remote = config.model.trust_remote_code
-    own, other = load_tokenizer(config.model.path, None, remote), load_tokenizer(path, None, remote)
+    own = load_tokenizer(config.model.path, None, remote)
+    try:
+        other = load_tokenizer(path, None, remote)
+    except SourceError:  # it only reads the policy's ids: it needs none, and then nothing is known of it
+        other = None
     check_reference(config, path)  # again: what was not on this machine may have come with its tokenizer
-    check_same_tokenizer(own, other, "dpo.reference", "it reads the policy's token ids")
+    if other is not None:
+        check_same_tokenizer(own, other, "dpo.reference", "it reads the policy's token ids", only_own=True)
 
 
 def objective_of(config: PreferenceConfig) -> Objective:

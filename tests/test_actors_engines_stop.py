@@ -19,7 +19,7 @@ class Letters:
         self.pad_token_id, self.eos_token_id = pad, END
 
     def decode(self, ids, skip_special_tokens):
-        return "".join(chr(i) for i in ids if i > 2 or not skip_special_tokens)
+        return "".join(chr(i) if i > 2 else f"<{i}>" for i in ids if i > 2 or not skip_special_tokens)
 
 
 def cut(pad, ids, stop=()):
@@ -41,6 +41,7 @@ def test_a_row_ends_at_its_stop_string_or_at_its_first_end_token_and_its_padding
     assert cut(pad, [97, END, pad, pad]) == ([97, END], "stop", "a")
     assert cut(pad, [97, END, 46, pad], ".") == ([97, END], "stop", "a")  # nothing after the end token counts
     assert cut(pad, [97, 98, 99], ".") == ([97, 98, 99], "length", "abc")
+    assert cut(pad, [97, 1, pad, pad], "<1>") == ([97, 1], "stop", "a")  # the name of a special token
 
 
 def test_padding_that_was_sampled_stays():

@@ -235,6 +235,7 @@ def test_a_coroutine_that_blocks_the_loop_costs_its_round_and_not_the_next():
     assert state.observation == "at 0"
 
 
+@pytest.mark.slow
 def test_coroutines_that_keep_the_loop_busy_together_longer_than_the_limit_of_one_all_answer():
     host = worker(Busy, seconds=1.0, to=9)
     host.start("me", starts(250))
@@ -242,6 +243,7 @@ def test_coroutines_that_keep_the_loop_busy_together_longer_than_the_limit_of_on
     assert {(state.observation, state.failure) for state in states} == {("at 1", None)}
 
 
+@pytest.mark.slow
 def test_who_blocks_the_loop_is_found_and_what_has_not_begun_goes_on_without_it():
     host = worker(Busy, seconds=1.0)
     host.start("me", starts(5))
@@ -255,16 +257,18 @@ def test_who_blocks_the_loop_is_found_and_what_has_not_begun_goes_on_without_it(
     assert [state.observation for state in host.step("me", [Action(0, "up"), Action(3, "wait")])] == ["at 2", "at 2"]
 
 
+@pytest.mark.slow
 def test_a_round_gives_up_two_blocked_loops_and_calls_nothing_more():
     host = worker(Busy, seconds=0.3)
     host.start("me", starts(4))
     states = host.step("me", [Action(number, "block") for number in range(4)])
     blocked = "step: no answer within 0.3 s; it blocks the event loop"
     assert [state.failure for state in states] == [blocked] * 2 + [
-        "step: not called: 2 asynchronous environments blocked the event loop before"
+        "step: not called: asynchronous environments blocked the event loop, or kept it busy, for too long"
     ] * 2
 
 
+@pytest.mark.slow
 def test_a_coroutine_that_ignores_its_end_is_given_up_alone():
     host = worker(Busy, seconds=0.3)
     host.start("me", starts(2))
@@ -300,6 +304,7 @@ def test_each_method_runs_where_its_kind_does(cls, threads):
     assert (instance.threads, OPEN) == (threads, [])
 
 
+@pytest.mark.slow
 def test_slow_resets_beside_asynchronous_steps_wait_side_by_side():
     host = worker(Mixed, seconds=10.0)
     begun = time.monotonic()

@@ -1,5 +1,8 @@
 """What a checkpoint's model folder holds beside the weights."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -25,6 +28,26 @@ def test_a_saved_model_has_the_weights_and_the_chat_template_that_it_was_trained
     assert all(torch.equal(again[name], weight) for name, weight in named.items())
     own = AutoTokenizer.from_pretrained(tiny).chat_template
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template == (own if template is None else template)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({"temperature": 0.9, "top_p": 0.6, "eos_token_id": [2, 7]}, {"do_sample": True, "temperature": 0.9}),
+        ({"do_sample": True, "temperature": 0.7, "eos_token_id": [2, 7]}, {"do_sample": True, "temperature": 0.7}),
+    ],
+)
+def test_a_saved_model_has_its_generation_settings_also_those_that_are_not_written_as_they_were_read(
+    tiny, tmp_path, settings, kept
+):
+    """Vicuna's, for one, have a temperature and do not sample; Qwen's have a second end token."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny, base)
+    (base / "generation_config.json").write_text(json.dumps(settings))
+    named = dict(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).state_dict())
+    save_huggingface(str(base), {n: w for n, w in named.items() if n != "lm_head.weight"}, tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    assert saved["eos_token_id"] == [2, 7] and kept.items() <= saved.items()
 
 
 def test_a_saved_reward_model_keeps_its_chat_template_too(tiny, tmp_path):

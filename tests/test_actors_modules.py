@@ -159,16 +159,16 @@ def test_an_adapted_head_on_sharded_ranks_is_refused_before_they_join(model, mon
     """ZeRO-3 would gather at each chunk, of which ranks have different numbers: they would wait for ever."""
     module = CausalLMLogprobs(model, 4)
     assert not module.calls_head_by_chunk
-    monkeypatch.setattr("apportion.actors.engine.join_world", lambda world: pytest.fail("joined"))
+    monkeypatch.setattr("apportion.actors.engine.join_world", lambda world, offloads: pytest.fail("joined"))
     with pytest.raises(pytest.fail.Exception, match="joined"):
-        DeepSpeedEngine(module, SimpleNamespace(zero_stage=3), World(0, 2), 1)
+        DeepSpeedEngine(module, SimpleNamespace(zero_stage=3, offload_optimizer=False), World(0, 2), 1)
     model.set_output_embeddings(Adapted(64, 264))
     adapted = CausalLMLogprobs(model, 4)
     assert adapted.calls_head_by_chunk
     with pytest.raises(
         ConfigError, match=r"policy.zero_stage: got 3 on 2 ranks with an output head that is more than a"
     ):
-        DeepSpeedEngine(adapted, SimpleNamespace(zero_stage=3), World(0, 2), 1)
+        DeepSpeedEngine(adapted, SimpleNamespace(zero_stage=3, offload_optimizer=False), World(0, 2), 1)
     for stage, ranks in ((2, 2), (3, 1)):
         with pytest.raises(pytest.fail.Exception, match="joined"):
-            DeepSpeedEngine(adapted, SimpleNamespace(zero_stage=stage), World(0, ranks), 1)
+            DeepSpeedEngine(adapted, SimpleNamespace(zero_stage=stage, offload_optimizer=False), World(0, ranks), 1)

@@ -160,6 +160,7 @@ def test_a_failing_stage_stops_the_run_after_its_own_message(tmp_path, capfd):
 
 
 @pytest.mark.parametrize("command", ["train", "plan"])
+@pytest.mark.slow
 def test_a_mistake_in_a_later_stage_is_refused_before_the_first_is_trained(tmp_path, capsys, command):
     first = "dpo run_name=first model.path=builtin:tiny data.train=nowhere.jsonl"
     second = "dpo run_name=second model.path=builtin:tiny data.train=nowhere.jsonl dpo.bta=0.1"

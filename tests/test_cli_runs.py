@@ -90,6 +90,7 @@ def full_disk():
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
+@pytest.mark.slow
 def test_what_the_system_refuses_is_one_line_and_a_sweep_goes_on(build, capsys):
     build.outcome = full_disk
     assert main(["train", "experiment=quickstart", "-m", "seed=0,1"]) == 1
@@ -118,6 +119,7 @@ def test_a_recipe_that_is_no_yaml_is_one_line(tmp_path, capsys):
     assert error.endswith('mine.yaml", line 2, column 8, expected YAML: correct that line\n')
 
 
+@pytest.mark.slow
 def test_an_interruption_ends_a_sweep(build, capsys):
     build.outcome = fail(KeyboardInterrupt())
     assert main(["train", "experiment=quickstart", "-m", "seed=0,1,2"]) == 130
@@ -171,6 +173,7 @@ def test_a_value_of_lora_keeps_the_others_of_the_resumed_run(tmp_path, build):
 
 
 @pytest.mark.parametrize("value", ["~/runs", '"~/runs"'])
+@pytest.mark.slow
 def test_a_home_in_the_runs_folder_is_expanded_for_every_command(tmp_path, build, monkeypatch, value):
     monkeypatch.setenv("HOME", str(tmp_path))
     a_run(tmp_path)

@@ -199,9 +199,11 @@ def test_a_reference_with_another_tokenizer_is_refused(tmp_path, tiny):
     from transformers import AutoTokenizer
 
     other = AutoTokenizer.from_pretrained(tiny)
-    other.add_tokens(["<|more|>"])
     other.save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text('{"vocab_size": 265}')
+    spelled = (tmp_path / "tokenizer.json").read_text()
+    word = next(token for token in other.get_vocab() if token.isascii() and token.isalpha() and len(token) == 1)
+    (tmp_path / "tokenizer.json").write_text(spelled.replace(f'"{word}":', f'"{word}{word}":', 1))
+    (tmp_path / "config.json").write_text('{"vocab_size": 264}')
     config = composed("dpo", *WHOLE, f"dpo.reference={tmp_path}")
     check(config)
     with pytest.raises(ConfigError, match=r"^dpo.reference: .* in 1 of 264 tokens .* it reads the policy's token ids$"):

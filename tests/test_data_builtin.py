@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -105,8 +106,12 @@ def test_what_a_killed_process_left_is_removed_before_a_model_is_made(tmp_path):
     for made in (left, other):
         made.mkdir(parents=True)
         (made / "model.safetensors").write_text("half")
+    fresh = folder.parent / ".m-1.def"  # of another node, perhaps, whose lock is not seen here
+    fresh.mkdir()
+    long_ago = time.time() - builtin.LOCK_SECONDS - 60
+    os.utime(left, (long_ago, long_ago))
     builtin._made_once(folder, lambda building: None)
-    assert sorted(os.listdir(folder.parent)) == [".m-1.lock", ".m-2.abc", "m-1"]
+    assert sorted(os.listdir(folder.parent)) == [".m-1.def", ".m-1.lock", ".m-2.abc", "m-1"]
 
 
 def test_waiting_for_another_process_is_said_once_and_ends(tmp_path, monkeypatch, capsys):

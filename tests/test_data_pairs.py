@@ -60,11 +60,9 @@ def test_hh_transcripts_are_conversations_whatever_stands_beside_them():
     assert (shown.prompt, shown.answers) == ([user("1 + 1?")], [[assistant("2")]])
 
 
-def test_an_hh_prompt_beside_plain_answers_is_messages():
-    pair = read_pair({"prompt": hh("hi", "yes?", "1 + 1?", ""), "chosen": "2", "rejected": "3"}, COLUMNS)
-    assert (pair.prompt, pair.answers) == ([user("hi"), assistant("yes?"), user("1 + 1?")], ["2", "3"])
-    with pytest.raises(DataError, match="the prompt ends with the assistant's answer"):
-        read_pair({"prompt": hh("hi", "yes?"), "chosen": "2", "rejected": "3"}, COLUMNS)
+def test_a_prompt_that_is_text_stays_as_it_is_written():
+    for prompt in ("Assistant:", "Human: q\nAssistant:", hh("hi", "yes?", "1 + 1?", "")):
+        assert read_pair({"prompt": prompt, "chosen": "2", "rejected": "3"}, COLUMNS).prompt == prompt
 
 
 def test_columns_may_be_called_otherwise_and_carry_a_margin():

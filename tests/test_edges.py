@@ -4,7 +4,8 @@ import errno
 
 import pytest
 
-from apportion.edges import closing
+from apportion.edges import closing, system_errors
+from apportion.platform.errors import ApportionError
 from apportion.platform.tracking import MultiTracker
 
 
@@ -37,3 +38,18 @@ def test_an_interruption_is_not_replaced_either():
 def test_an_error_of_closing_alone_is_told():
     with pytest.raises(OSError, match="No space left on device"), closing(MultiTracker([Full()])):
         pass
+
+
+def test_what_the_system_refuses_is_one_line_and_a_librarys_own_error_keeps_its_traceback():
+    with (
+        pytest.raises(ApportionError, match=r"^runs/a: got OSError: No space left on device, expected the system to"),
+        system_errors(),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/a")
+    for error in (
+        ConnectionError("refused by j"),
+        TimeoutError("late"),
+        FileNotFoundError(errno.ENOENT, "none", "rows.txt"),
+    ):
+        with pytest.raises(type(error)), system_errors():
+            raise error

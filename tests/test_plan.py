@@ -414,6 +414,25 @@ def test_targets_are_held_against_the_layers_that_the_weights_name(tmp_path):
     assert line == f"policy.lora.targets: got 'q_proj', expected names of layers of {tmp_path}: c_attn, wte"
 
 
+def test_targets_are_not_held_against_weights_of_which_some_are_missing_or_quantised(tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    words = (f"model.path={tmp_path}", "policy.lora.targets=[q_proj]")
+    (tmp_path / "config.json").write_text('{"vocab_size": 9}')
+    shard = tmp_path / "model-00002-of-00002.safetensors"
+    save_file({"lm_head.weight": torch.zeros(2, 2)}, shard)
+    assert planned(*words).actor("policy").count == 1
+    index = {"weight_map": {"lm_head.weight": shard.name, "q_proj.weight": "model-00001-of-00002.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert planned(*words).actor("policy").count == 1
+    index["weight_map"].pop("q_proj.weight")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert refusal(*words).startswith("policy.lora.targets: got 'q_proj', expected names of layers")
+    (tmp_path / "config.json").write_text('{"vocab_size": 9, "quantization_config": {"quant_method": "gptq"}}')
+    assert planned(*words).actor("policy").count == 1
+
+
 def test_a_model_whose_sizes_are_in_other_words_is_held_to_its_context_all_the_same(tmp_path):
     (tmp_path / "config.json").write_text('{"vocab_size": 99, "n_positions": 100, "n_embd": 8}')
     assert refusal(f"model.path={tmp_path}").startswith("rollout.max_response_tokens: got data.max_prompt_tokens=96 + ")

@@ -23,6 +23,7 @@ def run(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("words", [["train", "resume=first"], ["plan", "resume=first"], ["evaluate", "first"]])
+@pytest.mark.slow
 def test_a_secret_that_was_not_saved_has_to_be_given_again(words, run, build, capsys):
     assert main(words) == 2
     assert capsys.readouterr().err == (
@@ -41,6 +42,7 @@ def test_given_again_the_run_goes_on_and_no_stage_before_it_is_asked_for_its_own
 @pytest.mark.parametrize(
     "text", ["costs ${price} now", "${oc.env:HOME}", r"a \${b} \\${c}", "${", "$ {}", r"ends with \\"]
 )
+@pytest.mark.slow
 def test_a_text_with_a_dollar_and_a_brace_is_the_same_text_when_the_run_goes_on(text, tmp_path, monkeypatch, build):
     monkeypatch.chdir(tmp_path)
     resolved = to_config(compose_config(["experiment=quickstart"]))[1]
@@ -62,6 +64,7 @@ def test_a_text_with_a_dollar_and_a_brace_is_the_same_text_when_the_run_goes_on(
     ],
 )
 @pytest.mark.parametrize("words", [["train", "resume=first"], ["evaluate", "first"]])
+@pytest.mark.slow
 def test_a_configuration_that_was_spoilt_by_hand_is_named_in_one_line(words, text, line, run, build, capsys):
     (run / "config.yaml").write_text(text)
     assert main(words) == 2

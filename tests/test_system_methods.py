@@ -36,7 +36,6 @@ METHODS = {
     "ma_rlhf": [],
     "ma_rlhf_one_action": [],
     "thr": [],
-    "thr_gspo": [],
     "capo": ["judge.function=own.py:judge", "judge.critiques=1", "reward.functions=own.py:one"],
     "nthr": ["algorithm.credit.tau=0.0"],  # the threshold of its own is rarely passed within eight tokens
     "aligndistil": TEACHERS,
@@ -123,29 +122,29 @@ def test_a_step_that_the_judge_found_wrong_costs_its_tokens(folder, runs):
     assert any(min(sample["advantages"]) < 0 for sample in samples)
 
 
-@pytest.mark.parametrize("name", ["thr", "thr_gspo", "nthr"])
+@pytest.mark.parametrize("name", ["thr", "nthr"])
 def test_hidden_rewards_differ_from_token_to_token(folder, runs, name):
     metrics, samples = read(folder, runs, name)
     assert any(line["policy/grad_norm"] > 0 for line in metrics)
     assert any(len({abs(value) for value in row}) > 1 for row in credit_of(samples))
 
 
-def assert_it_learns_from_the_teachers(metrics: list[dict]) -> None:
+def assert_it_learns_from_the_teachers(metrics: list[dict], scale: float) -> None:
     assert [line["step"] for line in metrics] == [1, 2]
     for line in metrics:
         assert line["policy/distillation_kl"] > 0 and line["policy/grad_norm"] > 0
         assert 0 < line["policy/distillation_total_variation"] < 1
         variation = line["policy/distillation_total_variation"]
-        assert line["policy/distillation_alpha"] == pytest.approx(30 * variation + 1e-3, rel=1e-2)
+        assert line["policy/distillation_alpha"] == pytest.approx(scale * variation + 1e-3, rel=1e-2)
 
 
 def test_distillation_on_policy_has_a_gradient_and_no_credit(folder, runs):
     metrics, samples = read(folder, runs, "aligndistil")
-    assert_it_learns_from_the_teachers(metrics)
+    assert_it_learns_from_the_teachers(metrics, scale=30)
     assert not any(map(any, credit_of(samples)))
 
 
 def test_distillation_off_policy_learns_from_the_datas_responses_and_samples_none(folder, runs):
     metrics, samples = read(folder, runs, "aligndistil_offpolicy")
-    assert_it_learns_from_the_teachers(metrics)
+    assert_it_learns_from_the_teachers(metrics, scale=20)
     assert all(sample["response"].startswith("It is ") for sample in samples)

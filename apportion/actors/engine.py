@@ -265,8 +265,9 @@ def join_world(world: World, offloads: bool = False) -> torch.device:
         limit = timedelta(seconds=world.timeout_seconds)
         backend = "nccl" if device.type == "cuda" else "gloo"
         store = open_store(world.master_address, world.master_port, world.size, world.rank == 0, limit, wait=False)
+        bound = device if backend == "nccl" and world.size > 1 else None
         torch.distributed.init_process_group(
-            backend, store=store, rank=world.rank, world_size=world.size, timeout=limit
+            backend, store=store, rank=world.rank, world_size=world.size, timeout=limit, device_id=bound
         )
         deepspeed.init_distributed(backend, verbose=False, timeout=limit)
     return device

@@ -11,8 +11,9 @@ from __future__ import annotations
 import inspect
 import math
 import traceback
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from apportion.actors.environment_calls import EventLoop, StepTimeout, ThreadPool
@@ -68,15 +69,15 @@ class EnvironmentWorker(ActorBase):
         methods = ("reset", "step")
         self._is_async = {name: inspect.iscoroutinefunction(getattr(self._make, name)) for name in methods}
         self._pool = ThreadPool(spec.threads, spec.step_timeout_seconds)
-        self._loop = EventLoop(spec.step_timeout_seconds)
+        self._loop = EventLoop(spec.step_timeout_seconds, spec.threads)
         self._live: dict[tuple[str, int], Any] = {}
 
     def start(self, owner: str, starts: list[EpisodeStart]) -> list[EpisodeState]:
         """Make and reset an instance for each episode; those the owner still has are closed first."""
         self.finish(owner, [episode for name, episode in self._live if name == owner])
         made: dict[int, Any] = {}
-        outcomes = self._run("reset", [self._beginner(start, made) for start in starts])
-        self._live |= {(owner, episode): environment for episode, environment in made.items()}
+        outcomes = self._begin(starts, made)
+        self._live |= {(owner, episode): environment for episode, environment in dict(made).items()}
         states = []
         for given, outcome in zip(starts, outcomes, strict=True):
             if isinstance(outcome, BaseException):
@@ -112,17 +113,42 @@ class EnvironmentWorker(ActorBase):
         return len(self._live)
 
     def _run(self, method: str, functions: list[Callable[[], Any]]) -> list[Any]:
-        return self._loop.run(functions) if self._is_async[method] else self._pool.run(functions)
+        if self._is_async[method]:
+            return self._loop.run(functions)
+        outcomes = self._pool.run(functions)
+        waiting = [at for at, outcome in enumerate(outcomes) if inspect.isawaitable(outcome)]  # it hid what it is
+        if waiting:
+            for at, outcome in zip(
+                waiting, self._loop.run([partial(_given, outcomes[at]) for at in waiting]), strict=True
+            ):
+                outcomes[at] = outcome
+        return outcomes
 
-    def _beginner(self, start: EpisodeStart, made: dict[int, Any]) -> Callable[[], Any]:
-        """Makes an instance, kept in `made` however its reset ends, and resets it: where `reset` runs, so that what an
-        asynchronous one opens belongs to the loop."""
+    def _begin(self, starts: list[EpisodeStart], made: dict[int, Any]) -> list[Any]:
+        """Make instances, kept in `made` however their reset ends, and reset them. What an asynchronous one opens belongs
+        to the loop, so it is made there; a reset that is not asynchronous may block, so it runs on a thread."""
 
-        def begin() -> Any:
-            environment = made[start.episode] = self._make(**self._spec.params)
+        def make(start: EpisodeStart) -> None:
+            made[start.episode] = self._make(**self._spec.params)
+
+        async def make_on_loop(start: EpisodeStart) -> None:
+            make(start)
+
+        def reset(start: EpisodeStart) -> Any:
+            environment = made[start.episode]
             return environment.reset(**reset_arguments(environment.reset, start))
 
-        return begin
+        def begin(start: EpisodeStart) -> Any:
+            make(start)
+            return reset(start)
+
+        if self._is_async["reset"] or not self._is_async["step"]:
+            return self._run("reset", [partial(begin, start) for start in starts])
+        outcomes = self._loop.run([partial(make_on_loop, start) for start in starts])
+        there = [at for at, outcome in enumerate(outcomes) if not isinstance(outcome, BaseException)]
+        for at, outcome in zip(there, self._run("reset", [partial(reset, starts[at]) for at in there]), strict=True):
+            outcomes[at] = outcome
+        return outcomes
 
     def _close_ended(self, owner: str, states: list[EpisodeState]) -> None:
         self.finish(owner, [state.episode for state in states if state.done])
@@ -140,6 +166,10 @@ def reset_arguments(reset: Callable[..., Any], start: EpisodeStart) -> dict[str,
         return given
     names = {p.name for p in parameters}
     return {name: value for name, value in given.items() if name in names}
+
+
+async def _given(awaitable: Awaitable[Any]) -> Any:
+    return await awaitable
 
 
 def _bound(step: Callable[[str], Any], text: str) -> Callable[[], Any]:

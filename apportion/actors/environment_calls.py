@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 MAX_HUNG = 64  # threads left behind in one process
@@ -141,28 +142,32 @@ class ThreadPool:
 class EventLoop:
     """Runs coroutines side by side on a loop in a thread, so that sessions which environments hold stay usable."""
 
-    def __init__(self, limit: float) -> None:
-        self._limit = limit
+    def __init__(self, limit: float, threads: int) -> None:
+        """Calls may take as long together as on so many `threads` of a pool, twice over."""
+        self._limit, self._threads = limit, threads
         self._changed = threading.Condition()
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def run(self, functions: Sequence[Callable[[], Awaitable[Any]]]) -> list[Any]:
         """What each coroutine gave, or the exception that it ended with (StepTimeout past the limit).
 
-        However long all of them take together, only one that has begun and is past its own limit is late. One that
-        blocks the loop makes all that began before it late; those that have not begun go on with a fresh loop.
+        Only one that has begun and is past its own limit is late. One that blocks the loop makes all that began before it
+        late; those that have not begun go on with a fresh loop.
         """
         jobs = [_Job(function) for function in functions]
         round_ = _Round.of(jobs)
+        deadline = time.monotonic() + 2 * (GRACE_SECONDS + self._limit * ceil(len(jobs) / self._threads))
         for _ in range(MAX_BLOCKED):
-            self._go_on(round_)
+            self._go_on(round_, deadline)
             if not round_.missing:
                 break
         with self._changed:
-            round_.refuse_waiting(f"not called: {MAX_BLOCKED} asynchronous environments blocked the event loop before")
+            round_.refuse_waiting(
+                "not called: asynchronous environments blocked the event loop, or kept it busy, for too long"
+            )
         return [job.result for job in jobs]
 
-    def _go_on(self, round_: _Round) -> None:
+    def _go_on(self, round_: _Round, deadline: float) -> None:
         """Until each call has a result, or the loop is blocked and only those are left that have not begun."""
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
@@ -172,7 +177,8 @@ class EventLoop:
         with self._changed:
             while round_.missing:
                 self._changed.wait(self._limit / 10)
-                if round_.missing and pulse.still_seconds() >= self._limit:
+                spent = time.monotonic() >= deadline
+                if round_.missing and (spent or pulse.still_seconds() >= self._limit):
                     self._loop = None  # whoever waits on it is lost, later calls get a fresh one
                     self._blame(round_, pulse.task)
                     return

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 from apportion.data.builtin import cache_folder, locked
@@ -17,26 +19,32 @@ VARIABLE = "TORCH_EXTENSIONS_DIR"  # torch's; whoever sets it compiles there as 
 
 
 def extensions_folder() -> Path:
-    """A node's own: what one has compiled another may not be able to run."""
-    return cache_folder() / "extensions" / socket.gethostname()
+    """A node's, a user's and an installation's own: what one has compiled another may not be able to run, or should not."""
+    import torch
+
+    python = "py" + "".join(map(str, sys.version_info[:2]))
+    name = f"{socket.gethostname()}-{os.getuid()}-{python}-torch{torch.__version__}"
+    return cache_folder() / "extensions" / name
 
 
 def compile_extensions(offloads: bool) -> None:
     """Compile and load what DeepSpeed is going to ask for, or load what is compiled; `offloads`: its Adam for CPUs too."""
-    folder = extensions_folder()
-    if os.environ.setdefault(VARIABLE, str(folder)) != str(folder):
-        return
     from deepspeed.accelerator import get_accelerator
-    from deepspeed.ops import __compatible_ops__
 
-    accelerator = get_accelerator()
+    accelerator, folder = get_accelerator(), extensions_folder()
     names = ["ShareMemCommBuilder"] if accelerator.device_name() == "cpu" else []
     names += ["CPUAdamBuilder"] if offloads else []
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / ".extensions.lock"):
+    if not names or os.environ.get(VARIABLE, str(folder)) != str(folder):
+        return
+    with ExitStack() as lock:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.enter_context(locked(folder / ".extensions.lock"))
+        except OSError:  # a cache that cannot be written, a file system without locks: as without this folder
+            return
+        os.environ[VARIABLE] = str(folder)
         for mark in folder.glob("**/lock"):
             mark.unlink()
-        for name in names:
-            builder = accelerator.create_op_builder(name)
-            if builder is not None and __compatible_ops__.get(builder.NAME, False):
+        for builder in map(accelerator.create_op_builder, names):
+            if builder is not None and builder.is_compatible(verbose=False):
                 builder.load(verbose=False)

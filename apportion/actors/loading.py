@@ -70,9 +70,23 @@ def save_huggingface(
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     cpu = {name: tensor.to("cpu") for name, tensor in named.items()}
     with suppress(OSError):  # not every model has one; a hub's name may be no folder
-        model.generation_config = GenerationConfig.from_pretrained(base)
+        model.generation_config = _that_can_be_saved(GenerationConfig.from_pretrained(base))
     model.save_pretrained(folder, state_dict=cpu)
     tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code)
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(folder)
+
+
+def _that_can_be_saved(generation: Any) -> Any:
+    """transformers loads settings that it then refuses to write: a temperature without `do_sample`, which is meant."""
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        generation.do_sample = True
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        ends = {name: getattr(generation, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        return type(generation)(**ends)
+    return generation

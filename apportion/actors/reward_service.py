@@ -110,8 +110,8 @@ class ServiceSource:
         )
 
     def _sharing(self, attempt: int) -> int:
-        """How many attempts share the time that is left before this one."""
-        return self._retries + 1 - attempt if len(set(self.urls)) > 1 else 1
+        """How many attempts share the time that is left before this one: as many as there are addresses to try first."""
+        return max(1, min(len(set(self.urls)), self._retries + 1) - attempt)
 
     def _attempt(self, url: str, content: bytes, expected: int, deadline: float) -> list[Any]:
         """One request. ConnectionError where another attempt may help, _Refused where not."""

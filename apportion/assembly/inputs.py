@@ -18,16 +18,8 @@ FIRST_ROWS = 64
 
 def load_prompts(config: Config, tokenizer: Any) -> tuple[PromptStream, list[Prompt]]:
     """The training stream and the held-out prompts; says how many rows were left out."""
-    data = config.data
-    encoder = PromptEncoder(
-        tokenizer, data.system_prompt, data.chat, dict(data.chat_template_kwargs), data.max_prompt_tokens
-    )
-    if config.environment.cls is not None:
-        TurnEncoder(encoder, config.environment.observation_role)  # refuses a chat template that cannot show turns
-    common: dict[str, Any] = {"prompt_column": data.prompt_column, "on_bad_row": data.on_bad_row}
-    sources = load_sources(data.train, split="train", limit=data.limit, **common)
-    functions = check_functions(config.reward.functions, config.reward.timeout_seconds)
-    check_columns(functions, _columns(sources), "data.train")
+    data, encoder = config.data, _encoder(config, tokenizer)
+    sources = _sources(config, "train")
     if data.on_bad_row == "error":
         _check_first(sources, encoder)
     stream = PromptStream(
@@ -36,14 +28,45 @@ def load_prompts(config: Config, tokenizer: Any) -> tuple[PromptStream, list[Pro
     held_out: list[Prompt] = []
     left_out = Counter(stream.skipped)
     if data.eval is not None:
-        held_sources = load_sources(data.eval, split="eval", limit=data.eval_limit, **common)
-        check_columns(functions, _columns(held_sources), "data.eval")
-        held_out, skipped = every_prompt(held_sources, encoder, data.on_bad_row)
+        held_out, skipped = every_prompt(_sources(config, "eval"), encoder, data.on_bad_row)
         left_out += skipped
+    _say_left_out(left_out)
+    return stream, held_out
+
+
+def load_held_out(config: Config, tokenizer: Any) -> list[Prompt]:
+    """The held-out prompts alone: the data that a checkpoint was trained on may be gone."""
+    held_out, left_out = every_prompt(_sources(config, "eval"), _encoder(config, tokenizer), config.data.on_bad_row)
+    _say_left_out(left_out)
+    return held_out
+
+
+def _encoder(config: Config, tokenizer: Any) -> PromptEncoder:
+    data = config.data
+    encoder = PromptEncoder(
+        tokenizer, data.system_prompt, data.chat, dict(data.chat_template_kwargs), data.max_prompt_tokens
+    )
+    if config.environment.cls is not None:
+        TurnEncoder(encoder, config.environment.observation_role)  # refuses a chat template that cannot show turns
+    return encoder
+
+
+def _sources(config: Config, split: str) -> list[Source]:
+    """Of `split`, with every column that a reward function needs."""
+    data = config.data
+    given, limit = (data.train, data.limit) if split == "train" else (data.eval, data.eval_limit)
+    sources = load_sources(
+        given, split=split, limit=limit, prompt_column=data.prompt_column, on_bad_row=data.on_bad_row
+    )
+    functions = check_functions(config.reward.functions, config.reward.timeout_seconds)
+    check_columns(functions, _columns(sources), f"data.{split}")
+    return sources
+
+
+def _say_left_out(left_out: Counter[str]) -> None:
     if left_out:
         reasons = ", ".join(f"{reason} {count}" for reason, count in left_out.items())
         say(f"data: {left_out.total()} rows left out ({reasons})")
-    return stream, held_out
 
 
 def _check_first(sources: list[Source], encoder: PromptEncoder) -> None:

@@ -14,7 +14,7 @@ from apportion.platform.errors import ConfigError, nearest
 LIBRARIES = ("gymnasium", "textarena")  # built-in adapters, named like what they need
 
 
-def check_environment(config: Config) -> None:
+def check_environment(config: Config, joined: bool = False) -> None:
     """ConfigError for a class that is not there, parameters it does not take, or turns that cannot fit."""
     environment = config.environment
     if environment.cls is None:
@@ -31,7 +31,8 @@ def check_environment(config: Config) -> None:
         got = f"{environment.cls} cannot be imported ({type(error).__name__}: {error})"
         raise ConfigError(f"environment.cls: {got}, expected a class that can") from error
     _check_params(environment.cls, cls, environment.params)
-    _check_installed(environment.cls, environment.params)
+    if not joined:  # on a cluster the environments' nodes have it, or not
+        _check_installed(environment.cls, environment.params)
     tokens, response = environment.max_turn_tokens, config.rollout.max_response_tokens
     if tokens is not None and tokens > response:
         raise ConfigError(

@@ -89,7 +89,10 @@ def _critiques(config: Config) -> int:
     from apportion.algorithms.interface import judged_method
     from apportion.algorithms.registry import build
 
-    return judged_method(build("credit", config.algorithm.credit)).critiques
+    try:
+        return judged_method(build("credit", config.algorithm.credit)).critiques
+    except ValueError as error:
+        raise ConfigError(f"algorithm.credit: {error}") from error
 
 
 def _check_function(spec: str) -> None:

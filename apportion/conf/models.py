@@ -102,6 +102,8 @@ def read_limits(path: str, key: str = "model.path") -> ModelLimits:
 def check_targets(targets: list[str], path: str) -> None:
     """ConfigError for a LoRA target that is no layer of the model, as far as its files name its layers."""
     config, folder = _described(path, "model.path")
+    if "quantization_config" in config or _lacks_weights(folder):  # names of other tensors, or not all
+        return
     names = {name.removesuffix(".weight") for name, shape in _tensors(folder).items() if len(shape) == 2}
     if folder is None and config:
         names = set(_facts(config, None).shapes)
@@ -114,6 +116,18 @@ def check_targets(targets: list[str], path: str) -> None:
                 f"policy.lora.targets: got {target!r}, expected names of layers of {path}: {', '.join(known)}"
                 f"{nearest(target, known)}"
             )
+
+
+def _lacks_weights(folder: Path | None) -> bool:
+    """Whether files that the model's index names are not here (yet): a download that was interrupted, say."""
+    shards = list(folder.glob("*-of-*.safetensors")) if folder is not None else []
+    if folder is None or not (shards or (folder / "model.safetensors.index.json").is_file()):
+        return False
+    try:
+        index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+        return any(not (folder / name).is_file() for name in index["weight_map"].values())
+    except (OSError, ValueError, KeyError):
+        return True
 
 
 def _described(path: str, key: str) -> tuple[dict[str, Any], Path | None]:
@@ -169,7 +183,7 @@ def _tensors(folder: Path | None) -> dict[str, list[int]]:
             length = int.from_bytes(stream.read(8), "little")
             if not 0 < length <= file.stat().st_size:
                 raise ConfigError(
-                    f"model: got {file}, which is no safetensors file (left over from git without lfs?), expected the "
+                    f"got {file}, which is no safetensors file (left over from git without lfs?), expected the "
                     "model's weights: fetch them"
                 )
             header = json.loads(stream.read(length))

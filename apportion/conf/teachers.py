@@ -11,8 +11,8 @@ from apportion.conf.companions import check_context
 from apportion.conf.models import ModelFacts, read_limits, read_model
 from apportion.conf.schema import Config
 from apportion.data.builtin import PREFIX
+from apportion.platform.checkpoint import CheckpointStore
 from apportion.platform.errors import ConfigError
-from apportion.platform.runs import find_checkpoint
 
 
 def teacher_paths(config: Config) -> dict[str, str]:
@@ -42,7 +42,12 @@ def _model_of(path: str, config: Config) -> str:
     stands for a model like the policy's."""
     for folder in (Path(path).expanduser(), Path(config.runs_folder) / path):
         if (folder / "checkpoints").is_dir():
-            return str(find_checkpoint(str(folder), config.runs_folder).path / "model")
+            newest = CheckpointStore(folder / "checkpoints").latest()
+            if newest is None:
+                raise ConfigError(
+                    f"teachers: got {path}, a run without a whole checkpoint, expected one that has a model"
+                )
+            return str(newest.path / "model")
     return config.model.path if path in [stage.run_name for stage in stages(config)] else path
 
 
@@ -104,11 +109,16 @@ def check_teachers(config: Config, paths: Mapping[str, str]) -> None:
 
 
 def check_same_tokenizer(
-    own_tokenizer: Any, other_tokenizer: Any, key: str, why: str = "whole distributions are compared id by id"
+    own_tokenizer: Any,
+    other_tokenizer: Any,
+    key: str,
+    why: str = "whole distributions are compared id by id",
+    only_own: bool = False,
 ) -> None:
-    """ConfigError unless both give every token the same id. `why` they have to."""
+    """ConfigError unless both give every token (`only_own`: of the model's) the same id. `why` they have to."""
     own, other = own_tokenizer.get_vocab(), other_tokenizer.get_vocab()
-    different = sorted(token for token in own.keys() | other.keys() if own.get(token) != other.get(token))
+    names = own.keys() if only_own else own.keys() | other.keys()
+    different = sorted(token for token in names if own.get(token) != other.get(token))
     if different:
         first = different[0]
         raise ConfigError(

@@ -77,8 +77,9 @@ def _made_once(folder: Path, build: Callable[[Path], None]) -> Path:
         with locked(folder.parent / f".{folder.name}.lock"):
             if folder.is_dir():
                 return folder
-            for left in folder.parent.glob(f".{folder.name}.*/"):  # by a process that was killed
-                shutil.rmtree(left, ignore_errors=True)
+            for left in folder.parent.glob(f".{folder.name}.*/"):
+                if time.time() - left.stat().st_mtime > LOCK_SECONDS:  # by a process that was killed, on whatever node
+                    shutil.rmtree(left, ignore_errors=True)
             building = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
             try:
                 build(building)

@@ -203,8 +203,6 @@ def _messages(value: Any, column: str) -> list[Message]:
 
 
 def _prompt(value: Any, column: str) -> str | list[Message]:
-    if _is_hh(value):
-        return _asked(hh_messages(value))
     if isinstance(value, str) and value.strip():
         return value
     if not value or isinstance(value, str):
@@ -213,15 +211,6 @@ def _prompt(value: Any, column: str) -> str | list[Message]:
     if messages[-1]["role"] == "assistant":
         raise UnusableError("broken", f"column {column!r}: the last message is the assistant's, expected a question")
     return messages
-
-
-def _asked(turns: list[Message]) -> list[Message]:
-    """An hh prompt as messages: the `Assistant:` at its end only says whose turn it is."""
-    if turns[-1]["role"] == "assistant" and not turns[-1]["content"]:
-        turns = turns[:-1]
-    if turns[-1]["role"] == "assistant":
-        raise UnusableError("broken", "the prompt ends with the assistant's answer, expected a question")
-    return turns
 
 
 def _answer(value: Any, column: str) -> str | list[Message]:

@@ -48,7 +48,8 @@ class Arithmetic:
             both = list(dict.fromkeys([(a, b), (b, a)]))
             if len(held_out) + len(both) <= self.eval_pairs:
                 held_out += both
-        pairs = [(a, b) for a in numbers for b in numbers if ((a, b) in set(held_out)) == (split == "eval")]
+        eval_side = set(held_out)
+        pairs = [(a, b) for a in numbers for b in numbers if ((a, b) in eval_side) == (split == "eval")]
         rng.shuffle(pairs)
         return [
             Row(

@@ -119,7 +119,10 @@ class CheckpointStore:
         try:
             with self._disk_full_explained(step, needed_bytes, partial):
                 yield partial
-                _write_manifest(partial, step)
+                # A clock that goes back, or another node's, must not make an older checkpoint the newest.
+                _write_manifest(
+                    partial, step, max([_written_at(f) for f in self._folders_newest_first()[:1]], default=0.0)
+                )
                 self._publish(partial, step)
         finally:
             # Published, it is gone under this name, or an earlier checkpoint of the same step stands here.
@@ -131,8 +134,18 @@ class CheckpointStore:
         """The newest whole checkpoint, or None. Broken ones are passed over; `problems` says which and why."""
         for folder in self._folders_newest_first():
             if problem_of(folder) is None:
+                self._refuse_later_format(folder)
                 return _checkpoint(folder)
         return None
+
+    def _refuse_later_format(self, chosen: Path) -> None:
+        """A later checkpoint that this version cannot read is not passed over: the run would go on from long before it."""
+        later = [f for f in self._folders_newest_first() if _of_another_format(f) and _step_of(f) > _step_of(chosen)]
+        if later:
+            raise CheckpointError(
+                f"{later[0]}: of another version's format, and later than {chosen.name}, the last that this version reads; "
+                f"resume with the version that wrote it, or name {chosen} to go back to it"
+            )
 
     def open(self, path: str | Path) -> Checkpoint:
         """The checkpoint at `path`, checked byte by byte; CheckpointError names a file that is not as written."""
@@ -265,7 +278,8 @@ def _size_problem(folder: Path) -> str | None:
     return None
 
 
-def _write_manifest(folder: Path, step: int) -> None:
+def _write_manifest(folder: Path, step: int, after: float) -> None:
+    """`after`: Unix seconds, of the newest checkpoint that there is."""
     files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
     with ThreadPoolExecutor(max_workers=4) as pool:
         digests = list(pool.map(_digest, files))
@@ -275,7 +289,7 @@ def _write_manifest(folder: Path, step: int) -> None:
     }
     for file in files:
         sync_to_disk(file)
-    manifest = {"format": FORMAT, "step": step, "written_at": time.time(), "files": listed}
+    manifest = {"format": FORMAT, "step": step, "written_at": max(time.time(), after + 1e-3), "files": listed}
     write_text_atomically(folder / MANIFEST_FILE, json.dumps(manifest, indent=2) + "\n")
     for inner in [entry for entry in folder.rglob("*") if entry.is_dir()]:
         sync_to_disk(inner)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from typing import Any
 
 import numpy as np
@@ -90,15 +91,15 @@ class TransformersEngine:
         return Sample(kept, logprobs[:length].numpy().astype(np.float32), reason, text)
 
     def _first_stop(self, tokens: list[int], stop: list[str]) -> int | None:
-        """Tokens up to and with the one that completes a stop string."""
+        """Tokens up to and with the one that completes a stop string, which may be the name of a special one."""
 
         def holds(length: int) -> bool:
-            text = self._tokenizer.decode(tokens[:length], skip_special_tokens=True)
+            text = self._tokenizer.decode(tokens[:length], skip_special_tokens=False)
             return any(s in text for s in stop)
 
         if not stop or not holds(len(tokens)):
             return None
-        return next(length for length in range(1, len(tokens) + 1) if holds(length))
+        return bisect_left(range(1, len(tokens) + 1), True, key=holds) + 1
 
     def _end_ids(self) -> set[int]:
         ends = self._model.generation_config.eos_token_id

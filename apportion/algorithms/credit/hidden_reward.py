@@ -67,8 +67,9 @@ class HiddenReward:
     scales the threshold, `tau` replaces it: for THR, -.inf and any threshold of 0 or less mask nothing; for NTHR, -.inf
     selects every token of wrong responses.
     `eta` is NTHR's factor: `imbalance` 2|0.5 - share correct|, `success` the share, `failure` 1 - share.
-    `correct_at`: the least reward of a right answer, needed when rewards as scored are not 0 and 1. A KL in the reward is
-    neither scaled nor masked: only what the task's reward gives a token is.
+    `correct_at`: the least reward of a right answer, needed when rewards as scored are not 0 and 1. What a KL in
+    the reward adds to the base's advantages is neither scaled nor masked; where the base whitens, that is what it adds
+    after whitening.
     """
 
     base: Any = field(default_factory=lambda: {"name": "grpo"})
