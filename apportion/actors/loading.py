@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from apportion.platform.errors import ConfigError
+from apportion.platform.tracking import one_line
 
 
 def load_causal_lm(
@@ -23,9 +25,11 @@ def load_causal_lm(
     """A causal LM ready to be trained; with `lora` (rank, alpha, dropout, targets) only its adapters are."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=getattr(torch, dtype), attn_implementation=attention, trust_remote_code=trust_remote_code
-    )
+    with attention_refused(attention, path):
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=getattr(torch, dtype), attn_implementation=attention, trust_remote_code=trust_remote_code
+        )
+    check_attention_softcap(model.config, attention, path)
     model.config.use_cache = False
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -43,6 +47,29 @@ def load_causal_lm(
     return adapted
 
 
+@contextmanager
+def attention_refused(attention: str, path: str) -> Iterator[None]:
+    """transformers says so of an architecture that has not every implementation, without the key to change."""
+    try:
+        yield
+    except ValueError as error:
+        if "attention" not in str(error) or "support" not in str(error):
+            raise
+        raise ConfigError(
+            f"model.attention: got {attention}, which {path} has not, expected eager ({one_line(error)})"
+        ) from error
+
+
+def check_attention_softcap(config: Any, attention: str, path: str) -> None:
+    """transformers' sdpa leaves a cap on attention's logits out without a word (Gemma 2); the engines apply it."""
+    cap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    if cap is not None and attention == "sdpa":
+        raise ConfigError(
+            f"model.attention: got sdpa, which leaves out the cap of {cap:g} on the attention of {path}, expected eager or "
+            "flash_attention_2"
+        )
+
+
 def _check_mergeable(model: Any, lora: Any) -> None:
     """Engines get merged weights: an embedding's adapter has another form, and one of two tied matrices would untie them."""
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -52,6 +79,15 @@ def _check_mergeable(model: Any, lora: Any) -> None:
         raise ConfigError(
             f"policy.lora.targets: got {', '.join(lora.targets)}, which adapt the embeddings (or an output head that is the "
             "same matrix), expected linear layers such as q_proj"
+        )
+    named = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    without = [t for t in lora.targets if not any(name == t or name.endswith(f".{t}") for name in named)]
+    if without:
+        raise ConfigError(f"policy.lora.targets: got {', '.join(without)}, which no layer of the model is called")
+    if any(type(m.get_base_layer()) is not torch.nn.Linear for m in model.modules() if isinstance(m, BaseTunerLayer)):
+        raise ConfigError(
+            f"policy.lora.targets: got {', '.join(lora.targets)}, of which some are no linear layers (GPT-2's are stored "
+            "the other way round), expected linear ones"
         )
 
 
@@ -65,6 +101,8 @@ def save_huggingface(
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+    if "lm_head.weight" in named:  # a head of its own, whatever the configuration says: `from_pretrained` kept it so
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     dtype = next(iter(named.values())).dtype
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)

@@ -25,8 +25,9 @@ class CausalLMLogprobs(nn.Module):
         self.model = model
         self.chunk = logits_chunk_tokens
         causal = base_causal_lm(model)
-        self.softcap: float | None = getattr(causal.config, "final_logit_softcapping", None)
-        self.logit_scale = _logit_scale(causal.config)
+        config = causal.config.get_text_config()  # of a vision model, its language part's
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self.logit_scale = _logit_scale(config)
 
     @property
     def calls_head_by_chunk(self) -> bool:
@@ -107,7 +108,7 @@ class ValueModel(nn.Module):
         self.model = model
         causal = base_causal_lm(model)
         dtype = next(model.parameters()).dtype
-        self.value_head = nn.Linear(causal.config.hidden_size, 1, bias=False, dtype=dtype)
+        self.value_head = nn.Linear(causal.config.get_text_config().hidden_size, 1, bias=False, dtype=dtype)
         nn.init.zeros_(self.value_head.weight)  # the first values are 0, not noise
 
     def forward(

@@ -16,7 +16,7 @@ from apportion.actors.engine import DeepSpeedEngine, EngineSettings, OptimizerSt
 from apportion.actors.influence import InfluencePass
 from apportion.actors.loading import load_causal_lm, save_huggingface
 from apportion.actors.microbatch import MicroBatch, cut, nothing
-from apportion.actors.modules import CausalLMLogprobs, base_causal_lm
+from apportion.actors.modules import CausalLMLogprobs
 from apportion.algorithms import registry
 from apportion.algorithms.correction import ImportanceCorrection, mismatch_metrics
 from apportion.algorithms.interface import Surrogate, SurrogateInput
@@ -287,10 +287,8 @@ class PolicyWorker(ActorBase):
         """(name, tensor) as a Hugging Face checkpoint names them; adapters merged into what they adapt."""
         from apportion.actors.lora import merged_weights
 
-        tied = base_causal_lm(self.engine.module().model).config.tie_word_embeddings
-        for name, tensor in merged_weights(self.engine.named_weights(), self.spec.lora):
-            if not (tied and name == "lm_head.weight"):
-                yield name, tensor
+        # A head that is the embedding comes once, as the embedding; one that only the configuration calls tied, as itself.
+        yield from merged_weights(self.engine.named_weights(), self.spec.lora)
 
     def save(self, folder: str) -> None:
         """Training state of this rank, and from rank 0 a model that `transformers.from_pretrained` loads."""

@@ -21,9 +21,9 @@ from apportion.actors.engine import DeepSpeedEngine, EngineSettings, OptimizerSt
 from apportion.actors.loading import load_causal_lm, save_huggingface
 from apportion.actors.lora import merged_weights
 from apportion.actors.microbatch import MicroBatch, make, plan_rows
-from apportion.actors.modules import CausalLMLogprobs, base_causal_lm
+from apportion.actors.modules import CausalLMLogprobs
 from apportion.actors.packing import make_packed, plan_bins
-from apportion.actors.score_model import ScoreModel, load_score_model, save_score_model
+from apportion.actors.score_model import load_score_model, save_score_model
 from apportion.algorithms.preference import (
     SEQUENCE_SCORES,
     Objective,
@@ -319,11 +319,8 @@ class PreferenceWorker(ActorBase):
 
     def _huggingface_weights(self):
         """(name, tensor) as a Hugging Face checkpoint names them; adapters merged into what they adapt."""
-        module: Any = self.engine.module()
-        tied = not isinstance(module, ScoreModel) and base_causal_lm(module.model).config.tie_word_embeddings
-        for name, tensor in merged_weights(self.engine.named_weights(), self.spec.lora):
-            if not (tied and name == "lm_head.weight"):
-                yield name, tensor
+        # A head that is the embedding comes once, as the embedding; one that only the configuration calls tied, as itself.
+        yield from merged_weights(self.engine.named_weights(), self.spec.lora)
 
 
 def _count_pairs(totals: Totals, prefix: str, objective: Objective, pairs: PairInput, out: PairOutput) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from apportion.actors.loading import attention_refused, check_attention_softcap
 from apportion.actors.modules import base_causal_lm, final_hidden
 
 HEAD = "score"
@@ -53,14 +54,16 @@ def load_score_model(spec: ScoreSpec, gradient_checkpointing: bool = False) -> S
     """
     from transformers import AutoModelForSequenceClassification
 
-    model, info = AutoModelForSequenceClassification.from_pretrained(
-        spec.model,
-        num_labels=1,
-        dtype=getattr(torch, spec.dtype),
-        attn_implementation=spec.attention,
-        trust_remote_code=spec.trust_remote_code,
-        output_loading_info=True,
-    )
+    with attention_refused(spec.attention, spec.model):
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            spec.model,
+            num_labels=1,
+            dtype=getattr(torch, spec.dtype),
+            attn_implementation=spec.attention,
+            trust_remote_code=spec.trust_remote_code,
+            output_loading_info=True,
+        )
+    check_attention_softcap(model.config, spec.attention, spec.model)
     head = getattr(model, HEAD, None)
     if head is None:
         raise ValueError(

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
+from apportion.conf.models import check_rows_of_several
 from apportion.conf.schema import Config
 from apportion.platform.errors import ConfigError
 
@@ -59,6 +60,9 @@ def check_devices(config: Config, needs: frozenset[str], machine: Machine | None
         raise ConfigError(
             f"policy.share_prompts: got true with model.attention={config.model.attention}, expected model.attention=sdpa"
         )
+    if config.policy.share_prompts:
+        longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+        check_rows_of_several(config.model.path, longest, "policy.share_prompts")
     if machine is None:
         return
     if not fit(gpus, machine.gpus):

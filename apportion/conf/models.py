@@ -118,6 +118,24 @@ def check_targets(targets: list[str], path: str) -> None:
             )
 
 
+def check_rows_of_several(path: str, longest: int, key: str) -> None:
+    """ConfigError for a model that would not keep several sequences in one row apart, or would let them look back further
+    than it does: only a mask does that, and it reaches neither recurrent layers nor a sliding window."""
+    config, _ = _described(path, "model.path")
+    kinds = set(config.get("layer_types") or ())
+    others = sorted(kinds - {"full_attention", "sliding_attention"})
+    if others:
+        raise ConfigError(
+            f"{key}: got true with {path}, whose layers of kind {', '.join(others)} would read across responses, expected false"
+        )
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    if window is not None and window < longest and (not kinds or "sliding_attention" in kinds):
+        raise ConfigError(
+            f"{key}: got true with {path}, which looks back {window} tokens, and sequences of up to {longest}, expected false, "
+            "or shorter sequences"
+        )
+
+
 def _lacks_weights(folder: Path | None) -> bool:
     """Whether files that the model's index names are not here (yet): a download that was interrupted, say."""
     shards = list(folder.glob("*-of-*.safetensors")) if folder is not None else []

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from apportion.conf.checks import LARGEST_SEED, MISSING, SMALLEST_STORE_GIB, at_least, between, one_of
 from apportion.conf.devices import check_attention, check_share
-from apportion.conf.models import check_targets, read_limits
+from apportion.conf.models import check_rows_of_several, check_targets, read_limits
 from apportion.conf.schema import CheckpointConfig, EngineConfig, LoraConfig, ModelConfig, TrackingConfig
 from apportion.platform.errors import ConfigError
 
@@ -216,6 +216,8 @@ def check(config: PreferenceConfig) -> None:
         raise ConfigError(
             f"data.packing: got true with model.attention={config.model.attention}, expected model.attention=sdpa"
         )
+    if data.packing:
+        check_rows_of_several(config.model.path, data.max_tokens, "data.packing")
     if config.train.batch_size < config.cluster.policy_ranks:
         raise ConfigError(
             f"train.batch_size: got {config.train.batch_size} with cluster.policy_ranks={config.cluster.policy_ranks}, "

@@ -65,6 +65,7 @@ class TinyLM(nn.Module):
     def __init__(self, vocabulary: int, width: int = 208, layers: int = 2, heads: int = 4, limit: int = 64) -> None:
         super().__init__()
         self.config = SimpleNamespace(hidden_size=width)
+        self.config.get_text_config = lambda: self.config
         self.base_model = Decoder(vocabulary, width, layers, heads, limit)
         self.lm_head = nn.Linear(width, vocabulary, bias=False)
 

@@ -24,6 +24,8 @@ class TransformersEngine:
         self._model: Any = AutoModelForCausalLM.from_pretrained(
             spec.model, dtype=getattr(torch, spec.dtype), trust_remote_code=spec.trust_remote_code
         )
+        if getattr(self._model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
+            self._model.set_attn_implementation("eager")  # the default leaves the cap out without a word
         self._model.to(self._device).eval()
         # Of the model's own generation settings only the end tokens count: penalties and the like would change what is
         # sampled behind the configuration's back.

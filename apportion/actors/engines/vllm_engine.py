@@ -13,6 +13,7 @@ import numpy as np
 from apportion.actors.engines import EngineSpec, Request, Sample, Sampling
 from apportion.actors.engines.vllm_worker import index_of
 from apportion.platform.channel import ChannelAddress
+from apportion.platform.errors import WeightSyncError
 from apportion.platform.weights import SyncReceipt, TensorEntry, WeightBundle
 
 
@@ -78,7 +79,7 @@ class VllmEngine:
                     "apportion_load_file", args=(str(path), index_of(bundle.entries), bundle.version, check)
                 )
         self._llm.reset_prefix_cache()
-        return merge_receipts(answers, bundle.entries, bundle.version, name)
+        return _read_back(merge_receipts(answers, bundle.entries, bundle.version, name), check)
 
     def join(self, address: ChannelAddress, first_member: int) -> None:
         self._llm.collective_rpc("apportion_join", args=(astuple(address), first_member))
@@ -86,7 +87,7 @@ class VllmEngine:
     def receive(self, entries: list[TensorEntry], version: int, name: str, check: bool) -> SyncReceipt:
         answers = self._llm.collective_rpc("apportion_receive", args=(index_of(entries), version, check))
         self._llm.reset_prefix_cache()
-        return merge_receipts(answers, entries, version, name)
+        return _read_back(merge_receipts(answers, entries, version, name), check)
 
 
 def thread_binding(spec: EngineSpec, allowed: list[int]) -> str:
@@ -100,6 +101,16 @@ def thread_binding(spec: EngineSpec, allowed: list[int]) -> str:
     share = max(1, len(cores) // spec.tensor_parallel_size)
     starts = [worker * share % len(cores) for worker in range(spec.tensor_parallel_size)]
     return "|".join(",".join(map(str, cores[start : start + share])) for start in starts)
+
+
+def _read_back(receipt: SyncReceipt, check: bool) -> SyncReceipt:
+    """WeightSyncError where the live model has no name that was sent: checksums then say what arrived, not what is held."""
+    if check and not receipt.checked_live:
+        raise WeightSyncError(
+            f"{receipt.engine}: none of the live model's parameters has the name of a sent tensor, so what it holds cannot be "
+            "read back; train.sync_check=false goes on with the checksums of what it received"
+        )
+    return receipt
 
 
 def merge_receipts(
