@@ -81,13 +81,13 @@ def measure(model: str, config: Any, cluster: Any) -> tuple[dict[str, list[float
     """Tokens/s of each round, ours and theirs, and peak MiB of both processes."""
     from apportion.actors.engines import Sampling
     from apportion.actors.rollout import RolloutWorker
-    from apportion.assembly.hosts import thread_count, threads_environment
+    from apportion.assembly.hosts import engine_environment, thread_count
     from apportion.assembly.serving import rollout_spec
     from apportion.platform.cluster import ActorRequest, gather
 
-    spec, environment = rollout_spec(config, model, 0), threads_environment(config)
+    spec, environment = rollout_spec(config, model, 0), engine_environment(config, 0)
     [actor] = cluster.start([ActorRequest("rollout-0", RolloutWorker, (spec, "rollout-0"), 1, 0, environment)], 300)
-    bare = Bare(model, thread_count(config), config)
+    bare = Bare(model, thread_count(config.cluster), config)
     speeds: dict[str, list[float]] = {"ours": [], "bare": [], "bare with log-probs": []}
     try:
         for round_ in range(-1, ROUNDS):

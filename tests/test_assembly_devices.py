@@ -66,6 +66,33 @@ def test_gpus_that_are_asked_for_are_seen(tmp_path):
     assert sum(actor.count * actor.gpus for actor in make_plan(config, MACHINE).actors) == 4  # no critic, no reference
 
 
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+
+
+@pytest.mark.parametrize(
+    ("own", "engines", "others"),
+    [
+        ({}, ("PASSIVE", "1000"), ("PASSIVE", None)),
+        ({"GOMP_SPINCOUNT": "7"}, ("PASSIVE", "7"), ("PASSIVE", None)),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, ("ACTIVE", None), ("ACTIVE", None)),
+    ],
+)
+def test_threads_of_engines_look_out_a_moment_for_their_next_part_and_others_sleep(
+    own, engines, others, tmp_path, monkeypatch
+):
+    for name in WAITING:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    config = composed(*JUDGE)
+    asked = serving_requests(config, "m", needs_of(config)) | {"policy": policy_requests(config, "m")}
+    asked |= {"critic": critic_requests(config, "m"), "judge": judge_requests(config, "m", RunFolder(tmp_path))}
+    shown = {role: {tuple(one.environment.get(name) for name in WAITING) for one in asked[role]} for role in asked}
+    assert {role: shown[role] for role in ("rollout", "judge", "policy", "critic")} == {
+        "rollout": {engines}, "judge": {engines}, "policy": {others}, "critic": {others},
+    }  # fmt: skip
+
+
 REFUSED = [
     (
         ["cluster.policy_ranks=2", "cluster.gpus_per_policy_rank=0.5"],
