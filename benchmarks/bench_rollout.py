@@ -85,7 +85,7 @@ def measure(model: str, config: Any, cluster: Any) -> tuple[dict[str, list[float
     from apportion.assembly.serving import rollout_spec
     from apportion.platform.cluster import ActorRequest, gather
 
-    spec, environment = rollout_spec(config, model, 0), engine_environment(config, 0)
+    spec, environment = rollout_spec(config, model, 0), engine_environment(config, 0, alone=True)
     [actor] = cluster.start([ActorRequest("rollout-0", RolloutWorker, (spec, "rollout-0"), 1, 0, environment)], 300)
     bare = Bare(model, thread_count(config.cluster), config)
     speeds: dict[str, list[float]] = {"ours": [], "bare": [], "bare with log-probs": []}

@@ -70,26 +70,27 @@ WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
 @pytest.mark.parametrize(
-    ("own", "engines", "others"),
+    ("own", "engines", "rollout", "judge", "others"),
     [
-        ({}, ("PASSIVE", "1000"), ("PASSIVE", None)),
-        ({"GOMP_SPINCOUNT": "7"}, ("PASSIVE", "7"), ("PASSIVE", None)),
-        ({"OMP_WAIT_POLICY": "ACTIVE"}, ("ACTIVE", None), ("ACTIVE", None)),
+        ({}, 1, ("PASSIVE", "300000"), ("PASSIVE", "1000"), ("PASSIVE", None)),
+        ({}, 2, ("PASSIVE", "1000"), ("PASSIVE", "1000"), ("PASSIVE", None)),
+        ({"GOMP_SPINCOUNT": "7"}, 1, ("PASSIVE", "7"), ("PASSIVE", "7"), ("PASSIVE", None)),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, 1, ("ACTIVE", None), ("ACTIVE", None), ("ACTIVE", None)),
     ],
 )
 def test_threads_of_engines_look_out_a_moment_for_their_next_part_and_others_sleep(
-    own, engines, others, tmp_path, monkeypatch
+    own, engines, rollout, judge, others, tmp_path, monkeypatch
 ):
     for name in WAITING:
         monkeypatch.delenv(name, raising=False)
     for name, value in own.items():
         monkeypatch.setenv(name, value)
-    config = composed(*JUDGE)
+    config = composed(f"cluster.rollout_engines={engines}", *JUDGE)
     asked = serving_requests(config, "m", needs_of(config)) | {"policy": policy_requests(config, "m")}
     asked |= {"critic": critic_requests(config, "m"), "judge": judge_requests(config, "m", RunFolder(tmp_path))}
     shown = {role: {tuple(one.environment.get(name) for name in WAITING) for one in asked[role]} for role in asked}
     assert {role: shown[role] for role in ("rollout", "judge", "policy", "critic")} == {
-        "rollout": {engines}, "judge": {engines}, "policy": {others}, "critic": {others},
+        "rollout": {rollout}, "judge": {judge}, "policy": {others}, "critic": {others},
     }  # fmt: skip
 
 

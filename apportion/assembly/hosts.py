@@ -33,9 +33,11 @@ def compute_environment(config: Config, gpus: float) -> dict[str, str]:
     return cores_environment(thread_count(config.cluster)) | device_environment(gpus)
 
 
-def engine_environment(config: Config, gpus: float) -> dict[str, str]:
+def engine_environment(config: Config, gpus: float, alone: bool) -> dict[str, str]:
     """For what samples: a token is hundreds of short parallel parts, and threads that sleep between them cost a fifth to a
-    third of the speed. These look out for the next part for some microseconds first, too few to be in another's way."""
+    third of the speed. So these look out for the next part before they sleep: some microseconds, or, `alone` at work on its
+    cores, a millisecond (what GNU OpenMP does by itself). A setting of the user's own stands."""
+    environment = compute_environment(config, gpus)
     if "OMP_WAIT_POLICY" in os.environ:
-        return compute_environment(config, gpus)
-    return compute_environment(config, gpus) | {"GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "1000")}
+        return environment
+    return environment | {"GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "300000" if alone else "1000")}

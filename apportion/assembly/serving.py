@@ -24,7 +24,7 @@ def serving_requests(
     """Rollout engines, reward workers and the credit worker, of a run that goes on after `step`."""
     reward, c = config.reward, config.cluster
     gpus = c.gpus_per_rollout_engine
-    environment = engine_environment(config, gpus)
+    environment = engine_environment(config, gpus, alone=c.rollout_engines == 1)
     if not joins(config):
         environment["GLOO_SOCKET_IFNAME"] = "lo"  # a Ray of our own: whoever they speak to is on this machine
     rollouts = [
@@ -120,7 +120,7 @@ def judge_requests(config: Config, model: str, folder: RunFolder) -> list[ActorR
     spec = judge_spec(config, model, folder.path, thread_count(config.cluster))
     cpus = float(own_model(config.judge) is not None)
     gpus = config.cluster.gpus_per_judge
-    environment = engine_environment(config, gpus)
+    environment = engine_environment(config, gpus, alone=False)
     return [
         ActorRequest(f"judge-{i}", JudgeWorker, (spec,), cpus, gpus, environment) for i in range(config.judge.workers)
     ]
