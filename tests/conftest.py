@@ -7,6 +7,7 @@ import types
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; read when numpy and torch are imported
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["GOMP_SPINCOUNT"] = "0"  # the engines of two runs at once would keep each other from the cores
 
 if (
     signal.getsignal(signal.SIGINT) == signal.SIG_IGN
