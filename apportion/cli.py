@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 _SWITCHES = ("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m")
 _SWITCHES_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-name", "-cn", "--info", "-i")
+_HOME = re.compile(r"^(runs_folder=[\"']?)~(?=/)")
 _LORA_VALUES = ("policy.lora.", "+policy.lora.", "++policy.lora.", "policy.lora={")
 
 Run = Callable[[Any, dict[str, Any]], int]  # (the typed configuration, the same as a plain dict) -> exit code
@@ -50,9 +51,6 @@ class Command:
 
     summary: str
     run: Callable[[list[str]], int]
-
-
-_HOME = re.compile(r"^(runs_folder=[\"']?)~(?=/)")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -71,8 +69,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         command = COMMANDS.get(words[0])
         if command is None:
-            names = ", ".join(COMMANDS)
-            raise ConfigError(f"command: got {words[0]!r}, expected one of {names}{nearest(words[0], COMMANDS)}")
+            known = ", ".join(COMMANDS) + nearest(words[0], COMMANDS)
+            raise ConfigError(f"command: got {words[0]!r}, expected one of {known}")
         with system_errors():
             return command.run(words[1:])
     except ApportionError as error:
@@ -92,7 +90,6 @@ def _usage() -> str:
     lines += [
         "",
         "examples:",
-        "  apportion train experiment=quickstart",
         "  apportion train experiment=quickstart algorithm=rloo rollout.responses_per_prompt=16",
         "  apportion train experiment=quickstart -m algorithm=grpo,rloo seed=0,1",
         "  apportion plan experiment=quickstart cluster.policy_ranks=2",

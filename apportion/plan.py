@@ -141,7 +141,7 @@ def _quantities(config: Config) -> list[Quantity]:
     engine_rows = ceil(prompts / engines) * responses
     side_by_side = config.rollout.max_sequences
     update_rows = total // updates
-    rank_rows = ceil(prompts // updates / ranks) * responses
+    rank_rows = ceil(update_rows / ranks)
     fitting = config.policy.micro_batch_tokens // longest
     rows = [
         ("trajectories a step", total, f"{prompts} prompts x {responses} responses"),
@@ -157,10 +157,10 @@ def _quantities(config: Config) -> list[Quantity]:
         (
             "trajectories a rank and update",
             rank_rows,
-            f"ceil({prompts // updates} groups / {ranks} ranks) x {responses}, balanced by tokens",
+            f"about ceil({update_rows} / {ranks} ranks), balanced by tokens",
         ),
         ("longest rows a micro-batch", fitting, f"{config.policy.micro_batch_tokens} padded tokens // {longest}"),
-        ("micro-batches a rank and update", ceil(rank_rows / fitting), f"at most ceil({rank_rows} / {fitting})"),
+        ("micro-batches a rank and update", ceil(rank_rows / fitting), f"about ceil({rank_rows} / {fitting})"),
         ("optimiser steps a batch", updates * epochs, f"{updates} updates x {epochs} epochs"),
         ("optimiser steps", config.train.steps * updates * epochs, f"{config.train.steps} steps x {updates * epochs}"),
     ]

@@ -133,7 +133,7 @@ class Trainer:
         for round_ in range(MAX_ROUNDS if self.settings.selects else 1):
             prompts = self.prompts.next_batch(wanted)
             first_group = round_ * wanted
-            chunks = deal(prompts, len(self.actors.rollout))
+            chunks = deal(prompts, len(self.actors.rollout) * self.settings.parts)
             batches = self._rollout(chunks, first_group, experience)
             scored = self._score(batches, chunks)
             marks = self._judged(experience)
@@ -148,9 +148,10 @@ class Trainer:
         return experience
 
     def _rollout(self, chunks: list[list[Prompt]], first_group: int, experience: Experience) -> list[Any]:
-        settings = self.settings
+        settings, engines = self.settings, self.actors.rollout
         calls, group = [], first_group
-        for actor, chunk in zip(self.actors.rollout, chunks, strict=False):
+        for place, chunk in enumerate(chunks):
+            actor = engines[place * len(engines) // len(chunks)]  # an engine makes its parts one after the other
             arguments = (chunk, group, settings.responses_per_prompt, settings.sampling)
             calls.append(actor.call("generate", *arguments, returns=2))
             group += len(chunk)
@@ -158,7 +159,10 @@ class Trainer:
         with self._timed("rollout"):
             answers = self._call_all(calls)
         reports: list[RolloutReport] = [report for report, _ in answers]
-        experience.seconds_sampling += max(r.seconds for r in reports)
+        busy = {engine.name: 0.0 for engine in engines}
+        for call, report in zip(calls, reports, strict=True):
+            busy[call.actor.name] += report.seconds
+        experience.seconds_sampling += max(busy.values())
         sampled = sum(r.sampled_tokens for r in reports)
         experience.sampled_tokens += sampled
         self.progress.rollout_tokens += sampled
@@ -181,7 +185,8 @@ class Trainer:
         return [ref for _, ref in answers]
 
     def _start_judging(self, batches: list[Any], chunks: list[list[Prompt]]) -> list[list[Call]]:
-        """Critiques of each engine's batch, begun as soon as that engine is done: beside other engines and scoring."""
+        """Critiques of each batch, begun as soon as it is sampled: beside other engines, this engine's next part, and
+        scoring."""
         judges = self.actors.judge
         return [
             [judge.call("judge", batch, chunk, part, len(judges), returns=2) for part, judge in enumerate(judges)]

@@ -164,6 +164,15 @@ def test_groups_stay_on_one_rank_where_a_method_needs_them_whole(scored):
     assert sorted(np.concatenate(parts).tolist()) == list(range(8))
 
 
+def test_a_group_larger_than_a_ranks_even_share_is_split_and_the_others_stay_whole(scored):
+    one = replace(scored, minibatch_ids=np.zeros(8, np.int32))
+    assert [p.tolist() for p in deal(one.select([2, 3]), 2, together=True)] == [[0], [1]]
+    # Tokens a group: 20 31 24; ranks' share of 75 is 37.5, then 25.
+    assert [p.tolist() for p in deal(one.select(range(6)), 2, together=True)] == [[2, 3], [0, 1, 4, 5]]
+    parts = deal(one.select(range(6)), 3, together=True)
+    assert [p.tolist() for p in parts] == [[4, 5], [0, 1], [2, 3]]
+
+
 def test_more_ranks_than_trajectories_leaves_a_rank_with_none(scored):
     report, *shards = worker().cut(1, 3, 1, scored)
     assert [len(s) for s in shards] == [1, 1, 0]

@@ -41,6 +41,9 @@ class Engine:
     def extra_passes(self, own: int) -> int:
         return 0
 
+    def gather(self, value):
+        return [value]
+
     def train_step(self, micros, empty, loss) -> OptimizerStep:
         self.passes += len(micros)
         self.losses += [float(loss(m).detach()) for m in [*micros, empty]]
@@ -61,21 +64,21 @@ def policy(tiny) -> PolicyWorker:
 
 
 def credited_ranks(credited: Batch) -> list[Batch]:
-    """One group of two, kept together, for two ranks: through cut, signals and credit."""
+    """One group of two for three ranks, put together as two: through cut, signals and credit."""
     bare = {"advantages": None, "returns": None, "loss_weights": None, "value_weights": None, "minibatch_ids": None}
     bare |= {"old_logprobs": None, "reference_logprobs": None, "values": None}
     scored = replace(credited, **bare, rewards=np.array([1.0, 0.0] * 4)).select([0, 1])
     spec = CreditSpec(HIDDEN_REWARD, {"name": "token_mean"}, [], [], False, "k1", "", keep_groups_together=True)
     worker = CreditWorker(spec)
-    _, *shards = worker.cut(1, 2, 1, scored)
-    assert [len(s) for s in shards] == [2, 0]
+    _, *shards = worker.cut(1, 3, 1, scored)
+    assert [len(s) for s in shards] == [1, 1, 0]
 
     def signals(shard: Batch) -> Signals:
         tokens = int(shard.response_lengths.sum())
         return Signals(old_logprobs=np.full(tokens, -5.5, np.float32), influences=np.ones(tokens, np.float32))
 
-    _, *out = worker.credit(2, 0.0, 0, *shards, *map(signals, shards))
-    return out
+    _, *out = worker.credit(3, 0.0, 0, *shards, *map(signals, shards))
+    return [Batch.concat(out[:2]), out[2]]
 
 
 def test_a_rank_without_trajectories_has_every_field_that_the_others_have(credited):

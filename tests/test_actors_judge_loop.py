@@ -111,7 +111,7 @@ class JudgeActor:
         return self._judge.judge(batch, prompts, range(part, len(batch), parts))
 
 
-def loop(monkeypatch, source, limit=1.0):
+def loop(monkeypatch, source, limit=1.0, parts=1):
     """A trainer of two engines and two judges whose answers are all right, with dynamic sampling."""
     monkeypatch.setattr("apportion.trainer.gather", lambda calls, seconds, what: [call.refs[0] for call in calls])
     names = iter(range(100))
@@ -123,7 +123,24 @@ def loop(monkeypatch, source, limit=1.0):
         judge=[InPlace(f"judge-{i}", JudgeActor(source)) for i in range(2)],
     )
     settings = LoopSettings(
-        1, 2, 2, None, 1, False, True, 0.1, True, 60.0, 0, 2, None, 0, False, {"run": 0}, max_failed_critiques=limit
+        1,
+        2,
+        2,
+        None,
+        1,
+        False,
+        True,
+        0.1,
+        True,
+        60.0,
+        0,
+        2,
+        None,
+        0,
+        False,
+        {"run": 0},
+        max_failed_critiques=limit,
+        parts=parts,
     )
     prompts = SimpleNamespace(next_batch=lambda count: [prompt(name=f"p{next(names)}") for _ in range(count)])
     warned = []
@@ -140,6 +157,23 @@ def test_the_loop_hands_each_engines_batch_to_all_judges_and_their_marks_to_sele
     means = trainer.failures.totals.means()
     assert means["judge/failed_share"] == 0.0 and means["judge/wrong_step_share"] == pytest.approx(4 / 6)
     assert trainer.failures.totals.sums["judge/critiques"] == 4 and warned == [] and "judge" in trainer._timing
+
+
+def test_an_engine_samples_in_parts_and_judges_are_asked_about_each_before_the_next_is_waited_for(monkeypatch):
+    trainer, _ = loop(monkeypatch, Scripted(Critique([0])), parts=2)
+    trainer.settings.prompts_per_step = 5
+    waited = []
+    monkeypatch.setattr(
+        "apportion.trainer.gather",
+        lambda calls, seconds, what: (
+            waited.append([(c.actor.name, c.method) for c in calls]) or [c.refs[0] for c in calls]
+        ),
+    )
+    experience = trainer._collect()
+    sampled = [("rollout-0", "generate")] * 2 + [("rollout-1", "generate")] * 2
+    assert waited[0] == sampled and [judge.called for judge in trainer.actors.judge] == [["judge"] * 4] * 2
+    assert sorted(g for b in experience.admitted for g in set(b.group_ids.tolist())) == [0, 1, 2, 3, 4]
+    assert experience.seconds_sampling == pytest.approx(0.2)  # both engines at once, each with two parts of 0.1
 
 
 def test_the_loop_goes_on_without_a_judge_that_is_down_and_stops_where_the_run_asked_for_that(monkeypatch):

@@ -10,6 +10,7 @@ import torch
 
 from apportion.actors.engine import DeepSpeedEngine, OptimizerStep, World
 from apportion.actors.loading import load_causal_lm
+from apportion.actors.lora import merged_weights
 from apportion.actors.modules import CausalLMLogprobs
 from apportion.actors.preference import PreferenceSpec, PreferenceWorker, ReferenceLogprobs, StepShare
 from apportion.actors.score_model import load_score_model, save_score_model
@@ -302,7 +303,7 @@ def test_a_saved_reward_model_scores_in_transformers_and_as_a_reward_what_it_sco
         expected = [
             module(torch.tensor([ids]), torch.tensor([0]), torch.tensor([len(ids) - 1])).item() for ids in sequences
         ]
-    save_score_model(tiny, dict(worker._huggingface_weights()), tmp_path / "model")
+    save_score_model(tiny, dict(merged_weights(worker.engine.named_weights(), worker.spec.lora)), tmp_path / "model")
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", dtype=torch.float32)
     assert loaded.config.num_labels == 1
     with torch.no_grad():

@@ -205,6 +205,7 @@ def loop(**changes: Any) -> LoopSettings:
         checkpoint_final=False,
         seeds={"run": 17},
         max_failed_critiques=0.45,
+        parts=1,
     )
     return replace(settings, **changes)
 
@@ -218,6 +219,16 @@ def test_the_loop_is_set_as_the_configuration_says():
     assert loop_settings(configured(), replace(NEEDS, policy_signals=False)) == loop(policy_signals=False)
     assert loop_settings(configured(algorithm={"selection": []}), NEEDS) == loop(selects=False)
     assert loop_settings(configured(train={"sync_check": True}), NEEDS) == loop(sync_check=True)
+    judged = replace(NEEDS, judge=True)
+    for changes, parts in (  # 9 prompts with 6 responses
+        ({"rollout": {"max_sequences": 54}, "cluster": {"rollout_engines": 1}}, 1),
+        ({"rollout": {"max_sequences": 53}, "cluster": {"rollout_engines": 1}}, 2),
+        ({"rollout": {"max_sequences": 8}, "cluster": {"rollout_engines": 2}}, 4),
+        ({"rollout": {"max_sequences": 8}, "judge": {"parts": 3}}, 3),
+    ):
+        config = configured(**changes)
+        assert loop_settings(config, judged) == loop(parts=parts)
+        assert loop_settings(config, NEEDS) == loop(parts=1)
     given = configured(rollout={"response_column": "chosen"})
     assert loop_settings(given, NEEDS).sampling == Sampling(0.7, 0.95, 40, 50, ["END"], "chosen")
 

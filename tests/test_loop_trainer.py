@@ -132,7 +132,7 @@ def make(tmp_path, monkeypatch):
         settings = LoopSettings(
             prompts_per_step=1, responses_per_prompt=4, sampling=None, minibatches=1, policy_signals=False, selects=False,
             max_failed_share=0.1, sync_check=True, call_timeout_seconds=1.0, critic_only_steps=0, samples_shown=0,
-            seeds={"run": 0}, max_failed_critiques=0.5, **values,
+            seeds={"run": 0}, max_failed_critiques=0.5, parts=1, **values,
         )  # fmt: skip
         actors, store = Actors([], [], None, []), CheckpointStore(tmp_path / "checkpoints")
         loop = Loop(actors, prompts or Prompts(), settings, KlCoefficient(0.0), Tracker(), store)

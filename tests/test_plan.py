@@ -48,9 +48,9 @@ def test_every_batch_size_comes_with_its_arithmetic():
         "tokens a trajectory": (120, "at most 96 prompt + 24 response"),
         "tokens a step": (7680, "at most 64 trajectories x 120"),
         "trajectories an update": (64, "64 / 1 updates a batch"),
-        "trajectories a rank and update": (64, "ceil(8 groups / 1 ranks) x 8, balanced by tokens"),
+        "trajectories a rank and update": (64, "about ceil(64 / 1 ranks), balanced by tokens"),
         "longest rows a micro-batch": (17, "2048 padded tokens // 120"),
-        "micro-batches a rank and update": (4, "at most ceil(64 / 17)"),
+        "micro-batches a rank and update": (4, "about ceil(64 / 17)"),
         "optimiser steps a batch": (1, "1 updates x 1 epochs"),
         "optimiser steps": (40, "40 steps x 1"),
         "responses an evaluation": (128, "at most 128 prompts x (1 greedy + 0 sampled)"),
@@ -71,7 +71,7 @@ def test_ranks_updates_epochs_and_engines_divide_the_batch():
     assert plan.value("trajectories an engine") == 3 * 8
     assert plan.value("decoding rounds") == 3
     assert plan.value("trajectories an update") == 48
-    assert plan.value("trajectories a rank and update") == 2 * 8
+    assert plan.value("trajectories a rank and update") == 48 / 4
     assert plan.value("optimiser steps a batch") == 6
     assert plan.value("optimiser steps") == 240
     assert plan.value("responses an evaluation") == 128 * 5
@@ -184,8 +184,8 @@ REFUSALS = [
         "so that every optimiser step has whole groups",
     ),
     (
-        ["algorithm.updates_per_batch=2", "cluster.policy_ranks=5"],
-        "train.prompts_per_step: got 8, which gives 4 groups an optimiser step for cluster.policy_ranks=5, "
+        ["algorithm.updates_per_batch=2", "cluster.policy_ranks=33"],
+        "train.prompts_per_step: got 8, which gives 32 trajectories an optimiser step for cluster.policy_ranks=33, "
         "expected at least 10, or fewer ranks",
     ),
     (

@@ -13,6 +13,7 @@ import torch
 
 from apportion.actors.critic import CriticSpec, CriticWorker
 from apportion.actors.engine import World
+from apportion.actors.lora import merged_weights
 from apportion.actors.policy import LossSpec, PolicySpec, PolicyWorker
 from apportion.actors.preference import PreferenceSpec, PreferenceWorker, ReferenceLogprobs, StepReport, StepShare
 from apportion.algorithms.preference import Dpo, RewardModel
@@ -85,7 +86,9 @@ class PolicyRank(PolicyWorker):
         return self.signals(shard)[1]
 
     def _copied(self) -> dict[str, np.ndarray]:
-        return {n: w.detach().float().numpy().copy() for n, w in self._huggingface_weights()}
+        return {
+            n: w.detach().float().numpy().copy() for n, w in merged_weights(self.engine.named_weights(), self.spec.lora)
+        }
 
 
 class PreferenceRank(PreferenceWorker):
@@ -104,7 +107,11 @@ class PreferenceRank(PreferenceWorker):
         if self.objective.needs_reference:
             self.set_reference(*references)
         update = self.update(share)
-        return update, self.evaluate(share.examples), {n: w.numpy().copy() for n, w in self._huggingface_weights()}
+        return (
+            update,
+            self.evaluate(share.examples),
+            {n: w.numpy().copy() for n, w in merged_weights(self.engine.named_weights(), self.spec.lora)},
+        )
 
 
 class CriticRank(CriticWorker):
@@ -322,12 +329,15 @@ def test_a_critic_on_two_sharded_ranks_learns_what_it_learns_on_one(cluster, tin
         np.testing.assert_allclose(got.weights[name], weight, atol=3e-6, rtol=1e-4, err_msg=name)
 
 
-def test_influences_on_two_sharded_ranks_are_those_of_one(policy, tiny, credited):
-    """Groups are whole; the second rank has one of four, and makes passes only to keep pace."""
+@pytest.mark.parametrize(("first", "zero_stage"), [(6, 3), (8, 3), (5, 3), (3, 0)])
+def test_influences_on_two_ranks_are_those_of_one(policy, tiny, credited, first, zero_stage):
+    """With whole groups the second rank has one of four, or nothing, and makes passes only to keep pace; with an odd
+    number of rows, a group is half on one rank and half on the other."""
     spec = replace(policy_spec(tiny), credit={"name": "hidden_reward", "p": 0.2})
     [right] = policy.ask("seen", spec, [(credited,)])
-    sharded = replace(spec, settings=Settings(zero_stage=3, **SMALL))
-    parts = policy.ask("seen", sharded, [(credited.select(np.arange(6)),), (credited.select(np.arange(6, 8)),)])
+    sharded = replace(spec, settings=Settings(zero_stage=zero_stage, **SMALL))
+    cut = [credited.select(np.arange(first)), credited.select(np.arange(first, 8))]
+    parts = policy.ask("seen", sharded, [(part,) for part in cut])
     assert np.count_nonzero(right.influences) > 20
     for name in ("old_logprobs", "entropies", "influences"):
         got = np.concatenate([getattr(part, name) for part in parts])

@@ -346,7 +346,8 @@ def rollout_totals(scored: Batch) -> Totals:
 def deal(batch: Batch, shards: int, together: bool) -> list[np.ndarray]:
     """Indices of each rank's trajectories: each optimiser step's are dealt so that ranks have about equal tokens.
 
-    The longest goes first, to the rank with the fewest tokens so far; whole groups with `together`.
+    The longest goes first, to the rank with the fewest tokens so far. With `together` groups stay whole, except those
+    with more than one rank's even share of the tokens.
     """
     assert batch.minibatch_ids is not None
     lengths = (batch.prompt_lengths + batch.response_lengths).astype(np.int64)
@@ -355,6 +356,8 @@ def deal(batch: Batch, shards: int, together: bool) -> list[np.ndarray]:
         rows = np.flatnonzero(batch.minibatch_ids == step)
         keys = batch.group_ids[rows] if together else rows
         units = [rows[keys == key] for key in dict.fromkeys(keys.tolist())]
+        share = lengths[rows].sum() / shards
+        units = [u for unit in units for u in ([unit] if lengths[unit].sum() <= share else np.split(unit, len(unit)))]
         units.sort(key=lambda unit: -int(lengths[unit].sum()))
         load = np.zeros(shards, np.int64)
         for unit in units:

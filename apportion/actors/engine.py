@@ -23,6 +23,7 @@ from apportion.platform.rendezvous import open_store
 from apportion.platform.schedule import learning_rate_at
 
 M = TypeVar("M")
+T = TypeVar("T")
 
 
 class EngineSettings(Protocol):
@@ -73,6 +74,8 @@ class TrainingEngine(Protocol):
     def module(self) -> nn.Module: ...
     def train_step(self, micro_batches: Sequence[M], empty: M, loss: Callable[[M], Tensor]) -> OptimizerStep: ...
     def extra_passes(self, own: int) -> int: ...
+    def gather(self, value: T) -> list[T]: ...
+    def summed(self, tensor: Tensor) -> Tensor: ...
     def named_weights(self) -> Iterator[tuple[str, Tensor]]: ...
     def save(self, folder: Path) -> None: ...
     def load(self, folder: Path) -> None: ...
@@ -205,6 +208,19 @@ class DeepSpeedEngine:
         count = torch.tensor([own], device=self.device)
         torch.distributed.all_reduce(count, op=torch.distributed.ReduceOp.MAX)
         return int(count.item())
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's `value`, in the order of ranks; every rank must call it."""
+        found = [value] * self.world.size
+        if self.world.size > 1:
+            torch.distributed.all_gather_object(found, value)
+        return found
+
+    def summed(self, tensor: Tensor) -> Tensor:
+        """`tensor` added up over the ranks, in place; every rank must call it with the same shape."""
+        if self.world.size > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Full tensors in the forward pass's dtype, under ZeRO-3 gathered one by one. Every rank must iterate."""

@@ -4,12 +4,16 @@ The credit method's `influence` hook is given, group by group, the final hidden 
 tokens and their probabilities on V*, the tokens that occur in the group. Those come from the output head's rows of V*
 and each token's logsumexp, so beyond a chunk nothing has a vocabulary's width, and only one number a token leaves here.
 
+A group that several ranks hold is scored by all of them together: they tell each other its tokens, and the hook adds up
+over them whatever is a sum over the group.
+
 The hook's rewards are outcomes as scored, before shaping; credit finds the same in `CreditInput.scored_rewards_B`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -30,7 +34,16 @@ KEPT_PROBABILITIES = 2**23  # numbers; a group with fewer has its probabilities 
 class InfluenceMethod(Protocol):
     """A credit method that needs `influences`."""
 
-    def influence(self, states: GroupStates, lengths_G: Tensor, rewards_G: Tensor) -> Tensor: ...
+    def influence(
+        self,
+        states: GroupStates,
+        lengths_G: Tensor,
+        rewards_G: Tensor,
+        sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """[N]: scores of the tokens of a group's responses. Where other ranks hold the rest of it, `sum_over_ranks` adds
+        up a tensor over all ranks, each of which must call it as often; some may have no response of the group."""
+        ...
 
 
 class ForwardEngine(Protocol):
@@ -39,6 +52,8 @@ class ForwardEngine(Protocol):
     def module(self) -> Any: ...
     def forward(self, *args: Any, **kwargs: Any) -> Any: ...
     def extra_passes(self, own: int) -> int: ...
+    def gather(self, value: Any) -> list[Any]: ...
+    def summed(self, tensor: Tensor) -> Tensor: ...
 
 
 @dataclass
@@ -87,7 +102,7 @@ def _gathered(head: nn.Module) -> Any:
 
 @dataclass
 class InfluencePass:
-    """Signals of a shard that holds whole groups, with `influences` from `method`."""
+    """Signals of a shard, with `influences` from `method`. All ranks must ask for them at once."""
 
     method: InfluenceMethod
     temperature: float
@@ -98,28 +113,52 @@ class InfluencePass:
     def signals(self, engine: ForwardEngine, shard: Batch) -> Signals:
         """`old_logprobs`, `entropies` and `influences` [R], 0 where the policy did not choose."""
         size = int(shard.response_lengths.sum())
-        logprobs, entropies, influences = (np.zeros(size, np.float32) for _ in range(3))
-        head = OutputHead(engine.module(), _action_ids(shard).unique().to(engine.device))
-        passes = [
-            (groups, cut(shard, np.concatenate(groups), self.micro_batch_tokens, self.share_prompts))
-            for groups in whole_groups(shard, self.micro_batch_tokens)
-        ]
+        made = {name: np.zeros(size, np.float32) for name in ("old_logprobs", "entropies", "influences")}
+        out = Signals(**made)
+        shared = shared_groups(engine.gather(group_tokens(shard)))
+        head = OutputHead(engine.module(), torch.cat([_action_ids(shard), *shared.values()]).unique().to(engine.device))
+        passes = [(g, self._cut(shard, g)) for g in whole_groups(shard, self.micro_batch_tokens, set(shared))]
         # Asked before the first pass: in the middle of them, ranks with fewer would ask while others still gather.
         extra = engine.extra_passes(sum(len(micros) for _, micros in passes))
         for groups, micros in passes:
-            states, packed = self._states(engine, micros)
-            logprobs[packed] = states.logprobs.cpu().numpy()
-            entropies[packed] = states.entropies.cpu().numpy()
-            place = np.full(size, -1, np.int64)
-            place[packed] = np.arange(len(packed))
-            for rows in groups:
-                tokens = np.concatenate([_action_places(shard, row) for row in rows])
-                if len(tokens):
-                    chosen = torch.from_numpy(place[tokens]).to(engine.device)
-                    influences[tokens] = self._influence(shard, rows, states, chosen, head)
+            self._score(engine, shard, groups, self._states(engine, micros), head, out)
         for _ in range(extra):
             self._states(engine, [nothing()])
-        return Signals(old_logprobs=logprobs, entropies=entropies, influences=influences)
+        for group, vocabulary in shared.items():  # one after the other, in the same order on every rank
+            rows = np.flatnonzero(shard.group_ids == group)
+            micros = self._cut(shard, [rows]) or [nothing()]
+            extra = engine.extra_passes(len(micros))
+            states = self._states(engine, micros)
+            for _ in range(extra):
+                self._states(engine, [nothing()])
+            self._score(engine, shard, [rows], states, head, out, vocabulary)
+        return out
+
+    def _cut(self, shard: Batch, groups: list[np.ndarray]) -> list[MicroBatch]:
+        return cut(shard, np.concatenate(groups), self.micro_batch_tokens, self.share_prompts)
+
+    def _score(
+        self,
+        engine: ForwardEngine,
+        shard: Batch,
+        groups: list[np.ndarray],
+        given: tuple[TokenStates, np.ndarray],
+        head: OutputHead,
+        out: Signals,
+        shared: Tensor | None = None,
+    ) -> None:
+        """Puts the signals of some groups' tokens in their places; `shared` is the V* of one that other ranks hold too."""
+        assert out.old_logprobs is not None and out.entropies is not None and out.influences is not None
+        states, packed = given
+        out.old_logprobs[packed] = states.logprobs.cpu().numpy()
+        out.entropies[packed] = states.entropies.cpu().numpy()
+        place = np.full(len(out.influences), -1, np.int64)
+        place[packed] = np.arange(len(packed))
+        for rows in groups:
+            tokens = np.concatenate([np.empty(0, np.int64), *(_action_places(shard, row) for row in rows)])
+            if len(tokens) or shared is not None:
+                chosen = torch.from_numpy(place[tokens]).to(engine.device)
+                out.influences[tokens] = self._influence(engine, shard, rows, states, chosen, head, shared)
 
     def _states(self, engine: ForwardEngine, micros: list[MicroBatch]) -> tuple[TokenStates, np.ndarray]:
         """States of the action tokens of some micro-batches, and the place of each on the shard's R axis."""
@@ -135,12 +174,21 @@ class InfluencePass:
         return lambda module, picked: (*module.chosen(picked, micro.targets, self.temperature), picked)
 
     def _influence(
-        self, shard: Batch, rows: np.ndarray, states: TokenStates, chosen: Tensor, head: OutputHead
+        self,
+        engine: ForwardEngine,
+        shard: Batch,
+        rows: np.ndarray,
+        states: TokenStates,
+        chosen: Tensor,
+        head: OutputHead,
+        shared: Tensor | None,
     ) -> np.ndarray:
         """Scores of a group's action tokens, response after response; `chosen` are their places in `states`."""
         assert shard.rewards is not None
-        ids = torch.cat([_action_ids(shard, row) for row in rows]).to(chosen.device)
-        vocabulary, columns = group_vocabulary(ids)
+        ids = torch.cat([torch.empty(0, dtype=torch.int64), *(_action_ids(shard, row) for row in rows)])
+        vocabulary, columns = group_vocabulary(
+            ids.to(chosen.device), () if shared is None else [shared.to(chosen.device)]
+        )
         hidden, normalizers = states.hidden[chosen], states.normalizers[chosen]
 
         def probabilities(tokens: slice) -> Tensor:
@@ -149,15 +197,29 @@ class InfluencePass:
 
         small = len(ids) * len(vocabulary) <= KEPT_PROBABILITIES
         group = GroupStates(hidden, probabilities(slice(None)) if small else probabilities, columns, len(vocabulary))
-        lengths = torch.tensor([len(_action_places(shard, row)) for row in rows])
+        lengths = torch.tensor([len(_action_places(shard, row)) for row in rows], dtype=torch.int64)
+        rewards = torch.from_numpy(shard.rewards[rows]).float()
         try:
-            scores = self.method.influence(group, lengths, torch.from_numpy(shard.rewards[rows]).float())
+            scores = self.method.influence(group, lengths, rewards, *(() if shared is None else (engine.summed,)))
         except ValueError as error:
             raise ConfigError(f"algorithm.credit: {error}") from error
         return scores.float().cpu().numpy()
 
 
-def whole_groups(shard: Batch, tokens: int) -> Iterator[list[np.ndarray]]:
+def group_tokens(shard: Batch) -> dict[int, np.ndarray]:
+    """The different action tokens of each group, int64."""
+    rows = {group: np.flatnonzero(shard.group_ids == group) for group in set(shard.group_ids.tolist())}
+    return {group: torch.cat([_action_ids(shard, row) for row in of]).unique().numpy() for group, of in rows.items()}
+
+
+def shared_groups(held: list[dict[int, np.ndarray]]) -> dict[int, Tensor]:
+    """V* of each group that several ranks hold, by its number, from the `group_tokens` of every rank."""
+    counts = Counter(group for rank in held for group in rank)
+    shared = sorted(group for group, ranks in counts.items() if ranks > 1)
+    return {g: torch.from_numpy(np.unique(np.concatenate([r[g] for r in held if g in r]))) for g in shared}
+
+
+def whole_groups(shard: Batch, tokens: int, without: Collection[int] = ()) -> Iterator[list[np.ndarray]]:
     """Groups, each as the rows of its trajectories, so many at a time that they have about `tokens` tokens.
 
     Their hidden states exist together, so a pass is filled and memory does not grow with the batch.
@@ -165,7 +227,7 @@ def whole_groups(shard: Batch, tokens: int) -> Iterator[list[np.ndarray]]:
     lengths = shard.prompt_lengths + shard.response_lengths
     taken: list[np.ndarray] = []
     total = 0
-    for group in dict.fromkeys(shard.group_ids.tolist()):
+    for group in dict.fromkeys(g for g in shard.group_ids.tolist() if g not in without):
         rows = np.flatnonzero(shard.group_ids == group)
         size = int(lengths[rows].sum())
         if taken and total + size > tokens:

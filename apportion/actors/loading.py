@@ -60,9 +60,14 @@ def attention_refused(attention: str, path: str) -> Iterator[None]:
         ) from error
 
 
+def attention_softcap(config: Any) -> float | None:
+    """The cap on attention's logits, which few architectures have."""
+    return getattr(config.get_text_config(), "attn_logit_softcapping", None)
+
+
 def check_attention_softcap(config: Any, attention: str, path: str) -> None:
     """transformers' sdpa leaves a cap on attention's logits out without a word (Gemma 2); the engines apply it."""
-    cap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    cap = attention_softcap(config)
     if cap is not None and attention == "sdpa":
         raise ConfigError(
             f"model.attention: got sdpa, which leaves out the cap of {cap:g} on the attention of {path}, expected eager or "

@@ -14,6 +14,7 @@ PEFT_PREFIX = "base_model.model."
 def merged_weights(named: Iterator[tuple[str, Tensor]], lora: Any | None) -> Iterator[tuple[str, Tensor]]:
     """Names of training parameters to names of the Hugging Face checkpoint; `W + alpha / rank * B A` for adapted ones.
 
+    A head that is the embedding comes once, as the embedding; one that only the configuration calls tied, as itself.
     A weight and its adapter's two factors come one after the other in a module, so only one layer is held at a time.
     """
     held: tuple[str, Tensor] | None = None

@@ -15,6 +15,7 @@ from apportion.actors.distillation import Distillation, DistillationSpec
 from apportion.actors.engine import DeepSpeedEngine, EngineSettings, OptimizerStep, World, on_rank_0
 from apportion.actors.influence import InfluencePass
 from apportion.actors.loading import load_causal_lm, save_huggingface
+from apportion.actors.lora import merged_weights
 from apportion.actors.microbatch import MicroBatch, cut, nothing
 from apportion.actors.modules import CausalLMLogprobs
 from apportion.algorithms import registry
@@ -265,7 +266,7 @@ class PolicyWorker(ActorBase):
         ranks only take part."""
         import ray
 
-        named = self._huggingface_weights()
+        named = merged_weights(self.engine.named_weights(), self.spec.lora)
         if self.world.rank:
             for _ in named:
                 pass
@@ -283,19 +284,12 @@ class PolicyWorker(ActorBase):
         assert self._channel is not None and self._room is not None
         send(self._channel, self._room)
 
-    def _huggingface_weights(self):
-        """(name, tensor) as a Hugging Face checkpoint names them; adapters merged into what they adapt."""
-        from apportion.actors.lora import merged_weights
-
-        # A head that is the embedding comes once, as the embedding; one that only the configuration calls tied, as itself.
-        yield from merged_weights(self.engine.named_weights(), self.spec.lora)
-
     def save(self, folder: str) -> None:
         """Training state of this rank, and from rank 0 a model that `transformers.from_pretrained` loads."""
         target = Path(folder)
         self.engine.save(target / "policy")
         save_random_states(target / "policy", f"rank-{self.world.rank}")
-        named = on_rank_0(self._huggingface_weights(), self.world)
+        named = on_rank_0(merged_weights(self.engine.named_weights(), self.spec.lora), self.world)
         if self.world.rank == 0:
             spec = self.spec
             save_huggingface(spec.model, named, target / "model", spec.trust_remote_code, spec.chat_template)

@@ -306,7 +306,7 @@ class PreferenceWorker(ActorBase):
         target, spec = Path(folder), self.spec
         self.engine.save(target / "policy")
         save_random_states(target / "policy", f"rank-{self.world.rank}")
-        named = on_rank_0(self._huggingface_weights(), self.world)
+        named = on_rank_0(merged_weights(self.engine.named_weights(), self.spec.lora), self.world)
         if self.world.rank:
             return
         write = save_score_model if self.objective.reads == SEQUENCE_SCORES else save_huggingface
@@ -316,11 +316,6 @@ class PreferenceWorker(ActorBase):
         source = Path(folder) / "policy"
         self.engine.load(source)
         load_random_states(source, f"rank-{self.world.rank}")
-
-    def _huggingface_weights(self):
-        """(name, tensor) as a Hugging Face checkpoint names them; adapters merged into what they adapt."""
-        # A head that is the embedding comes once, as the embedding; one that only the configuration calls tied, as itself.
-        yield from merged_weights(self.engine.named_weights(), self.spec.lora)
 
 
 def _count_pairs(totals: Totals, prefix: str, objective: Objective, pairs: PairInput, out: PairOutput) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import ceil
+
 from apportion.actors.engines import Sampling
 from apportion.assembly.needs import Needs
 from apportion.conf.schema import Config
@@ -29,7 +31,16 @@ def loop_settings(config: Config, needs: Needs) -> LoopSettings:
         checkpoint_final=config.checkpoint.final,
         seeds={"run": config.seed},
         max_failed_critiques=config.judge.max_failed_share,
+        parts=_parts(config) if needs.judge else 1,
     )
+
+
+def _parts(config: Config) -> int:
+    """As many as an engine has decoding rounds, if nothing is said: all its places stay taken in each of them."""
+    responses = (
+        ceil(config.train.prompts_per_step / config.cluster.rollout_engines) * config.rollout.responses_per_prompt
+    )
+    return config.judge.parts or ceil(responses / config.rollout.max_sequences)
 
 
 def evaluation_settings(config: Config) -> EvaluationSettings:

@@ -59,10 +59,12 @@ def _check_batches(config: Config) -> None:
             f"train.prompts_per_step: got {prompts} with algorithm.updates_per_batch={updates}, "
             f"expected a multiple of {updates} such as {options}, so that every optimiser step has whole groups"
         )
-    if prompts // updates < ranks:
+    responses = config.rollout.responses_per_prompt
+    rows = prompts // updates * responses
+    if rows < ranks:
         raise ConfigError(
-            f"train.prompts_per_step: got {prompts}, which gives {prompts // updates} groups an optimiser step for "
-            f"cluster.policy_ranks={ranks}, expected at least {ranks * updates}, or fewer ranks"
+            f"train.prompts_per_step: got {prompts}, which gives {rows} trajectories an optimiser step for "
+            f"cluster.policy_ranks={ranks}, expected at least {ceil(ranks / responses) * updates}, or fewer ranks"
         )
 
 

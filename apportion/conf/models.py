@@ -128,6 +128,7 @@ def check_rows_of_several(path: str, longest: int, key: str) -> None:
         raise ConfigError(
             f"{key}: got true with {path}, whose layers of kind {', '.join(others)} would read across responses, expected false"
         )
+    # Only Qwen's files have the switch; in others' a window that is named is used.
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
     if window is not None and window < longest and (not kinds or "sliding_attention" in kinds):
         raise ConfigError(

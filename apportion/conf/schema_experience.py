@@ -138,6 +138,9 @@ class JudgeConfig:
     retries: int = 2  # of an address
     concurrency: int = 16  # critiques under way at a time, in each worker
     workers: int = 1
+    # An engine's prompts of a step are sampled in so many parts, and a part is judged while the next is sampled; null: in
+    # as many as it has decoding rounds (`apportion plan`)
+    parts: int | None = None
     cache_folder: str | None = None  # null: `critiques` in the run's folder
     max_failed_share: float = 0.5  # of a step's critiques; above it the run stops; 1 goes on without any
     engine: str = "vllm"
@@ -149,7 +152,7 @@ class JudgeConfig:
     def __post_init__(self) -> None:
         one_of("judge.engine", self.engine, ("vllm", "transformers"))
         one_of("judge.dtype", self.dtype, ("bfloat16", "float32", "float16"))
-        for name in ("critiques", "max_tokens", "concurrency", "workers", "tensor_parallel_size"):
+        for name in ("critiques", "max_tokens", "concurrency", "workers", "parts", "tensor_parallel_size"):
             at_least(f"judge.{name}", getattr(self, name), 1)
         for name in ("temperature", "retries"):
             at_least(f"judge.{name}", getattr(self, name), 0)

@@ -51,6 +51,7 @@ class LoopSettings:
     checkpoint_final: bool
     seeds: dict[str, int]
     max_failed_critiques: float  # share of a step's critiques
+    parts: int  # that an engine's prompts are sampled in, so that judges have one while it makes the next
 
 
 @dataclass

@@ -86,6 +86,12 @@ class PlainEngine:
     def extra_passes(self, own: int) -> int:
         return 0
 
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def summed(self, tensor: Tensor) -> Tensor:
+        return tensor
+
     def train_step(self, micro_batches: Sequence[Any], empty: Any, loss: Callable[[Any], Tensor]) -> OptimizerStep:
         self._module.train()
         self._optimizer.zero_grad()

@@ -10,6 +10,7 @@ import torch
 
 from apportion.actors.engine import own_device
 from apportion.actors.engines import EngineSpec, Request, Sample, Sampling
+from apportion.actors.loading import attention_softcap
 from apportion.platform.channel import ChannelAddress, WeightChannel
 from apportion.platform.weights import SyncReceipt, TensorEntry, WeightBundle, as_bytes, checksum, receive
 
@@ -24,7 +25,7 @@ class TransformersEngine:
         self._model: Any = AutoModelForCausalLM.from_pretrained(
             spec.model, dtype=getattr(torch, spec.dtype), trust_remote_code=spec.trust_remote_code
         )
-        if getattr(self._model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
+        if attention_softcap(self._model.config) is not None:
             self._model.set_attn_implementation("eager")  # the default leaves the cap out without a word
         self._model.to(self._device).eval()
         # Of the model's own generation settings only the end tokens count: penalties and the like would change what is
