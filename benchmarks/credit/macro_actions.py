@@ -125,7 +125,7 @@ How many times faster than PPO (geometric mean over seeds; a seed that never got
 {table(["arm", "until", "times faster (95 % interval)", "seeds that never got there"], speeds)}
 
 What this does not show: the paper's responses have hundreds of tokens, ours at most {LIMIT}; and within so few steps the critic
-comes to explain little of the returns (right panel), which favours whatever carries the reward further back. In the earlier
+comes to explain little of the returns (right panel), which favours whatever carries the reward further back: PPO with the longer lambda gains as much as macro actions do. In the earlier
 round (0.1 million parameters, rates of 0.0002 and 0.001, six seeds) MA-PPO came to PPO's final reward 1.40 (1.11 to 1.76) times as fast, PPO
 with the longer lambda 1.18 (1.00 to 1.41) times: the advantage is not there at every size and rate.
 """
