@@ -125,14 +125,14 @@ def make_plan(config: Config, machine: Machine | None = None) -> Plan:
     _check_memory(config, actors, here)
     return Plan(
         title=f"{config.recipe}: {config.algorithm.name} on {config.model.path}, {config.train.steps} steps",
-        quantities=_quantities(config),
+        quantities=_quantities(config, "influences" in needs),
         actors=actors,
         needs=needs,
         notes=_notes(config, needs, model, here, actors),
     )
 
 
-def _quantities(config: Config) -> list[Quantity]:
+def _quantities(config: Config, whole_groups: bool) -> list[Quantity]:
     prompts, responses = config.train.prompts_per_step, config.rollout.responses_per_prompt
     ranks, engines = config.cluster.policy_ranks, config.cluster.rollout_engines
     updates, epochs = config.algorithm.updates_per_batch, config.algorithm.epochs
@@ -141,7 +141,13 @@ def _quantities(config: Config) -> list[Quantity]:
     engine_rows = ceil(prompts / engines) * responses
     side_by_side = config.rollout.max_sequences
     update_rows = total // updates
-    rank_rows = ceil(update_rows / ranks)
+    groups = prompts // updates
+    rank_rows, dealt = ceil(update_rows / ranks), f"about ceil({update_rows} / {ranks} ranks), balanced by tokens"
+    if whole_groups and groups >= ranks:
+        rank_rows, dealt = (
+            ceil(groups / ranks) * responses,
+            f"about ceil({groups} groups / {ranks} ranks) x {responses}",
+        )
     fitting = config.policy.micro_batch_tokens // longest
     rows = [
         ("trajectories a step", total, f"{prompts} prompts x {responses} responses"),
@@ -157,7 +163,7 @@ def _quantities(config: Config) -> list[Quantity]:
         (
             "trajectories a rank and update",
             rank_rows,
-            f"about ceil({update_rows} / {ranks} ranks), balanced by tokens",
+            dealt,
         ),
         ("longest rows a micro-batch", fitting, f"{config.policy.micro_batch_tokens} padded tokens // {longest}"),
         ("micro-batches a rank and update", ceil(rank_rows / fitting), f"about ceil({rank_rows} / {fitting})"),

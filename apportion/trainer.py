@@ -17,7 +17,7 @@ from apportion.actors.rollout import RolloutReport
 from apportion.algorithms.kl import KlCoefficient
 from apportion.batch import Prompt, Totals
 from apportion.data.errors import DataError as SourceError
-from apportion.loop.calls import deal, with_refs
+from apportion.loop.calls import deal, longest, turns, with_refs
 from apportion.loop.evaluation import Evaluator
 from apportion.loop.failures import Failures
 from apportion.loop.metrics import StepReports, data_metrics, speed_metrics, step_metrics
@@ -155,21 +155,18 @@ class Trainer:
             arguments = (chunk, group, settings.responses_per_prompt, settings.sampling)
             calls.append(actor.call("generate", *arguments, returns=2))
             group += len(chunk)
-        experience.judging = self._start_judging([call.refs[1] for call in calls], chunks)
+        experience.judging = self._start_judging(calls, chunks)
         with self._timed("rollout"):
             answers = self._call_all(calls)
         reports: list[RolloutReport] = [report for report, _ in answers]
-        busy = {engine.name: 0.0 for engine in engines}
-        for call, report in zip(calls, reports, strict=True):
-            busy[call.actor.name] += report.seconds
-        experience.seconds_sampling += max(busy.values())
+        experience.seconds_sampling += longest(calls, [r.seconds for r in reports])
         sampled = sum(r.sampled_tokens for r in reports)
         experience.sampled_tokens += sampled
         self.progress.rollout_tokens += sampled
         experience.totals.add("rollout/trajectories", sum(r.trajectories for r in reports), 1)
         experience.totals.add("rollout/prompts", sum(map(len, chunks)), 1)
         if self.actors.environment:
-            self.failures.count_episodes(reports)
+            self.failures.count_episodes(reports, longest(calls, [r.environment_seconds for r in reports]))
         return [ref for _, ref in answers]
 
     def _score(self, batches: list[Any], chunks: list[list[Prompt]]) -> list[Any]:
@@ -184,14 +181,15 @@ class Trainer:
             self.failures.count_rewards(report)
         return [ref for _, ref in answers]
 
-    def _start_judging(self, batches: list[Any], chunks: list[list[Prompt]]) -> list[list[Call]]:
+    def _start_judging(self, sampled: list[Call], chunks: list[list[Prompt]]) -> list[list[Call]]:
         """Critiques of each batch, begun as soon as it is sampled: beside other engines, this engine's next part, and
         scoring."""
-        judges = self.actors.judge
-        return [
-            [judge.call("judge", batch, chunk, part, len(judges), returns=2) for part, judge in enumerate(judges)]
-            for batch, chunk in zip(batches, chunks, strict=True)
-        ]
+        judges, out, turn = self.actors.judge, [list[Call]() for _ in sampled], turns(sampled)
+        # A judge's calls are answered in order, and one whose batch is still sampled holds up those behind it.
+        for place in sorted(range(len(sampled)), key=turn.__getitem__):
+            batch, prompts = sampled[place].refs[1], chunks[place]
+            out[place] = [j.call("judge", batch, prompts, i, len(judges), returns=2) for i, j in enumerate(judges)]
+        return out
 
     def _judged(self, experience: Experience) -> list[list[Any]]:
         """References to the marks of each batch of this round; none where nothing is judged."""

@@ -306,6 +306,15 @@ def test_a_method_that_needs_influences_without_the_hook_is_refused(monkeypatch)
         build("credit", {"name": "grpo"})
 
 
+def test_a_hook_that_cannot_add_up_over_ranks_is_refused(monkeypatch):
+    import apportion.algorithms.credit.grpo as module
+
+    monkeypatch.setattr(module.Grpo, "needs", frozenset({"influences"}))
+    monkeypatch.setattr(module.Grpo, "influence", lambda self, states, lengths, rewards: None, raising=False)
+    with pytest.raises(ValueError, match=r"got influence\(states, lengths, rewards\), expected .*sum_over_ranks=None"):
+        build("credit", {"name": "grpo"})
+
+
 def test_scale_softcap_and_bias_of_the_head_are_those_of_the_policy(model, shard):
     module = CausalLMLogprobs(model, 4)
     module.logit_scale, module.softcap = 0.5, 3.0

@@ -76,10 +76,11 @@ class InPlace:
     """An actor whose methods run when they are called; what Ray would send is pickled on its way."""
 
     def __init__(self, name, target):
-        self.name, self.target, self.called = name, target, []
+        self.name, self.target, self.called, self.first_arguments = name, target, [], []
 
     def call(self, method, *arguments, returns=1):
         self.called.append(method)
+        self.first_arguments.append(arguments[0])
         answer = getattr(self.target, method)(*pickle.loads(pickle.dumps(arguments)))
         return Call(self, method, list(answer) if returns != 1 else [answer])
 
@@ -172,6 +173,9 @@ def test_an_engine_samples_in_parts_and_judges_are_asked_about_each_before_the_n
     experience = trainer._collect()
     sampled = [("rollout-0", "generate")] * 2 + [("rollout-1", "generate")] * 2
     assert waited[0] == sampled and [judge.called for judge in trainer.actors.judge] == [["judge"] * 4] * 2
+    # An engine makes groups 0 and 1, the other 2 with 3 and 4: first the part of each that is there first.
+    read = [batch.group_ids[0] for batch in trainer.actors.judge[0].first_arguments]
+    assert read == [0, 2, 1, 4]
     assert sorted(g for b in experience.admitted for g in set(b.group_ids.tolist())) == [0, 1, 2, 3, 4]
     assert experience.seconds_sampling == pytest.approx(0.2)  # both engines at once, each with two parts of 0.1
 

@@ -222,8 +222,9 @@ def test_the_loop_is_set_as_the_configuration_says():
     judged = replace(NEEDS, judge=True)
     for changes, parts in (  # 9 prompts with 6 responses
         ({"rollout": {"max_sequences": 54}, "cluster": {"rollout_engines": 1}}, 1),
-        ({"rollout": {"max_sequences": 53}, "cluster": {"rollout_engines": 1}}, 2),
-        ({"rollout": {"max_sequences": 8}, "cluster": {"rollout_engines": 2}}, 4),
+        ({"rollout": {"max_sequences": 14}, "cluster": {"rollout_engines": 1}}, 1),
+        ({"rollout": {"max_sequences": 13}, "cluster": {"rollout_engines": 1}}, 2),
+        ({"rollout": {"max_sequences": 3}, "cluster": {"rollout_engines": 2}}, 5),
         ({"rollout": {"max_sequences": 8}, "judge": {"parts": 3}}, 3),
     ):
         config = configured(**changes)

@@ -38,14 +38,13 @@ def test_rewards_that_fail_are_counted_and_their_first_traceback_is_said_once():
     assert len(warned) == 1
 
 
-def test_episodes_that_fail_are_counted_by_engine_and_the_slowest_environment_counts():
+def test_episodes_that_fail_are_counted_and_the_seconds_that_their_environments_took():
     warned: list[str] = []
     failures = Failures(0.5, 0.5, warned.append)
     reports = [RolloutReport(1.0, 10, 4) for _ in range(2)]
-    reports[0].environment_failures, reports[0].environment_seconds = 1, 0.5
-    reports[1].environment_failures, reports[1].environment_seconds = 2, 0.25
+    reports[0].environment_failures, reports[1].environment_failures = 1, 2
     reports[1].first_failure = "it raised"
-    failures.count_episodes(reports)
+    failures.count_episodes(reports, 0.5)
     assert failures.totals.sums == {"rollout/environment_failures": 3, "rollout/environment_seconds": 0.5}
     assert warned == ["an environment failed; its episodes are masked and counted:\nit raised"]
 

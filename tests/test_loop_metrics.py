@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from apportion.actors.policy import UpdateReport
 from apportion.actors.rollout import RolloutReport
 from apportion.actors.scoring import ScoreReport
 from apportion.batch import Prompt, Totals
-from apportion.loop.calls import deal
+from apportion.loop.calls import deal, longest, turns
 from apportion.loop.evaluation import EvaluationSettings, Evaluator
 from apportion.loop.metrics import StepReports, speed_metrics, step_metrics, update_metrics
 from apportion.loop.state import Actors
@@ -165,3 +166,10 @@ def test_what_an_evaluation_does_not_know_is_no_metric_and_none_in_an_answer(eva
     report = evaluator.evaluate("evaluation")
     assert report.metrics == {"eval/response_tokens_mean": 2.0, "eval/failed_share": 0.0}
     assert [answer["reward"] for answer in report.answers] == [None, 1.0]
+
+
+def test_an_actors_calls_follow_each_other_and_their_seconds_add_up():
+    first, second = SimpleNamespace(name="rollout-0"), SimpleNamespace(name="rollout-1")
+    calls = [Call(actor, "generate", []) for actor in (first, first, second, first, second)]
+    assert turns(calls) == [0, 1, 0, 2, 1]
+    assert longest(calls, [1.0, 2.0, 4.0, 0.5, 1.0]) == 5.0

@@ -77,6 +77,12 @@ def test_ranks_updates_epochs_and_engines_divide_the_batch():
     assert plan.value("responses an evaluation") == 128 * 5
 
 
+def test_groups_stay_whole_on_ranks_where_a_method_reads_their_hidden_states():
+    thr = ["algorithm=thr", "train.prompts_per_step=3", "rollout.responses_per_prompt=8"]
+    for ranks, rows in ((1, 24), (2, 16), (3, 8), (4, 6)):  # 3 groups are not enough for 4 ranks and are split
+        assert planned(*thr, f"cluster.policy_ranks={ranks}").value("trajectories a rank and update") == rows
+
+
 def test_a_critic_and_a_reference_exist_only_where_something_needs_them():
     assert [a.role for a in planned().actors] == ["policy", "rollout", "credit", "reward"]
     assert [a.role for a in planned("algorithm=ppo").actors] == [

@@ -4,7 +4,7 @@ The credit method's `influence` hook is given, group by group, the final hidden 
 tokens and their probabilities on V*, the tokens that occur in the group. Those come from the output head's rows of V*
 and each token's logsumexp, so beyond a chunk nothing has a vocabulary's width, and only one number a token leaves here.
 
-A group that several ranks hold is scored by all of them together: they tell each other its tokens, and the hook adds up
+A group that several ranks hold is scored by all ranks together: they tell each other its tokens, and the hook adds up
 over them whatever is a sum over the group.
 
 The hook's rewards are outcomes as scored, before shaping; credit finds the same in `CreditInput.scored_rewards_B`.

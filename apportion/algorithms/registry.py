@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from importlib.metadata import entry_points
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -184,6 +185,19 @@ def _check_needs(where: str, part: Any) -> None:
             f"{where}: got 'influences' in needs and no method `influence`, expected one that gives a group's scores "
             "from its hidden states (see apportion.algorithms.influence)"
         )
+    if "influences" in needs and not _takes(part.influence, 4):
+        raise ValueError(
+            f"{where}: got influence{inspect.signature(part.influence)}, expected (states, lengths_G, rewards_G, "
+            "sum_over_ranks=None): a group may be split over ranks (see apportion.algorithms.influence)"
+        )
+
+
+def _takes(function: Callable[..., Any], count: int) -> bool:
+    try:
+        inspect.signature(function).bind(*[None] * count)
+    except TypeError:
+        return False
+    return True
 
 
 def _nearest(name: str, valid: Iterable[str]) -> str:

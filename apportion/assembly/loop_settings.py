@@ -36,11 +36,11 @@ def loop_settings(config: Config, needs: Needs) -> LoopSettings:
 
 
 def _parts(config: Config) -> int:
-    """As many as an engine has decoding rounds, if nothing is said: all its places stay taken in each of them."""
+    """If nothing is said, so many that each has two decoding rounds: at the end of a part places stand empty."""
     responses = (
         ceil(config.train.prompts_per_step / config.cluster.rollout_engines) * config.rollout.responses_per_prompt
     )
-    return config.judge.parts or ceil(responses / config.rollout.max_sequences)
+    return config.judge.parts or max(1, responses // (2 * config.rollout.max_sequences))
 
 
 def evaluation_settings(config: Config) -> EvaluationSettings:

@@ -138,8 +138,8 @@ class JudgeConfig:
     retries: int = 2  # of an address
     concurrency: int = 16  # critiques under way at a time, in each worker
     workers: int = 1
-    # An engine's prompts of a step are sampled in so many parts, and a part is judged while the next is sampled; null: in
-    # as many as it has decoding rounds (`apportion plan`)
+    # An engine's prompts of a step are sampled in so many parts, and a part is judged while the next is sampled; null: each
+    # of two decoding rounds (`apportion plan`)
     parts: int | None = None
     cache_folder: str | None = None  # null: `critiques` in the run's folder
     max_failed_share: float = 0.5  # of a step's critiques; above it the run stops; 1 goes on without any

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from typing import Any
 
 from apportion.batch import Prompt
@@ -12,6 +13,24 @@ from apportion.platform.cluster import Call
 def with_refs(reports: list[Any], calls: list[Call]) -> list[tuple]:
     """For calls with several results: the report of each, and references to the others, left in the store."""
     return [(report, *call.refs[1:]) for report, call in zip(reports, calls, strict=True)]
+
+
+def turns(calls: list[Call]) -> list[int]:
+    """Of each call, how many its actor has to answer before it."""
+    before: Counter[str] = Counter()
+    out = []
+    for call in calls:
+        out.append(before[call.actor.name])
+        before[call.actor.name] += 1
+    return out
+
+
+def longest(calls: list[Call], seconds: list[float]) -> float:
+    """Seconds of the actor that took longest over all of its calls."""
+    busy = {call.actor.name: 0.0 for call in calls}
+    for call, one in zip(calls, seconds, strict=True):
+        busy[call.actor.name] += one
+    return max(busy.values())
 
 
 def deal(prompts: list[Prompt], engines: int) -> list[list[Prompt]]:

@@ -27,9 +27,9 @@ class Failures:
     def new_step(self) -> None:
         self.totals, self._critique, self._traceback = Totals(), None, None
 
-    def count_episodes(self, reports: list[RolloutReport]) -> None:
+    def count_episodes(self, reports: list[RolloutReport], seconds: float) -> None:
         self.totals.add("rollout/environment_failures", sum(r.environment_failures for r in reports), 1)
-        self.totals.add("rollout/environment_seconds", max(r.environment_seconds for r in reports), 1)
+        self.totals.add("rollout/environment_seconds", seconds, 1)
         self._tell(
             "an environment failed; its episodes are", next((r.first_failure for r in reports if r.first_failure), None)
         )
