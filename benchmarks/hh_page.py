@@ -84,7 +84,7 @@ def main(runs_folder: str, prefix: str) -> int:
         "format; of 500 pairs those within 128 tokens), SmolLM2-135M-Instruct, two cores: fine-tuning, a reward model, DPO and reverse DPO, then MA-RLHF with that reward model and AlignDistil with",
         "those two as its teachers. Written by `benchmarks/hh_page.py` from the runs' own metrics.",
         "",
-        f"Machine: {machine()}. {minutes:.0f} minutes in all, with other work beside it. It shows that the stages fit together on",
+        f"Machine: {machine()}. {minutes:.0f} minutes in all, starts of actors not counted. It shows that the stages fit together on",
         "real data and real actors; so few steps on so few pairs are not meant to align anything, and do not: see the held-out",
         "numbers.",
         "",
