@@ -88,8 +88,8 @@ def _usage() -> str:
     lines = ["apportion: reinforcement learning of language models with credit for every token", "", "commands:"]
     lines += [f"  {name:<12} {command.summary}" for name, command in COMMANDS.items()]
     lines += [
-        "",
-        "examples:",
+        "\nexamples:",
+        "  apportion train experiment=quickstart",
         "  apportion train experiment=quickstart algorithm=rloo rollout.responses_per_prompt=16",
         "  apportion train experiment=quickstart -m algorithm=grpo,rloo seed=0,1",
         "  apportion plan experiment=quickstart cluster.policy_ranks=2",
