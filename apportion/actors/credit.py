@@ -269,20 +269,23 @@ class CreditWorker(ActorBase):
 
 
 def credit_input(batch: Batch) -> CreditInput:
-    """A packed batch as padded tensors; an outcome stands at the last action token."""
+    """A packed batch as padded tensors; an outcome stands at the last action token.
+
+    Numbers are float64, so that a small KL is not lost beside a large reward.
+    """
     assert batch.rewards is not None
 
-    def padded(name: str, fill: float = 0.0) -> Tensor | None:
-        return None if getattr(batch, name) is None else batch.pad(name, fill)
+    def padded(name: str) -> Tensor | None:
+        return None if getattr(batch, name) is None else batch.pad(name).double()
 
     mask = batch.pad("action_mask", False)
-    rewards = torch.from_numpy(batch.rewards).float()
+    rewards = torch.from_numpy(batch.rewards).double()
     dense = padded("token_rewards")
     starts, width = batch.token_offsets[:-1] + batch.prompt_lengths, mask.shape[1]
     tokens = torch.zeros(len(batch), width, dtype=torch.int64)
     for row, (start, length) in enumerate(zip(starts, batch.response_lengths, strict=True)):
         tokens[row, :length] = torch.from_numpy(batch.token_ids[start : start + length].astype(np.int64))
-    bootstrap = None if batch.bootstrap_values is None else torch.from_numpy(batch.bootstrap_values.copy())
+    bootstrap = None if batch.bootstrap_values is None else torch.from_numpy(batch.bootstrap_values).double()
     return CreditInput(
         mask_BT=mask,
         group_ids_B=torch.from_numpy(batch.group_ids.copy()),
@@ -297,7 +300,7 @@ def credit_input(batch: Batch) -> CreditInput:
         bootstrap_values_B=bootstrap,
         entropies_BT=padded("entropies"),
         influences_BT=padded("influences"),
-        step_ids_BT=padded("step_ids", -1),
+        step_ids_BT=None if batch.step_ids is None else batch.pad("step_ids", -1),
         wrong_steps=batch.wrong_steps,
         texts=batch.texts,
     )

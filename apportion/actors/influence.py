@@ -198,7 +198,7 @@ class InfluencePass:
         small = len(ids) * len(vocabulary) <= KEPT_PROBABILITIES
         group = GroupStates(hidden, probabilities(slice(None)) if small else probabilities, columns, len(vocabulary))
         lengths = torch.tensor([len(_action_places(shard, row)) for row in rows], dtype=torch.int64)
-        rewards = torch.from_numpy(shard.rewards[rows]).float()
+        rewards = torch.from_numpy(shard.rewards[rows]).double()
         try:
             scores = self.method.influence(group, lengths, rewards, *(() if shared is None else (engine.summed,)))
         except ValueError as error:

@@ -1,6 +1,8 @@
 """Means, variances and totals over what a mask, a group or a segment leaves in.
 
 What lies outside a mask is never read, so it may hold NaN (behaviour log-probs of environment tokens do).
+Statistics are float64 whatever they are taken of, and the least value is subtracted before anything is summed: large
+rewards that differ by little keep their differences, and the order of rows does not matter.
 """
 
 from __future__ import annotations
@@ -21,15 +23,26 @@ def masked(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the True places, 0 where there is none; to the last bit the same however they are padded. Scalar."""
-    chosen = values[mask]
+    """Mean over the True places, 0 where there is none; to the last bit the same however they are padded. Scalar float64."""
+    chosen = values[mask].double()
     return chosen.sum() / max(1, len(chosen))
 
 
 def masked_variance(values: Tensor, mask: Tensor, ddof: int = 0) -> Tensor:
-    """Variance over the True places with `ddof` taken from the count; 0 where too few are left. Scalar."""
-    centred = values[mask] - masked_mean(values, mask)
-    return centred.square().sum() / max(1, len(centred) - ddof)
+    """Variance over the True places with `ddof` taken from the count; 0 where too few are left. Scalar float64."""
+    return _variance(_centered(values[mask]), ddof)
+
+
+def _centered(chosen: Tensor) -> Tensor:
+    """[n] float64: what each value is above the mean. Exactly 0 where all values are alike."""
+    if not len(chosen):
+        return chosen.double()
+    shifted = chosen.double() - chosen.min().double()
+    return shifted - shifted.mean()
+
+
+def _variance(centered: Tensor, ddof: int) -> Tensor:
+    return centered.square().sum() / max(1, len(centered) - ddof)
 
 
 def check_variance(name: str, value: str) -> None:
@@ -50,23 +63,24 @@ def whiten(values: Tensor, mask: Tensor, variance: str = "sample") -> Tensor:
     check_variance("whiten", variance)
     if variance == "none" or not bool(mask.any()):
         return masked(values, mask)
-    chosen = values[mask]
-    if bool(chosen.max() == chosen.min()):
-        return torch.zeros_like(values)
+    centered = _centered(values[mask])
     if variance == "sample":
-        scale = torch.rsqrt(masked_variance(values, mask, ddof=1) + WHITENING_FLOOR)
+        scale = torch.rsqrt(_variance(centered, 1) + WHITENING_FLOOR)
     else:
-        scale = torch.rsqrt(masked_variance(values, mask).clamp_min(WHITENING_FLOOR))
-    return masked((values - masked_mean(values, mask)) * scale, mask)
+        scale = torch.rsqrt(_variance(centered, 0).clamp_min(WHITENING_FLOOR))
+    whitened = torch.zeros_like(values)
+    whitened[mask] = (centered * scale).to(values.dtype)
+    return whitened
 
 
 @dataclass
 class GroupStatistics:
-    """What each trajectory's group is like, said once for each trajectory [B], and counts of groups."""
+    """What each trajectory's group is like, said once for each trajectory [B] in float64, and counts of groups."""
 
     mean_B: Tensor
+    centered_B: Tensor  # the value less its group's mean; exactly 0 in a constant group
     std_B: Tensor  # ddof 1; 0 in a group of one
-    size_B: Tensor  # in the values' dtype
+    size_B: Tensor
     constant_B: Tensor  # bool: every member has the same value (so in a group of one)
     groups: int
     singletons: int
@@ -90,21 +104,23 @@ def group_statistics(values_B: Tensor, group_ids_B: Tensor) -> GroupStatistics:
     >>> group_statistics(torch.tensor([1.0, 0.0, 5.0]), torch.tensor([7, 7, 9])).mean_B.tolist()
     [0.5, 0.5, 5.0]
     """
+    values_B = values_B.double()
     _, place_B = torch.unique(group_ids_B, return_inverse=True)
     groups = int(place_B.max()) + 1 if len(place_B) else 0
-
-    def total(x_B: Tensor) -> Tensor:
-        return torch.zeros(groups, dtype=x_B.dtype, device=x_B.device).index_add_(0, place_B, x_B)[place_B]
-
-    size_B = total(torch.ones_like(values_B))
-    mean_B = total(values_B) / size_B
-    std_B = (total((values_B - mean_B).square()) / (size_B - 1).clamp_min(1)).sqrt()
-    edges = torch.zeros(groups, dtype=values_B.dtype, device=values_B.device)
+    edges = values_B.new_zeros(groups)
     high = edges.scatter_reduce(0, place_B, values_B, "amax", include_self=False)
     low = edges.scatter_reduce(0, place_B, values_B, "amin", include_self=False)
+
+    def total(x_B: Tensor) -> Tensor:
+        return torch.zeros_like(edges).index_add_(0, place_B, x_B)[place_B]
+
+    size_B, low_B = total(torch.ones_like(values_B)), low[place_B]
+    rise_B = total(values_B - low_B) / size_B  # of the mean above the least value
+    centered_B = values_B - low_B - rise_B
     return GroupStatistics(
-        mean_B=mean_B,
-        std_B=std_B,
+        mean_B=low_B + rise_B,
+        centered_B=centered_B,
+        std_B=(total(centered_B.square()) / (size_B - 1).clamp_min(1)).sqrt(),
         size_B=size_B,
         constant_B=(high == low)[place_B],
         groups=groups,

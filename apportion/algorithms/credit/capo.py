@@ -107,11 +107,8 @@ class Capo:
         metrics = {}
         if bool(mask_BT.any()):
             group_ids_BT = batch.group_ids_B[:, None].expand_as(mask_BT)
-            # float64: a pool may hold 10^5 tokens, and values that are all alike must give exactly 0.
-            earned_N = rewards_BT[mask_BT].double()
-            pool = group_statistics(earned_N, group_ids_BT[mask_BT])
-            normed_N = (earned_N - pool.mean_B) / self._scale(pool)
-            advantages_BT[mask_BT] = torch.where(pool.constant_B, 0.0, normed_N).to(rewards_BT.dtype)
+            pool = group_statistics(rewards_BT[mask_BT], group_ids_BT[mask_BT])
+            advantages_BT[mask_BT] = (pool.centered_B / self._scale(pool)).to(rewards_BT.dtype)
             metrics = {"credit/groups": float(pool.groups), "credit/constant_groups": float(pool.constant_groups)}
         metrics["credit/wrong_token_share"] = float(wrong_BT.sum()) / max(1, int(mask_BT.sum()))
         metrics["credit/penalised_share"] = float(wrong_BT.any(-1).sum()) / max(1, len(mask_BT))

@@ -39,8 +39,9 @@ def gae_on_tokens(
     ([[0.5, 0.75]], [[1.0, 1.0]])
     """
     rows, width = mask_BT.shape
-    rewards_TB = masked(rewards_BT, mask_BT).T.contiguous()
-    values_TB = masked(values_BT, mask_BT).T.contiguous()
+    dtype = torch.promote_types(rewards_BT.dtype, values_BT.dtype)
+    rewards_TB = masked(rewards_BT.to(dtype), mask_BT).T.contiguous()
+    values_TB = masked(values_BT.to(dtype), mask_BT).T.contiguous()
     mask_TB = mask_BT.T.contiguous()
     gamma_T = gamma.T.contiguous() if isinstance(gamma, Tensor) else [gamma] * width
     lambda_T = gae_lambda.T.contiguous() if isinstance(gae_lambda, Tensor) else [gae_lambda] * width
@@ -53,13 +54,14 @@ def gae_on_tokens(
         carry_B = torch.where(mask_TB[t], advantages_TB[t], carry_B)
         next_value_B = torch.where(mask_TB[t], values_TB[t], next_value_B)
     advantages_BT = masked(advantages_TB.T, mask_BT)
-    return advantages_BT, advantages_BT + masked(values_BT, mask_BT)
+    return advantages_BT, advantages_BT + masked(values_BT.to(dtype), mask_BT)
 
 
 def returns_to_go(rewards_BT: Tensor, mask_BT: Tensor, gamma: float) -> Tensor:
     """[B, T]: discounted sum of this token's reward and the later ones of its row; 0 where the mask is False."""
     if gamma == 1:
-        return masked(masked(rewards_BT, mask_BT).flip(-1).cumsum(-1).flip(-1), mask_BT)
+        sums_BT = masked(rewards_BT, mask_BT).double().flip(-1).cumsum(-1).flip(-1)
+        return masked(sums_BT.to(rewards_BT.dtype), mask_BT)
     return gae_on_tokens(rewards_BT, torch.zeros_like(rewards_BT), mask_BT, gamma, 1.0)[0]
 
 
@@ -91,7 +93,7 @@ def explained_variance(values_BT: Tensor, returns_BT: Tensor, mask_BT: Tensor) -
     total = float(masked_variance(returns_BT, mask_BT))
     if total == 0:
         return 0.0
-    return 1.0 - float(masked_variance(returns_BT - values_BT, mask_BT)) / total
+    return 1.0 - float(masked_variance(returns_BT.double() - values_BT.double(), mask_BT)) / total
 
 
 @dataclass

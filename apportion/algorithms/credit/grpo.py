@@ -21,14 +21,9 @@ from apportion.algorithms.statistics import GroupStatistics, group_statistics, m
 
 
 def centred_outcomes(batch: CreditInput) -> tuple[Tensor, GroupStatistics]:
-    """r - mean of its group [B], exactly 0 where the group's rewards are all alike; and the groups' statistics.
-
-    In float64, cast to the dtype of the token rewards at the end of the method: the mean of equal rewards should not
-    differ from them, and few groups make this free.
-    """
-    rewards_B = batch.rewards_B.double()
-    groups = group_statistics(rewards_B, batch.group_ids_B)
-    return masked(rewards_B - groups.mean_B, ~groups.constant_B), groups
+    """r - mean of its group [B] in float64, exactly 0 where the group's rewards are all alike; and the groups' statistics."""
+    groups = group_statistics(batch.rewards_B, batch.group_ids_B)
+    return groups.centered_B, groups
 
 
 def on_every_token(outcomes_B: Tensor, batch: CreditInput, gamma: float = 1.0) -> Tensor:

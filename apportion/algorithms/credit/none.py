@@ -18,4 +18,4 @@ class NoCredit:
     one_advantage_per: ClassVar[dict[str, Any]] = {"response": {}}
 
     def __call__(self, batch: CreditInput) -> Credit:
-        return Credit(torch.zeros(batch.mask_BT.shape))
+        return Credit(torch.zeros_like(batch.token_rewards_BT))
