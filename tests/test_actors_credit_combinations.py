@@ -11,7 +11,7 @@ from credit_parts import batch_of
 from apportion.actors.credit import CreditSpec, CreditWorker
 from apportion.algorithms.registry import CREDIT
 from apportion.batch import Batch
-from apportion.conf.parts import units_of_one_advantage
+from apportion.conf.parts import kl_level, pooled_unit, units_of_one_advantage
 
 ALONE = {name: {"name": name} for name in CREDIT}
 ALONE["hidden_reward"] |= {"correct_at": 0.5}  # dense rewards add up to anything
@@ -143,3 +143,34 @@ def test_advantages_are_one_within_each_unit_for_which_a_method_says_so(name, wr
             keys, values = ids[span][out.action_mask[span]], out.advantages[span][out.action_mask[span]]
             for key in np.unique(keys):
                 assert np.ptp(values[keys == key]) == 0, (unit, row)
+
+
+WIDE = {"turn": {"turn", "response"}, "response": {"response"}, "macro": {"macro"}}
+
+
+RATIOS = {ratio: {"name": "ppo_clip", "ratio": ratio} for ratio in ("turn", "macro", "sequence")}
+ACCEPTED = [
+    (name, wrap, ratio)
+    for name, spec in {**ALONE, **OTHERWISE}.items()
+    for wrap in WRAPPED
+    for ratio, surrogate in RATIOS.items()
+    if units_of_one_advantage(WRAPPED[wrap](spec)) & WIDE[pooled_unit(surrogate)[0]]
+]
+
+
+@pytest.mark.parametrize(("name", "wrap", "ratio"), ACCEPTED)
+def test_a_kl_in_the_reward_leaves_one_advantage_for_what_has_one_ratio(name, wrap, ratio):
+    spec, surrogate = WRAPPED[wrap]({**ALONE, **OTHERWISE}[name]), RATIOS[ratio]
+    unit = pooled_unit(surrogate)[0]
+    level = kl_level(spec, surrogate)
+    worker = CreditWorker(CreditSpec(spec, {"name": "token_mean"}, [], [], True, "k1", "", kl_level=level))
+    batch = rewarded("dense")
+    out, _ = worker.assign(replace(batch, minibatch_ids=np.zeros(len(batch), np.int32)), 0.3)
+    ids = {"response": np.zeros_like(out.turn_ids), "turn": out.turn_ids, "macro": out.segment_ids}[unit]
+    for row in range(len(out)):
+        span = out.response_slice(row)
+        keys, values = ids[span][out.action_mask[span]], out.advantages[span][out.action_mask[span]]
+        for key in np.unique(keys):
+            assert np.ptp(values[keys == key]) == 0
+    plain = worker.assign(replace(batch, minibatch_ids=np.zeros(len(batch), np.int32)), 0.0)[0]
+    assert np.allclose(out.advantages, plain.advantages) == (name == "none")

@@ -127,6 +127,15 @@ def test_a_kl_in_the_reward_is_the_credit_workers_and_not_the_losss():
     assert (credit.kl_in_reward, credit.kl_estimator) == (True, "abs")
 
 
+def test_the_credit_worker_is_told_where_a_kl_in_the_reward_belongs():
+    def level(name, **changes):
+        config = configured(name, algorithm={"kl": {"place": "reward", "straight_through": False}, **changes})
+        return spec(serving_requests(config, "start")["credit"]).kl_level
+
+    assert [level("rloo"), level("ppo"), level("action_ppo")] == ["response", "token", "token"]
+    assert level("gspo", surrogate={"form": "sequence"}) == "response"
+
+
 def test_a_policy_rank_that_distills_has_its_two_teachers_each_in_its_place(tmp_path):
     folders = {name: tmp_path / name for name in ("dpo", "other")}
     for folder in folders.values():

@@ -7,7 +7,13 @@ from omegaconf import OmegaConf
 
 from apportion.cli import compose_config, to_config
 from apportion.conf.combinations import check_combinations
-from apportion.conf.parts import drops_lone_responses, group_relative, pooled_unit, units_of_one_advantage
+from apportion.conf.parts import (
+    drops_lone_responses,
+    group_relative,
+    kl_level,
+    pooled_unit,
+    units_of_one_advantage,
+)
 from apportion.platform.errors import ConfigError
 
 
@@ -111,6 +117,41 @@ def test_the_token_form_pools_nothing_that_is_differentiated():
     assert pooled_unit({"name": "gspo", "form": "sequence"}) == ("response", {"form": "sequence"})
     assert pooled_unit({"name": "ppo_clip", "ratio": "turn"}) == ("turn", {"ratio": "turn"})
     assert pooled_unit({"name": "reinforce"}) is None
+
+
+PPO = {ratio: {"name": "ppo_clip", "ratio": ratio} for ratio in ("token", "turn", "macro", "sequence")}
+ON_MACRO_ACTIONS = {"name": "macro_actions", "estimator": {"name": "rloo"}}
+
+
+@pytest.mark.parametrize(
+    ("credit", "surrogate", "level"),
+    [
+        ({"name": "rloo"}, PPO["token"], "token"),
+        ({"name": "rloo"}, PPO["sequence"], "response"),
+        ({"name": "rloo"}, PPO["turn"], "response"),
+        ({"name": "rloo"}, {"name": "gspo"}, "token"),
+        ({"name": "rloo"}, {"name": "gspo", "form": "sequence"}, "response"),
+        ({"name": "rloo"}, {"name": "reinforce"}, "token"),
+        ({"name": "none"}, None, "token"),  # a distillation
+        ({"name": "poad", "level": "action"}, PPO["turn"], "token"),  # sums over turns by itself
+        ({"name": "macro_actions", "termination": "one"}, PPO["turn"], "token"),
+        (ON_MACRO_ACTIONS, PPO["macro"], "token"),
+        (ON_MACRO_ACTIONS, PPO["sequence"], "response"),
+        (ON_MACRO_ACTIONS, PPO["turn"], "response"),
+    ],
+)
+def test_a_kl_in_the_reward_is_of_the_response_where_one_ratio_covers_more_than_credit_sums_over(
+    credit, surrogate, level
+):
+    assert kl_level(credit, surrogate) == level
+
+
+def test_the_kl_of_credit_that_does_not_say_is_of_the_response_under_a_sequence_ratio(tmp_path, monkeypatch):
+    text = "from dataclasses import dataclass\n\n@dataclass\nclass Silent:\n    needs = frozenset()\n"
+    (tmp_path / "one_that_is_silent.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert kl_level({"name": "one_that_is_silent:Silent"}, PPO["sequence"]) == "response"
+    assert kl_level({"name": "one_that_is_silent:Silent"}, PPO["token"]) == "token"
 
 
 @pytest.mark.parametrize("base", ["grpo", "gae", "rloo", "capo", "poad"])

@@ -17,7 +17,7 @@ from torch import Tensor
 from apportion.algorithms import registry
 from apportion.algorithms.credit.gae import explained_variance
 from apportion.algorithms.interface import Credit, CreditInput, judged_method
-from apportion.algorithms.kl import kl_estimates, kl_rewards
+from apportion.algorithms.kl import kl_estimates, kl_rewards, with_kl_rewards
 from apportion.algorithms.reductions import TokenMean
 from apportion.algorithms.statistics import at_last_token
 from apportion.algorithms.steps import token_starts
@@ -41,6 +41,9 @@ class CreditSpec:
     # Whether an episode that a limit cut would have gone on, as one in an environment does. A response without one is
     # rewarded as it stands: what the critic expects of the next token would come on top of a reward already given.
     continues: bool = False
+    # Where the KL in the reward is credited: `token`, or `response` where one ratio covers more than the advantage may
+    # differ over (`apportion.conf.parts.kl_level`).
+    kl_level: str = "token"
 
 
 @dataclass
@@ -147,8 +150,7 @@ class CreditWorker(ActorBase):
             kl = kl_estimates(inputs.old_logprobs_BT, inputs.reference_logprobs_BT, "k3")[inputs.mask_BT]
             metrics["policy/kl_reference"] = float(kl.mean()) if kl.numel() else 0.0
         if self.spec.kl_in_reward:
-            kl_BT = self._kl_reward(inputs, kl_coefficient)
-            inputs = replace(inputs, token_rewards_BT=inputs.token_rewards_BT + kl_BT, kl_rewards_BT=kl_BT)
+            inputs = with_kl_rewards(inputs, self._kl_reward(inputs, kl_coefficient), self.spec.kl_level)
         if "token_ends" in self.credit_method.needs:
             inputs = self._with_token_ends(inputs, batch)
         result: Credit = self.credit_method(inputs)
@@ -285,7 +287,7 @@ def credit_input(batch: Batch) -> CreditInput:
     tokens = torch.zeros(len(batch), width, dtype=torch.int64)
     for row, (start, length) in enumerate(zip(starts, batch.response_lengths, strict=True)):
         tokens[row, :length] = torch.from_numpy(batch.token_ids[start : start + length].astype(np.int64))
-    bootstrap = None if batch.bootstrap_values is None else torch.from_numpy(batch.bootstrap_values).double()
+    bootstrap = None if batch.bootstrap_values is None else torch.from_numpy(batch.bootstrap_values.copy()).double()
     return CreditInput(
         mask_BT=mask,
         group_ids_B=torch.from_numpy(batch.group_ids.copy()),

@@ -29,13 +29,16 @@ class CreditInput:
 
     mask_BT: Tensor  # bool, tokens the policy chose
     group_ids_B: Tensor  # int64
-    rewards_B: Tensor  # outcome, after shaping: the sum of the row's task rewards, without any KL
+    # Outcome, after shaping: the sum of the row's task rewards. Without a KL, unless one ratio covers many tokens: then the
+    # sum of the row's KL penalties is part of it (`apportion.algorithms.kl.with_kl_rewards`).
+    rewards_B: Tensor
     # What each token earned; a plain outcome stands at the last True of the mask; a KL in the reward is included.
     token_rewards_BT: Tensor
     turn_ids_BT: Tensor  # int, turn of each action token, -1 elsewhere
     terminated_B: Tensor  # bool, False: cut by a limit
-    scored_rewards_B: Tensor | None = None  # outcome before shaping; None where it is `rewards_B`
-    kl_rewards_BT: Tensor | None = None  # the KL's part of token_rewards_BT; None without a KL in the reward
+    scored_rewards_B: Tensor | None = None  # outcome before shaping and KL; None where it is `rewards_B`
+    # The KL's part of token_rewards_BT; None without a KL in the reward, and where `rewards_B` has it.
+    kl_rewards_BT: Tensor | None = None
     token_ids_BT: Tensor | None = None  # int
     old_logprobs_BT: Tensor | None = None
     reference_logprobs_BT: Tensor | None = None
@@ -64,9 +67,10 @@ class CreditMethod(Protocol):
     """A method that learns only from how the responses to one prompt differ says so, with the parameters that make it
     such: `group_relative_with: ClassVar[dict[str, Any]]`, {} for always. A group of one is then refused beforehand.
 
-    `one_advantage_per: ClassVar[dict[str, Any]]` says of which units all tokens have one advantage (a KL in the reward
-    apart), each with the parameters that make it so: `response`, `turn`, `macro` (the segments that it gives); {} where
-    advantages differ from token to token. A ratio over a larger unit would lose them and is refused beforehand."""
+    `one_advantage_per: ClassVar[dict[str, Any]]` says of which units all tokens have one advantage, each with the
+    parameters that make it so: `response`, `turn`, `macro` (the segments that it gives); {} where advantages differ from
+    token to token. A ratio over a larger unit would lose them and is refused beforehand. `response` leaves a KL in the
+    reward apart: under a ratio over many tokens it comes as part of `rewards_B`."""
 
     needs: ClassVar[frozenset[str]]  # a subset of SIGNALS; read it from the instance: a wrapped method adds its own
 

@@ -13,7 +13,7 @@ So as a loss k2, or k3 with k2's gradient (`straight_through`), moves the policy
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from apportion.algorithms.credit.gae import returns_to_go
 from apportion.algorithms.interface import CreditInput
 from apportion.algorithms.statistics import masked
 
+KL_LEVELS = ("token", "response")
 ESTIMATORS = ("k1", "k2", "k3", "abs")
 EXPONENT_LIMIT = 20.0  # of k3's exponent, so that it stays finite
 VALUE_LIMIT = 10.0  # of an estimate, so that one odd token cannot outweigh the batch (verl for k3, OpenRLHF for all)
@@ -82,8 +83,29 @@ def kl_rewards(
     return masked(-coefficient * kl_BT, mask_BT)
 
 
+def with_kl_rewards(batch: CreditInput, kl_BT: Tensor, level: str = "token") -> CreditInput:
+    """The batch with a KL in its rewards, `kl_BT` as `kl_rewards` makes it.
+
+    `token`: each token pays for its own KL and the later ones (`kl_reward_returns`), which is right where each token has
+    its own ratio. `response`: the sum over a response is part of its outcome, before any baseline. One ratio over many
+    tokens has the gradient of their mean advantage, in which the KL of token s would count (s + 1) / T times.
+    """
+    if level not in KL_LEVELS:
+        raise ValueError(f"kl level: got {level!r}, expected one of {', '.join(KL_LEVELS)}")
+    token_rewards_BT = batch.token_rewards_BT + kl_BT.to(batch.token_rewards_BT.dtype)
+    if level == "token":
+        return replace(batch, token_rewards_BT=token_rewards_BT, kl_rewards_BT=kl_BT)
+    return replace(
+        batch,
+        rewards_B=batch.rewards_B + masked(kl_BT, batch.mask_BT).double().sum(-1).to(batch.rewards_B.dtype),
+        token_rewards_BT=token_rewards_BT,
+        scored_rewards_B=batch.rewards_B if batch.scored_rewards_B is None else batch.scored_rewards_B,
+    )
+
+
 def kl_reward_returns(batch: CreditInput, gamma: float = 1.0) -> Tensor:
-    """[B, T]: what outcome methods add for a KL in the reward, each token's KL penalty and the discounted later ones."""
+    """[B, T]: what outcome methods add for a KL in the reward, each token's KL penalty and the discounted later ones; 0
+    where the KL is in the outcome already."""
     if batch.kl_rewards_BT is None:
         return torch.zeros_like(batch.token_rewards_BT)
     return returns_to_go(batch.kl_rewards_BT.to(batch.token_rewards_BT.dtype), batch.mask_BT, gamma)

@@ -12,6 +12,7 @@ from apportion.actors.rollout import RolloutSpec, RolloutWorker
 from apportion.assembly.hosts import device_environment, engine_environment, joins, thread_count
 from apportion.assembly.needs import Needs
 from apportion.conf.judges import judge_spec, own_model
+from apportion.conf.parts import kl_level
 from apportion.conf.schema import Config
 from apportion.data.prompts import TokenizerPath
 from apportion.platform.cluster import ActorRequest
@@ -113,6 +114,7 @@ def _credit_spec(config: Config, model: str, needs: Needs | None) -> CreditSpec:
         keep_groups_together=bool(needs and needs.groups_together),
         trust_remote_code=config.model.trust_remote_code,
         continues=config.environment.cls is not None,
+        kl_level=kl_level(a.credit, a.surrogate),
     )
 
 

@@ -89,6 +89,20 @@ def pooled_unit(surrogate: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | No
     return next(((unit, c) for unit, c in declared.items() if _holds("surrogate", surrogate, c)), None)
 
 
+def kl_level(credit: Mapping[str, Any], surrogate: Mapping[str, Any] | None) -> str:
+    """Where a KL in the reward belongs: on each `token`, or in the outcome of the `response`.
+
+    One differentiated ratio for a turn or a response has the gradient of the mean advantage over its tokens, so KL
+    returns that differ within it are wrong. Credit that gives one advantage a response (or does not say) adds such
+    returns; credit of turns and macro actions sums the KL over each of its units by itself.
+    """
+    pooled = None if surrogate is None else pooled_unit(surrogate)
+    if pooled is None or pooled[0] == "macro":
+        return "token"
+    units = units_of_one_advantage(credit)
+    return "response" if units is None or "response" in units else "token"
+
+
 def _wrapped(credit: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The credit methods among a credit's parameters."""
     return [part for part in credit.values() if isinstance(part, Mapping) and "name" in part and _is_credit(part)]

@@ -28,6 +28,7 @@ from apportion.actors.policy import LossSpec, PolicySpec, PolicyWorker
 from apportion.algorithms import registry
 from apportion.algorithms.correction import ImportanceCorrection
 from apportion.batch import Batch, Marks, Signals, Trajectory
+from apportion.conf.parts import kl_level
 from benchmarks.credit.model import Ending, TinyLM, generate
 
 RECIPES = Path(apportion.conf.__file__ or "").parent / "algorithm"
@@ -176,6 +177,7 @@ class Learner:
                 kl_in_reward=kl["place"] == "reward",
                 kl_estimator=kl["estimator"],
                 tokenizer="",
+                kl_level=kl_level(parts["credit"], parts["surrogate"]),
             )
         )
         self.kl_coefficient = kl["coefficient"]
