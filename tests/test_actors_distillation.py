@@ -15,6 +15,7 @@ from apportion.actors.engines.given_responses import GivenResponses
 from apportion.actors.microbatch import cut, make, nothing
 from apportion.actors.modules import CausalLMLogprobs
 from apportion.actors.policy import LossSpec, PolicySpec, PolicyWorker
+from apportion.algorithms.correction import ImportanceCorrection
 from apportion.algorithms.distillation import AlignDistil
 from apportion.algorithms.registry import build
 from apportion.batch import Batch, Prompt, Totals, Trajectory
@@ -175,7 +176,7 @@ def test_a_pass_that_only_keeps_pace_counts_for_nothing(student, teachers, shard
 
 
 def policy_worker(teachers):
-    loss = LossSpec(None, 1.0, False, "k3", 0.0, "none", "token", 2.0, 0.5, 1)
+    loss = LossSpec(None, 1.0, False, "k3", 0.0, ImportanceCorrection("none"), 0.5, 1)
     spec = PolicySpec("", "float32", "sdpa", False, None, SimpleNamespace(micro_batch_tokens=16), loss, 1)
     worker = PolicyWorker(spec)
     worker._distillation = distillation()
@@ -191,7 +192,8 @@ def test_rows_without_any_advantage_teach_where_the_loss_is_distilled(student, t
 
 def test_no_credit_is_zero_everywhere():
     credit = build("credit", {"name": "none"})
-    out = credit(SimpleNamespace(mask_BT=torch.tensor([[True, False], [True, True]])))
+    mask = torch.tensor([[True, False], [True, True]])
+    out = credit(SimpleNamespace(mask_BT=mask, token_rewards_BT=torch.ones(2, 2)))
     assert out.advantages_BT.tolist() == [[0.0, 0.0], [0.0, 0.0]]
     assert credit.needs == frozenset()
 

@@ -17,7 +17,7 @@ from apportion.batch import Batch, Signals
 
 HIDDEN_REWARD = {"name": "hidden_reward", "base": {"name": "rloo"}, "p": 0.5, "tau": -1.0, "correct_at": 1.0}
 CLIP = {"name": "ppo_clip", "clip_low": 0.2, "clip_high": 0.2, "dual_clip": None, "ratio": "token"}
-PLAIN = LossSpec(CLIP, 1.0, False, "k3", 0.0, "none", "token", 2.0, 0.5, 1)
+PLAIN = LossSpec(CLIP, 1.0, False, "k3", 0.0, ImportanceCorrection("none"), 0.5, 1)
 
 
 class Settings:
@@ -55,10 +55,7 @@ def policy(tiny) -> PolicyWorker:
     worker = PolicyWorker(PolicySpec("", "float32", "sdpa", False, None, Settings(), PLAIN, 1))
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
     worker.engine = Engine(CausalLMLogprobs(model, 16))
-    worker._surrogate, worker._correction = (
-        registry.build("surrogate", CLIP),
-        ImportanceCorrection("none", "token", 2.0),
-    )
+    worker._surrogate = registry.build("surrogate", CLIP)
     worker._influences = worker._distillation = None
     return worker
 

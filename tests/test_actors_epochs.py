@@ -41,13 +41,10 @@ def model(tiny):
 
 
 def policy(model, epochs):
-    loss = LossSpec(CLIP, 1.0, False, "k3", 0.0, "none", "token", 2.0, 0.5, epochs)
+    loss = LossSpec(CLIP, 1.0, False, "k3", 0.0, ImportanceCorrection("none"), 0.5, epochs)
     worker = PolicyWorker(PolicySpec("", "float32", "sdpa", False, None, SETTINGS, loss, 4))
     worker.engine = Engine(CausalLMLogprobs(model, 16))
-    worker._surrogate, worker._correction = (
-        registry.build("surrogate", CLIP),
-        ImportanceCorrection("none", "token", 2.0),
-    )
+    worker._surrogate = registry.build("surrogate", CLIP)
     worker._influences = worker._distillation = None
     return worker, lambda batch: worker.update(batch, 2, 0.0)
 

@@ -24,11 +24,15 @@ class Settings:
     zero_stage: int = 0
 
 
+OTHER_RANK = torch.tensor([30.0, 10.0], dtype=torch.float64)  # ten weights of another rank that add up to 30
+
+
 class Engine:
     """Runs passes and keeps every loss; takes no step."""
 
     def __init__(self, wrapped):
         self.wrapped, self.device, self.losses, self.passes = wrapped, torch.device("cpu"), [], []
+        self.others = False
 
     def module(self):
         return self.wrapped
@@ -39,6 +43,9 @@ class Engine:
     def extra_passes(self, own: int) -> int:
         return 2
 
+    def summed(self, tensor):
+        return tensor + OTHER_RANK if self.others else tensor
+
     def train_step(self, micros, empty, loss) -> OptimizerStep:
         self.passes.append([m.packed_index.tolist() for m in micros])
         self.losses.append(sum(loss(m) for m in micros) + 0 * loss(empty))
@@ -47,7 +54,7 @@ class Engine:
 
 LOSS = LossSpec(
     {"name": "ppo_clip", "clip_low": 0.2, "clip_high": 0.2, "dual_clip": None, "ratio": "token"},
-    0.8, True, "k3", 0.05, "truncate", "token", 2.0, 0.5, 1,
+    0.8, True, "k3", 0.05, ImportanceCorrection(), 0.5, 1,
 )  # fmt: skip
 
 
@@ -60,7 +67,6 @@ def worker_of(model, loss=LOSS) -> PolicyWorker:
     worker = PolicyWorker(PolicySpec("", "float32", "sdpa", False, None, Settings(), loss, 2))
     worker.engine = Engine(CausalLMLogprobs(model, 16))
     worker._surrogate = registry.build("surrogate", loss.surrogate)
-    worker._correction = ImportanceCorrection(loss.correction_method, loss.correction_level, loss.correction_cap)
     worker._influences = worker._distillation = None
     return worker
 
@@ -110,7 +116,7 @@ def test_the_loss_is_the_weighted_sum_over_tokens_and_its_gradient_reaches_every
 
 def test_a_straight_through_kl_has_the_value_of_its_estimator_and_the_gradient_of_k2(model, credited):
     """Beside a surrogate without advantages; the reference is 0.1 away from the policy, so that no estimate is cut."""
-    bare = replace(LOSS, entropy_coefficient=0.0, correction_method="none")
+    bare = replace(LOSS, entropy_coefficient=0.0, correction=ImportanceCorrection("none"))
     now = worker_of(model).signals(credited)[1].old_logprobs
     shifted = (now + np.where(credited.action_mask, 0.1, 0)).astype(np.float32)
     batch = replace(credited, advantages=np.zeros_like(now), reference_logprobs=shifted)
@@ -141,8 +147,48 @@ def test_what_is_reported_are_means_over_the_batchs_action_tokens(model, credite
     assert means["mismatch/max"] == pytest.approx(np.abs(difference).max(), rel=1e-5)
     assert means["mismatch/share_beyond_bound"] == pytest.approx((np.abs(difference) > 0.5).mean())
     assert means["mismatch/correction_mean"] == pytest.approx(np.minimum(np.exp(difference), 2.0).mean(), rel=1e-5)
+    assert means["mismatch/share_corrected"] == pytest.approx((np.exp(difference) >= 2.0).mean(), abs=1e-9)
     losses = [float(loss) for loss in by_hand(model, credited, 0.3)]
     assert report.totals.sums["policy/loss"] == pytest.approx(sum(losses), rel=1e-4)
+
+
+@pytest.fixture
+def close(credited):
+    """Log-probs of the engine near the trainer's, so that the weights differ from token to token."""
+    gaps = np.random.default_rng(5).normal(0.2, 0.6, len(credited.action_mask))
+    return replace(credited, behavior_logprobs=(credited.old_logprobs - gaps).astype(np.float32))
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [25, 1000])
+@pytest.mark.parametrize("others", [False, True])
+def test_importance_weights_are_normalized_over_the_optimizer_step_however_it_is_cut(
+    model, close, micro_batch_tokens, others
+):
+    correction = ImportanceCorrection("truncate", "token", cap=1.5, floor=0.5, normalize=True)
+    loss = replace(LOSS, kl_in_loss=False, entropy_coefficient=0.0, correction=correction)
+    plain = worker_of(model, replace(loss, correction=replace(correction, normalize=False)))
+    plain.update(close, 2, 0.0)
+    worker = worker_of(model, loss)
+    worker.engine.others = others
+    worker.spec = replace(worker.spec, settings=Settings(micro_batch_tokens))
+    means = worker.update(close, 2, 0.0).totals.means()
+    assert (len(worker.engine.passes[0]) == 1) == (micro_batch_tokens == 1000)
+    of_token = np.repeat(close.minibatch_ids, close.response_lengths)
+    weights = np.exp(close.old_logprobs - close.behavior_logprobs).clip(0.5, 1.5)
+    for step in (0, 1):
+        own = weights[close.action_mask & (of_token == step)]
+        mean = (own.sum() + 30) / (len(own) + 10) if others else own.mean()
+        expected = float(plain.engine.losses[step]) / mean
+        assert float(worker.engine.losses[step]) == pytest.approx(expected, rel=1e-4)
+    assert means["mismatch/correction_mean"] == pytest.approx(weights[close.action_mask].mean(), rel=1e-5)
+    changed = ((weights == 0.5) | (weights == 1.5))[close.action_mask]
+    assert 0.2 < changed.mean() == pytest.approx(means["mismatch/share_corrected"], abs=1e-6)
+
+
+def test_normalizing_needs_the_log_probs_of_before_the_update(model, credited):
+    worker = worker_of(model, replace(LOSS, correction=ImportanceCorrection(normalize=True)))
+    with pytest.raises(ValueError, match="old_logprobs: missing in the shard"):
+        worker.update(replace(credited, old_logprobs=None), 2, 0.0)
 
 
 def test_what_is_reported_of_ratios_and_entropies_is_that_of_whole_logits(model, credited):
@@ -161,7 +207,7 @@ def test_what_is_reported_of_ratios_and_entropies_is_that_of_whole_logits(model,
 
 
 def test_without_a_pass_of_their_own_old_log_probs_are_those_of_the_update(model, credited):
-    loss = replace(LOSS, kl_in_loss=False, entropy_coefficient=0.0, correction_method="none")
+    loss = replace(LOSS, kl_in_loss=False, entropy_coefficient=0.0, correction=ImportanceCorrection("none"))
     worker = worker_of(model, loss)
     report = worker.update(replace(credited, old_logprobs=None), 2, 0.0)
     assert report.totals.means()["policy/ratio_mean"] == 1.0

@@ -13,6 +13,7 @@ from apportion.actors.critic import CriticSpec, CriticWorker
 from apportion.actors.engine import OptimizerStep, World
 from apportion.actors.policy import LossSpec, PolicySpec, PolicyWorker
 from apportion.actors.preference import PreferenceSpec, PreferenceWorker, StepShare
+from apportion.algorithms.correction import ImportanceCorrection
 from apportion.algorithms.preference import RewardModel
 from apportion.conf.schema import LoraConfig
 from apportion.data.pair_tokens import PreferenceData
@@ -61,7 +62,7 @@ class PlainEngine:
 
 
 LORA = LoraConfig(rank=2, dropout=0.5)
-PLAIN = LossSpec({"name": "ppo_clip"}, 1.0, False, "k3", 0.0, "none", "token", 2.0, 0.5, 1)
+PLAIN = LossSpec({"name": "ppo_clip"}, 1.0, False, "k3", 0.0, ImportanceCorrection("none"), 0.5, 1)
 
 
 @pytest.fixture

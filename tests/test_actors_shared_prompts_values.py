@@ -13,6 +13,7 @@ from apportion.actors.microbatch import cut
 from apportion.actors.modules import CausalLMLogprobs, ValueModel
 from apportion.actors.policy import LossSpec, PolicySpec, PolicyWorker
 from apportion.actors.reference import ReferenceSpec, ReferenceWorker
+from apportion.algorithms.correction import ImportanceCorrection
 from apportion.algorithms.registry import build
 from apportion.batch import Batch, Totals, Trajectory
 
@@ -76,7 +77,7 @@ def test_a_policy_that_is_its_reference_has_no_kl_at_any_temperature(model, shar
         parameter.data.mul_(6 if parameter.dim() > 1 else 1)
     monkeypatch.setattr(reference, "load_causal_lm", lambda *_: model)
     _, signals = ReferenceWorker(ReferenceSpec("", "float32", "sdpa", False, 64, 8, 0.7, None)).signals(shard)
-    loss = LossSpec({"name": "ppo_clip"}, 0.7, True, "k3", 0.0, "none", "token", 2.0, 0.5, 1)
+    loss = LossSpec({"name": "ppo_clip"}, 0.7, True, "k3", 0.0, ImportanceCorrection("none"), 0.5, 1)
     worker = PolicyWorker(PolicySpec("", "float32", "sdpa", False, None, None, loss, 1))
     worker.engine = Engine(CausalLMLogprobs(model, 8))
     worker._surrogate, worker._distillation = build("surrogate", loss.surrogate), None

@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from apportion.algorithms.correction import ImportanceCorrection, correction_metrics, mismatch_metrics
+from apportion.algorithms.correction import (
+    ImportanceCorrection,
+    correction_metrics,
+    mean_weight,
+    mismatch_metrics,
+)
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "baselines.json").read_text())
 ALL = [
@@ -17,6 +22,8 @@ ALL = [
     ImportanceCorrection("mask", "sequence"),
     ImportanceCorrection("mask", "geometric"),
     ImportanceCorrection("truncate", "token", normalize=True),
+    ImportanceCorrection("truncate", "token", 5.0, 0.5),
+    ImportanceCorrection("mask", "token", 3.0, 0.0, normalize=True),
     ImportanceCorrection("none"),
 ]
 
@@ -54,6 +61,53 @@ def test_masking_by_the_sequence_keeps_the_product_on_every_token():
     correction = ImportanceCorrection("mask", "sequence", cap=3.0, floor=0.0)
     weights = correction(old, torch.zeros_like(old), torch.ones(2, 2).bool())
     torch.testing.assert_close(weights, tensor([[math.exp(0.5), math.exp(0.5)], [0.0, 0.0]]))
+
+
+def test_truncating_to_a_floor_and_masking_without_one():
+    old = tensor([[math.log(w) for w in (0.1, 0.5, 1.0, 4.9, 6.0)]])
+    behavior, mask = torch.zeros_like(old), torch.ones(1, 5).bool()
+    truncated = ImportanceCorrection("truncate", "token", 5.0, 0.5)(old, behavior, mask)  # OpenRLHF's
+    torch.testing.assert_close(truncated, tensor([[0.5, 0.5, 1.0, 4.9, 5.0]]))
+    masked = ImportanceCorrection("mask", "token", 5.0, 0.0)(old, behavior, mask)  # TRL's
+    torch.testing.assert_close(masked, tensor([[0.1, 0.5, 1.0, 4.9, 0.0]]))
+    bounded = ImportanceCorrection("mask", "token", 5.0)(old, behavior, mask)  # from 1 / 5
+    torch.testing.assert_close(bounded, tensor([[0.0, 0.5, 1.0, 4.9, 0.0]]))
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_weights_of_parts_are_normalized_as_those_of_the_whole(level):
+    generator = torch.Generator().manual_seed(3)
+    old = torch.randn(6, 5, generator=generator, dtype=torch.float64)
+    mask = torch.rand(6, 5, generator=generator) > 0.4
+    mask[2] = False  # a response without action tokens
+    correction = ImportanceCorrection("truncate", level, normalize=True)
+    zeros = torch.zeros_like(old)
+    parts = [slice(0, 1), slice(1, 4), slice(4, 6), slice(6, 6)]
+    weights = [correction.weights(old[p], zeros[p], mask[p]) for p in parts]
+    totals = sum(correction.totals(w, mask[p]) for w, p in zip(weights, parts, strict=True))
+    whole = correction(old, zeros, mask)
+    torch.testing.assert_close(torch.cat(weights) / mean_weight(totals), whole, rtol=1e-12, atol=0)
+    counted = whole[mask] if level == "token" else whole.max(-1).values[mask.any(-1)]
+    assert float(counted.mean()) == pytest.approx(1.0, abs=1e-12)
+    order = torch.tensor([3, 5, 0, 1, 4, 2])
+    torch.testing.assert_close(correction(old[order], zeros, mask[order]), whole[order], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("correction", ALL)
+def test_weights_have_the_dtype_of_the_log_probs(correction):
+    for dtype in (torch.float32, torch.float64):
+        logprobs = torch.tensor([[-1.0, -2.0]], dtype=dtype)
+        assert correction(logprobs, logprobs - 0.1, torch.ones(1, 2).bool()).dtype == dtype
+
+
+def test_what_a_bound_changed_is_counted_by_what_each_method_does():
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    weights = tensor([[0.5, 1.0, 3.0, 0.0]])
+    assert (
+        ImportanceCorrection("truncate", cap=3.0, floor=0.5).metrics(weights, mask)["mismatch/share_corrected"] == 0.75
+    )
+    assert ImportanceCorrection("truncate", cap=3.0).metrics(weights, mask)["mismatch/share_corrected"] == 0.5
+    assert ImportanceCorrection("mask", "geometric").metrics(weights, mask)["mismatch/share_corrected"] == 0.25
 
 
 @pytest.mark.parametrize("correction", ALL)

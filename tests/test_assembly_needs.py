@@ -29,6 +29,7 @@ def needs(algorithm: str, *overrides: str) -> Needs:
         (["grpo"], []),
         (["grpo", "algorithm.updates_per_batch=2"], ["policy_signals"]),
         (["grpo", "algorithm.epochs=2"], ["policy_signals"]),
+        (["grpo", "algorithm.correction.normalize=true"], ["policy_signals"]),
         (["grpo", KL], ["reference"]),
         (["grpo", KL, "algorithm.kl.place=reward"], ["policy_signals", "reference"]),
         (["ppo"], ["policy_signals", "reference", "critic"]),

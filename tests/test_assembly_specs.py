@@ -16,6 +16,7 @@ from apportion.actors.distillation import DistillationSpec
 from apportion.actors.engines import Sampling
 from apportion.actors.policy import LossSpec, PolicySpec
 from apportion.actors.reference import ReferenceSpec
+from apportion.algorithms.correction import ImportanceCorrection
 from apportion.algorithms.kl import KlCoefficient
 from apportion.assembly.loop_settings import evaluation_settings, loop_settings
 from apportion.assembly.needs import Needs, needs_of
@@ -41,7 +42,9 @@ GIVEN = {
         "kl": {
             "place": "loss", "coefficient": 0.04, "estimator": "k2", "straight_through": True, "target": 3.5, "horizon": 70,
         },
-        "correction": {"method": "mask", "level": "sequence", "cap": 3.0, "bound": 0.25},
+        "correction": {
+            "method": "mask", "level": "sequence", "cap": 3.0, "floor": 0.25, "normalize": True, "bound": 0.25,
+        },
         "entropy_coefficient": 0.1,
         "updates_per_batch": 2,
         "epochs": 3,
@@ -87,9 +90,7 @@ LOSS = LossSpec(
     kl_in_loss=True,
     kl_estimator="k2",
     entropy_coefficient=0.1,
-    correction_method="mask",
-    correction_level="sequence",
-    correction_cap=3.0,
+    correction=ImportanceCorrection("mask", "sequence", 3.0, 0.25, True),
     mismatch_bound=0.25,
     epochs=3,
     kl_straight_through=True,

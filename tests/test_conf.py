@@ -8,6 +8,8 @@ import pytest
 import yaml
 
 from apportion.algorithms import registry
+from apportion.algorithms.correction import ImportanceCorrection
+from apportion.assembly.training import policy_requests
 from apportion.cli import compose_config, to_config
 from apportion.conf import schema
 from apportion.conf.explain import config_keys
@@ -230,6 +232,25 @@ def test_every_key_says_what_it_takes():
             "algorithm.kl.target: got a value with place=none, expected place=reward or place=loss",
         ),
         (
+            lambda: schema.CorrectionConfig(level="geometric"),
+            "algorithm.correction.level: got geometric with method=truncate, which has no response to mask, expected "
+            "method=mask, or level=token or sequence",
+        ),
+        (
+            lambda: schema.CorrectionConfig(floor=2.0),
+            "algorithm.correction.floor: got 2.0, expected 0 to 1, or null",
+        ),
+        (
+            lambda: schema.CorrectionConfig(method="none", floor=0.5),
+            "algorithm.correction.floor: got 0.5 with method=none, which corrects nothing, expected method=truncate or "
+            "method=mask",
+        ),
+        (
+            lambda: schema.CorrectionConfig(method="none", normalize=True),
+            "algorithm.correction.normalize: got True with method=none, which corrects nothing, expected method=truncate "
+            "or method=mask",
+        ),
+        (
             lambda: schema.KlConfig(place="reward", straight_through=True),
             "algorithm.kl.straight_through: got true with place=reward, which has no gradient, expected place=loss",
         ),
@@ -239,6 +260,21 @@ def test_a_value_out_of_range_says_where_what_and_what_is_right(make, line):
     with pytest.raises(ConfigError) as error:
         make()
     assert str(error.value) == line
+
+
+@pytest.mark.parametrize(
+    ("words", "settings"),
+    [
+        (["method=truncate", "cap=5", "floor=0.5"], ("truncate", "token", 5.0, 0.5, False)),  # OpenRLHF's tis
+        (["method=mask", "level=geometric", "cap=5", "floor=0.5"], ("mask", "geometric", 5.0, 0.5, False)),
+        (["method=mask", "level=sequence", "cap=3", "floor=0"], ("mask", "sequence", 3.0, 0.0, False)),  # TRL's
+        (["level=sequence", "normalize=true"], ("truncate", "sequence", 2.0, None, True)),  # verl's
+    ],
+)
+def test_the_corrections_of_released_code_can_be_had_from_the_command_line(words, settings):
+    overrides = [f"algorithm.correction.{word}" for word in words]
+    config, _ = to_config(compose_config(["experiment=tiny_grpo", *overrides]))
+    assert policy_requests(config, "start")[0].arguments[0].loss.correction == ImportanceCorrection(*settings)
 
 
 def test_sizes_of_the_builtin_models_are_known_before_they_are_made(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from apportion.actors.engine import World
 from apportion.actors.lora import merged_weights
 from apportion.actors.policy import LossSpec, PolicySpec, PolicyWorker
 from apportion.actors.preference import PreferenceSpec, PreferenceWorker, ReferenceLogprobs, StepReport, StepShare
+from apportion.algorithms.correction import ImportanceCorrection
 from apportion.algorithms.preference import Dpo, RewardModel
 from apportion.batch import Batch, Signals, Totals
 from apportion.data.pair_tokens import Answer, EncodedExample, PreferenceData, pack
@@ -134,9 +135,7 @@ LOSS = LossSpec(
     kl_in_loss=True,
     kl_estimator="k3",
     entropy_coefficient=0.02,
-    correction_method="truncate",
-    correction_level="token",
-    correction_cap=2.0,
+    correction=ImportanceCorrection(),
     mismatch_bound=0.5,
     epochs=1,
 )

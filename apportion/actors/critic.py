@@ -15,6 +15,7 @@ from apportion.actors.loading import load_causal_lm
 from apportion.actors.microbatch import MicroBatch, cut, make, nothing
 from apportion.actors.modules import ValueModel
 from apportion.actors.policy import UpdateReport
+from apportion.algorithms.surrogates import value_losses
 from apportion.batch import Batch, Signals, Totals
 from apportion.platform.process import ActorBase
 from apportion.platform.random_states import load_random_states, save_random_states
@@ -82,7 +83,7 @@ class CriticWorker(ActorBase):
         return report
 
     def _loss(self, micro: MicroBatch, shard: Batch, totals: Totals) -> Tensor:
-        """0.5 max((V - R)^2, (clip(V, V_old +- c) - R)^2), the mean over all action tokens of the optimiser step."""
+        """`value_losses`, the mean over all action tokens of the optimiser step."""
         assert shard.returns is not None and shard.values is not None and shard.value_weights is not None
         device = self.engine.device
         m = micro.to(device)
@@ -93,12 +94,11 @@ class CriticWorker(ActorBase):
         returns, old, weights = (
             torch.from_numpy(packed[index]).to(device) for packed in (shard.returns, shard.values, shard.value_weights)
         )
-        errors = (values - returns) ** 2
-        if self.spec.value_clip is not None:
-            clipped = torch.clamp(values, old - self.spec.value_clip, old + self.spec.value_clip)
-            errors = torch.maximum(errors, (clipped - returns) ** 2)
-        loss = (0.5 * errors * weights).sum()
+        out = value_losses(values, old, returns, torch.ones_like(values, dtype=torch.bool), self.spec.value_clip)
+        loss = (out.losses_BT * weights).sum()
         totals.add("critic/loss", float(loss.detach()), 0.0)
+        for name, shares in out.indicators.items():
+            totals.add(f"critic/{name}", float(shares.sum()), len(index))
         return loss
 
     def save(self, folder: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from apportion.actors.lora import merged_weights
 from apportion.actors.microbatch import MicroBatch, cut, nothing
 from apportion.actors.modules import CausalLMLogprobs
 from apportion.algorithms import registry
-from apportion.algorithms.correction import ImportanceCorrection, mismatch_metrics
+from apportion.algorithms.correction import ImportanceCorrection, mean_weight, mismatch_metrics
 from apportion.algorithms.interface import Surrogate, SurrogateInput
 from apportion.algorithms.kl import kl_estimates, kl_losses
 from apportion.batch import Batch, Signals, Totals
@@ -38,9 +39,7 @@ class LossSpec:
     kl_in_loss: bool
     kl_estimator: str
     entropy_coefficient: float
-    correction_method: str  # none, truncate, mask
-    correction_level: str
-    correction_cap: float
+    correction: ImportanceCorrection
     mismatch_bound: float
     epochs: int
     kl_straight_through: bool = False
@@ -96,7 +95,6 @@ class PolicyWorker(ActorBase):
         self._surrogate: Surrogate | None = None
         if loss.surrogate is not None:
             self._surrogate = registry.build("surrogate", loss.surrogate)
-        self._correction = ImportanceCorrection(loss.correction_method, loss.correction_level, loss.correction_cap)
         self._influences: InfluencePass | None = None
         if spec.credit is not None:
             method = registry.build("credit", spec.credit)
@@ -154,12 +152,25 @@ class PolicyWorker(ActorBase):
                 chosen = np.flatnonzero((shard.minibatch_ids == step) & teaching)
                 micros = cut(shard, chosen, self.spec.settings.micro_batch_tokens, self.spec.share_prompts)
                 report.tokens += sum(m.real_tokens for m in micros)
-                outcome = self.engine.train_step(
-                    micros, nothing(), lambda m: self._loss(m, shard, kl_coefficient, report.totals)
+                scale = self._correction_scale(shard, step)
+                loss = partial(
+                    self._loss, shard=shard, kl_coefficient=kl_coefficient, totals=report.totals, scale=scale
                 )
-                report.steps.append(outcome)
+                report.steps.append(self.engine.train_step(micros, nothing(), loss))
         report.seconds = time.perf_counter() - start
         return report
+
+    def _correction_scale(self, shard: Batch, step: int) -> float:
+        """What the importance weights of an optimizer step are multiplied by: 1 over their mean on all ranks, or 1."""
+        correction = self.spec.loss.correction
+        if not correction.normalize:
+            return 1.0
+        rows = shard.select(np.flatnonzero(shard.minibatch_ids == step))
+        _packed(rows, "old_logprobs")
+        mask = rows.pad("action_mask", False)
+        weights = correction.weights(rows.pad("old_logprobs"), rows.pad("behavior_logprobs"), mask)
+        totals = correction.totals(weights, mask).to(self.engine.device)
+        return 1 / mean_weight(self.engine.summed(totals))
 
     def _teaching(self, shard: Batch) -> np.ndarray:
         """bool [B]: rows that can have a gradient. Where credit is 0 on every token and nothing else is in the loss, a
@@ -200,7 +211,9 @@ class PolicyWorker(ActorBase):
             else:
                 totals.add(name, mean * count, count)
 
-    def _loss(self, micro: MicroBatch, shard: Batch, kl_coefficient: float, totals: Totals) -> Tensor:
+    def _loss(
+        self, micro: MicroBatch, shard: Batch, kl_coefficient: float, totals: Totals, scale: float = 1.0
+    ) -> Tensor:
         if self._distillation is not None:
             return self._distillation.loss(self.engine, micro, shard, totals)
         loss, device = self.spec.loss, self.engine.device
@@ -222,9 +235,9 @@ class PolicyWorker(ActorBase):
         )
         losses = out.losses_BT
         correction = None
-        if loss.correction_method != "none":
-            correction = self._correction(old, behavior, moved.mask)
-            losses = losses * correction
+        if loss.correction.method != "none":
+            correction = loss.correction.weights(old, behavior, moved.mask)
+            losses = losses * (correction * scale)
         if loss.kl_in_loss:
             reference = moved.gather(_packed(shard, "reference_logprobs"), device)
             kl = kl_losses(policy, reference, moved.mask, loss.kl_estimator, loss.kl_straight_through)
@@ -257,7 +270,8 @@ class PolicyWorker(ActorBase):
                 totals.maximum("policy/ratio_max", float(values.detach()[mask].max()))
         self._count_mismatch(totals, old, behavior, mask)
         if correction is not None:
-            totals.add("mismatch/correction_mean", float(correction[mask].sum()), count)
+            for name, mean in self.spec.loss.correction.metrics(correction, mask).items():
+                totals.add(name, mean * count, count)
 
     # weights and checkpoints
 

@@ -36,10 +36,16 @@ class ImportanceCorrection:
     """Weights [B, T] for the token losses, 0 where the mask is False, all 1 with method=none.
 
     `truncate`: min(w, cap), and at least `floor` where there is one. Low variance, some bias: the default.
-    `mask`: w where floor <= w <= cap, else 0 (`floor` None: 1 / cap). IcePop.
+    `mask`: w where floor <= w <= cap, else 0. `floor` None is 1 / cap; 0 masks from above alone.
     `level`: the w of each `token`; of the `sequence`, the product over its tokens, on all of them; or, only to mask,
     the `geometric` mean of the response decides and its tokens keep their own weights.
     `normalize` divides by the weights' mean, so that correcting does not change the step size.
+
+    As others do it (method, level, cap, floor):
+
+        OpenRLHF   tis: truncate token 5 0.5      icepop: mask token 5 0.5      seq-mask-tis: mask geometric 5 0.5
+        verl       truncate token 2, or truncate sequence 2; with or without `normalize`
+        TRL        mask sequence 3 0 (its default), truncate sequence 3, mask token 3 0, truncate token 3
     """
 
     method: str = "truncate"
@@ -60,6 +66,12 @@ class ImportanceCorrection:
             raise ValueError(f"floor: got {self.floor}, expected 0 to 1, or none")
 
     def __call__(self, old_logprobs_BT: Tensor, behavior_logprobs_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """The weights of a whole optimizer step. Of a part of one, normalize with `totals` summed over the parts."""
+        weights_BT = self.weights(old_logprobs_BT, behavior_logprobs_BT, mask_BT)
+        return weights_BT / mean_weight(self.totals(weights_BT, mask_BT)) if self.normalize else weights_BT
+
+    def weights(self, old_logprobs_BT: Tensor, behavior_logprobs_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """Before normalizing: each row by itself."""
         if self.method == "none":
             return mask_BT.to(old_logprobs_BT.dtype)
         own_BT = log_weights(old_logprobs_BT, behavior_logprobs_BT, mask_BT)
@@ -72,8 +84,7 @@ class ImportanceCorrection:
             carried_BT = own_BT if self.level == "geometric" else pooled_BT
             kept_BT = (judged_BT >= floor) & (judged_BT <= self.cap)
             weights_BT = masked(carried_BT.clamp(-LOG_WEIGHT_LIMIT, LOG_WEIGHT_LIMIT).exp(), kept_BT)
-        weights_BT = masked(weights_BT, mask_BT)
-        return weights_BT / self._mean(weights_BT, mask_BT) if self.normalize else weights_BT
+        return masked(weights_BT, mask_BT)
 
     def _pooled(self, own_BT: Tensor, mask_BT: Tensor) -> Tensor:
         if self.level == "token":
@@ -83,14 +94,26 @@ class ImportanceCorrection:
             total_B1 = total_B1 / mask_BT.sum(-1, keepdim=True).clamp_min(1)
         return total_B1.expand(own_BT.shape)
 
-    def _mean(self, weights_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        """Over tokens, or over responses where one weight stands for each; 1 where all are 0."""
-        if self.level == "sequence":
-            first_BT = mask_BT & (mask_BT.cumsum(-1) == 1)
-            mean = masked_mean(weights_BT, first_BT)
-        else:
-            mean = masked_mean(weights_BT, mask_BT)
-        return torch.where(mean > 0, mean, torch.ones_like(mean))
+    def totals(self, weights_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """[2] float64: the sum of the weights and how many there are, over tokens, or over responses where one weight
+        stands for each."""
+        counted_BT = mask_BT & (mask_BT.cumsum(-1) == 1) if self.level == "sequence" else mask_BT
+        counted = weights_BT[counted_BT].double()
+        return torch.stack(
+            [counted.sum(), torch.tensor(float(len(counted)), dtype=torch.float64, device=counted.device)]
+        )
+
+    def metrics(self, weights_BT: Tensor, mask_BT: Tensor) -> dict[str, float]:
+        """Of weights before normalizing: their mean, and the share of tokens that a bound changed."""
+        if self.method == "mask":  # a kept weight may be anything at level=geometric
+            return correction_metrics(weights_BT, mask_BT, float("inf"))
+        return correction_metrics(weights_BT, mask_BT, self.cap, self.floor)
+
+
+def mean_weight(totals: Tensor) -> float:
+    """The mean from `ImportanceCorrection.totals`, of one part or summed over parts; 1 where all weights are 0."""
+    total, count = totals.tolist()
+    return total / count if total > 0 else 1.0
 
 
 def mismatch_metrics(old_logprobs: Tensor, behavior_logprobs: Tensor, mask: Tensor, bound: float) -> dict[str, float]:
@@ -111,9 +134,9 @@ def mismatch_metrics(old_logprobs: Tensor, behavior_logprobs: Tensor, mask: Tens
     }
 
 
-def correction_metrics(weights_BT: Tensor, mask_BT: Tensor, cap: float) -> dict[str, float]:
-    """Mean weight, and the share of tokens whose weight was cut: at the cap, or masked to 0."""
-    cut_BT = (weights_BT >= cap) | (weights_BT == 0)
+def correction_metrics(weights_BT: Tensor, mask_BT: Tensor, cap: float, floor: float | None = None) -> dict[str, float]:
+    """Mean weight, and the share of tokens whose weight was cut: at the cap, at the floor, or masked to 0."""
+    cut_BT = (weights_BT >= cap) | (weights_BT <= (0.0 if floor is None else floor))
     return {
         "mismatch/correction_mean": float(masked_mean(weights_BT, mask_BT)),
         "mismatch/share_corrected": float(masked_mean(cut_BT.to(weights_BT.dtype), mask_BT)),

@@ -198,7 +198,8 @@ class Reinforce:
 def value_losses(
     values_BT: Tensor, old_values_BT: Tensor, returns_BT: Tensor, mask_BT: Tensor, clip: float | None = 0.2
 ) -> SurrogateOutput:
-    """The critic's 0.5 * max((V - R)^2, (clip(V, old +- clip) - R)^2), per token, 0 outside the mask (PPO's code).
+    """The critic's 0.5 * max((V - R)^2, (clip(V, old +- clip) - R)^2), per token of any shape, 0 outside the mask (PPO's
+    code).
 
     `clip` None is plain 0.5 * (V - R)^2. The indicator is `clip_fraction`.
     """

@@ -26,6 +26,7 @@ def needs_of(config: Config) -> Needs:
     return Needs(
         policy_signals=bool(asked & {"old_logprobs", "entropies", "influences"})
         or in_reward
+        or algorithm.correction.normalize  # by a mean that has to be known before the optimizer step
         or (algorithm.updates_per_batch * algorithm.epochs > 1 and algorithm.distillation is None),
         reference=algorithm.kl.place != "none" or "reference_logprobs" in asked,
         critic="values" in asked,

@@ -8,6 +8,7 @@ from apportion.actors.critic import CriticSpec, CriticWorker
 from apportion.actors.distillation import DistillationSpec
 from apportion.actors.policy import LossSpec, PolicySpec, PolicyWorker
 from apportion.actors.reference import ReferenceSpec, ReferenceWorker
+from apportion.algorithms.correction import ImportanceCorrection
 from apportion.assembly.hosts import compute_environment, joins, thread_count
 from apportion.assembly.needs import needs_of
 from apportion.conf.schema import Config
@@ -18,7 +19,7 @@ from apportion.platform.cluster import ActorRequest
 
 
 def policy_requests(config: Config, model: str) -> list[ActorRequest]:
-    a, m = config.algorithm, config.model
+    a, m, c = config.algorithm, config.model, config.algorithm.correction
     loss = LossSpec(
         surrogate=None if a.surrogate is None else dict(a.surrogate),
         temperature=config.rollout.temperature,
@@ -26,10 +27,8 @@ def policy_requests(config: Config, model: str) -> list[ActorRequest]:
         kl_estimator=a.kl.estimator,
         kl_straight_through=a.kl.straight_through,
         entropy_coefficient=a.entropy_coefficient,
-        correction_method=a.correction.method,
-        correction_level=a.correction.level,
-        correction_cap=a.correction.cap,
-        mismatch_bound=a.correction.bound,
+        correction=ImportanceCorrection(c.method, c.level, c.cap, c.floor, c.normalize),
+        mismatch_bound=c.bound,
         epochs=a.epochs,
     )
     needs = needs_of(config)

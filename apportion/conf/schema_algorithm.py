@@ -11,7 +11,8 @@ from apportion.platform.errors import ConfigError
 
 @dataclass
 class KlConfig:
-    """Distance to the reference: in the reward (per token), in the loss, or nowhere."""
+    """Distance to the reference: in the reward, in the loss, or nowhere. In the reward it is each token's, or the
+    response's where the surrogate has one ratio for many tokens (docs/methods.md)."""
 
     place: str = "none"
     coefficient: float = 0.0
@@ -40,18 +41,36 @@ class KlConfig:
 
 @dataclass
 class CorrectionConfig:
-    """Importance weights for the gap between the rollout engine's and the trainer's log-probs."""
+    """Importance weights w = trainer's probability / rollout engine's, which the policy's losses are multiplied by."""
 
+    # truncate: w clamped to [floor, cap]. mask: w where it is within [floor, cap], else 0.
     method: str = "truncate"
+    # w of each token; of the whole response; or, with mask, the geometric mean over the response decides and tokens keep theirs.
     level: str = "token"
     cap: float = 2.0
+    # null: 1 / cap with mask, none with truncate. 0: no lower bound.
+    floor: float | None = None
+    normalize: bool = False  # divide by the mean weight of the optimizer step; costs the pass that makes old log-probs
     bound: float = 0.5  # |log-prob difference| past which a token counts in mismatch/share_beyond_bound
 
     def __post_init__(self) -> None:
         one_of("algorithm.correction.method", self.method, ("none", "truncate", "mask"))
-        one_of("algorithm.correction.level", self.level, ("token", "sequence"))
+        one_of("algorithm.correction.level", self.level, ("token", "sequence", "geometric"))
         at_least("algorithm.correction.cap", self.cap, 1.0)
         at_least("algorithm.correction.bound", self.bound, 0)
+        if self.floor is not None and not 0 <= self.floor <= 1:
+            raise ConfigError(f"algorithm.correction.floor: got {self.floor}, expected 0 to 1, or null")
+        if self.level == "geometric" and self.method != "mask":
+            raise ConfigError(
+                f"algorithm.correction.level: got geometric with method={self.method}, which has no response to mask, "
+                "expected method=mask, or level=token or sequence"
+            )
+        for name, unset in (("floor", None), ("normalize", False)):
+            if self.method == "none" and getattr(self, name) != unset:
+                raise ConfigError(
+                    f"algorithm.correction.{name}: got {getattr(self, name)} with method=none, which corrects nothing, "
+                    "expected method=truncate or method=mask"
+                )
 
 
 @dataclass

@@ -118,16 +118,13 @@ class Policy(PolicyWorker):
             kl_in_loss=kl["place"] == "loss",
             kl_estimator=kl["estimator"],
             entropy_coefficient=algorithm.get("entropy_coefficient", 0.0),
-            correction_method="none",
-            correction_level="token",
-            correction_cap=2.0,
+            correction=ImportanceCorrection("none"),
             mismatch_bound=0.5,
             epochs=algorithm.get("epochs", 1),
         )
         super().__init__(PolicySpec("", "float32", "sdpa", False, None, settings, loss, 1))
         self.engine: Any = PlainEngine(CausalLMLogprobs(model, settings.logits_chunk_tokens), settings)
         self._surrogate = registry.build("surrogate", loss.surrogate) if loss.surrogate is not None else None
-        self._correction = ImportanceCorrection("none", "token", 2.0)
         method = registry.build("credit", algorithm["credit"])
         influences = "influences" in method.needs
         self._influences = InfluencePass(method, 1.0, 2 * settings.micro_batch_tokens) if influences else None
