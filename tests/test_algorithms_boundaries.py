@@ -2,7 +2,9 @@
 
 import json
 import random
+import re
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -127,6 +129,61 @@ def test_parsing_takes_small_constituents_whole_and_joins_single_words_to_what_s
     ends = [2, 4, 6, 8, 10, 11, 12, 14, 16]  # "a ", "b ", ..., "f", ".", " g", " h"
     # [a [b [c [d [e f.]]]]]: 7 tokens, so taken apart down to "d e f ." of fewer than 5.
     assert parsed_starts(text, ends, parse_sentence, 5) == [0, 3, 7]
+
+
+def letters(text):
+    return range(1, len(text) + 1)  # a token a character
+
+
+def texts_of(text, starts, ends):
+    places = [0, *(ends[start - 1] for start in starts if start), len(text)]
+    return [text[a:b] for a, b in pairwise(places)]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Yes. The cat sat on the mat. No. It left.", ["Yes. ", "The cat sat on the mat. ", "No. ", "It left."]),
+        ("Yes. No. Go!", ["Yes. ", "No. ", "Go!"]),
+        ("Wait? One\ntwo\n\nthree four five six", ["Wait? ", "One\n", "two\n\n", "three four five six"]),
+        (" \n  Yes. No.", [" \n  Yes. ", "No."]),  # white space before the first sentence is no macro action
+        ("Yes.\n  No.", ["Yes.\n  ", "No."]),  # nor is indentation
+        ("Yes.", ["Yes."]),
+        ("", [""]),
+    ],
+)
+def test_every_sentence_begins_a_macro_action_whatever_the_parser_makes_of_it(text, expected):
+    starts = parsed_starts(text, letters(text), str.split, 5)  # flat: every word is a constituent of its own
+    assert texts_of(text, starts, letters(text)) == expected
+
+
+def test_a_flat_parser_with_one_token_a_word_has_as_many_macro_actions_as_sentences():
+    text = "Yes. The cat sat on the mat. No. It left."
+    ends = [match.end() for match in re.finditer(r"\s*\S+", text)]
+    starts = parsed_starts(text, ends, str.split, 5)
+    assert starts == [0, 1, 7, 8]
+    batch = make_batch([[0.0] * 10], [[0.0] * 10], texts=[text], token_ends_BT=torch.tensor([ends]))
+    rule = {"name": "parsing", "parser": f"{__name__}.words_of", "max_tokens": 5}
+    credit = MacroActions(termination=rule)(batch)
+    assert credit.segment_ids_BT.tolist() == [[0] + [1] * 6 + [2] + [3] * 2]
+
+
+def words_of(sentence):
+    return sentence.split()
+
+
+def test_a_single_word_that_leads_its_sentence_stands_alone_and_a_later_one_joins_what_is_before_it():
+    text = "So. then [we go] on"
+    tree = {"So.": ["So."], "then [we go] on": ["then", ["[we", "go]"], "on"]}
+    starts = parsed_starts(text, [3, 8, 12, 16, 19], tree.__getitem__, 4)
+    assert starts == [0, 1, 2]  # "So.", " then", " [we go] on"
+
+
+def test_a_sentence_begins_with_its_own_first_character_where_the_parser_drops_it():
+    text = 'Go on. "Stop now" he said.'
+    tree = {"Go on.": ["Go", "on."], '"Stop now" he said.': [["Stop", "now"], ["he", "said."]]}
+    starts = parsed_starts(text, letters(text), tree.__getitem__, 10)
+    assert texts_of(text, starts, letters(text)) == ["Go on. ", '"Stop now" ', "he said."]
 
 
 def test_parsing_falls_back_to_the_fixed_rule_for_one_response_and_counts_it():

@@ -208,11 +208,13 @@ def _rises_above_running_mean(surprise_BT: Tensor, starts_BT: Tensor, mask_BT: T
 
 @dataclass
 class Parsing:
-    """Macro actions are the constituents of each sentence, and what they are too large for is taken apart.
+    """Macro actions are the constituents of each sentence, and what they are too large for is taken apart. Each sentence
+    begins one.
 
     `parser` is the dotted path of a function that takes a sentence (and `parser_parameters`) and returns nested lists
     of words, or raises where it cannot. A constituent of fewer than `max_tokens` tokens is one macro action;
-    a larger one is split into its children; a single word joins the macro action before it.
+    a larger one is split into its children; a single word joins the macro action before it, never that of the sentence
+    before.
 
     Each turn is parsed by itself; the parser never sees what an environment said. A response with a turn that cannot be
     parsed, or whose words cannot be found again in its text, is cut by the fixed rule with `n_gram`;

@@ -64,15 +64,24 @@ def parsed_starts(text: str, token_ends: Sequence[int], parse: TreeParser, max_t
     """Tokens that begin a macro action, increasing, from 0; Unparseable, with the reason, where there is no parse.
 
     `token_ends[i]` is how many characters of `text` stand up to and including token i, not decreasing. A cut falls
-    before the token that holds a constituent's first character.
+    before the token that holds a constituent's first character. Each sentence begins a macro action; white space before
+    the first one belongs to it.
+
+    >>> parsed_starts("Go. No! It is.", range(1, 15), str.split, 5)
+    [0, 4, 8]
     """
     starts: list[int] = []
     for start, end in sentences(text):
-        tree = _tree(parse, text[start:end])
+        tree, inside = _tree(parse, text[start:end]), list[int]()
         try:
-            _collect(locate(tree, text, start, end), token_ends, max_tokens, starts)
+            root = locate(tree, text, start, end)
+            _collect(root, token_ends, max_tokens, inside)
         except (ValueError, RecursionError) as error:  # a tree as deep as a page without a full stop is no parse either
             raise Unparseable(f"{type(error).__name__}: {error}") from error
+        first = bisect_right(token_ends, root.start)  # the sentence may begin earlier: parsers drop quotation marks
+        blank = len(text[start:end]) - len(text[start:end].lstrip())
+        begin = bisect_right(token_ends, start + blank) if starts else 0
+        starts += [begin, *(token for token in inside if token != first)]
     return sorted({0, *starts})
 
 
@@ -85,7 +94,7 @@ def _tree(parse: TreeParser, sentence: str) -> Any:
 
 
 def _collect(node: Node, ends: Sequence[int], max_tokens: int, starts: list[int]) -> None:
-    """Append the tokens at which the macro actions of `node` begin, depth first."""
+    """Append the tokens at which the macro actions of `node` begin, depth first; not where its sentence does."""
     if node.words == 1:
         return  # a single word joins the macro action before it
     first, last = bisect_right(ends, node.start), bisect_right(ends, node.end - 1)
