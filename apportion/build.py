@@ -10,7 +10,7 @@ from typing import Any
 from apportion.algorithms.kl import KlCoefficient
 from apportion.assembly.hosts import joins
 from apportion.assembly.inputs import load_held_out, load_prompts
-from apportion.assembly.loop_settings import evaluation_settings, loop_settings
+from apportion.assembly.loop_settings import evaluation_settings, loop_settings, sync_check
 from apportion.assembly.needs import Needs, needs_of
 from apportion.assembly.report import examples, print_report, rewarded, say, summary_of
 from apportion.assembly.serving import judge_requests, serving_requests
@@ -77,6 +77,7 @@ def _train(config: Config, resolved: dict[str, Any], locks: ExitStack) -> int:
         writers = [*actors.policy, *actors.critic]
         cluster.check_shared(writers, folder.path, config.cluster.start_timeout_seconds)
         trainer = _trainer(config, needs, actors, prompts, tracker, folder)
+        trainer.sync_check = sync_check(config, actors, tokenizer, model, tracker.warn)
         trainer.evaluator = _evaluator(config, actors, held_out, tracker.warn) if held_out else None
         if checkpoint:
             with refusals():

@@ -23,6 +23,7 @@ from apportion.loop.failures import Failures
 from apportion.loop.metrics import StepReports, data_metrics, speed_metrics, step_metrics
 from apportion.loop.resume import kept, progress_of
 from apportion.loop.state import Actors, Experience, LoopSettings, Progress, PromptSource
+from apportion.loop.sync_check import SyncCheck
 from apportion.platform.checkpoint import CheckpointStore, RunState
 from apportion.platform.cluster import Call, gather
 from apportion.platform.errors import DataError, RewardError
@@ -52,6 +53,7 @@ class Trainer:
         self.store = store
         self.progress = Progress()
         self.evaluator: Evaluator | None = None
+        self.sync_check = SyncCheck.off(actors)
         self._timing: dict[str, float] = {}
         self.failures = Failures(settings.max_failed_share, settings.max_failed_critiques, tracker.warn)
         self._started = self._resumed = time.perf_counter()
@@ -78,12 +80,14 @@ class Trainer:
         return self.progress
 
     def _begin(self) -> None:
+        self.sync_check.measure_baseline(self.progress)
         self._sync()
         if self.evaluator and self.evaluator.settings.before and self.progress.step == 0:
             report = self._evaluate(self.evaluator)
             self.progress.accuracy_before = report.metrics.get("eval/greedy_accuracy")
             self.progress.answers_before = report.answers
-            self.tracker.log(0, report.metrics | {"timing/evaluate": self._timing["evaluate"]})
+            metrics = report.metrics | self.sync_check.taken()
+            self.tracker.log(0, metrics | {"timing/evaluate": self._timing["evaluate"]})
         self._timing = {}
 
     def step(self) -> bool:
@@ -260,6 +264,7 @@ class Trainer:
                 send, calls = [], [a.call("load_weights", bundle, check) for a in self.actors.rollout]
             receipts: list[SyncReceipt] = self._gather(send + calls, "sync")[len(send) :]
             prove(receipts, entries, version)
+            self.sync_check.after_sync(self.progress)
         self._weight_bytes = sum(e.size for e in entries)
 
     # evaluation
@@ -317,12 +322,15 @@ class Trainer:
 
     def restore(self, folder: Path, state: RunState) -> None:
         """Take up where the checkpoint in `folder` was written."""
+        progress = progress_of(state)
+        # An earlier version's checkpoint has no baseline. Until the ranks load it, both sides hold the original files.
+        self.sync_check.measure_baseline(progress)
         calls = [a.call("load", str(folder.resolve())) for a in [*self.actors.policy, *self.actors.critic]]
         self._gather(calls, "resume")
         self.prompts.load_state(state.data)
         if state.kl is not None:
             self.kl.load_state_dict(state.kl)
-        self.progress = progress_of(state)
+        self.progress = progress
         self.store.current = state.step
 
     # waiting and counting
@@ -361,7 +369,7 @@ class Trainer:
 
     def _metrics(self, reports: StepReports) -> dict[str, float]:
         """The step's row; what is counted over the whole run and the KL's coefficient move on."""
-        metrics, p = step_metrics(reports) | data_metrics(self.prompts.skipped), self.progress
+        metrics, p = step_metrics(reports) | data_metrics(self.prompts.skipped) | self.sync_check.taken(), self.progress
         metrics["policy/kl_coefficient"] = self.kl.coefficient
         metrics["weights/version"] = p.policy_version
         metrics["weights/bytes"] = self._weight_bytes

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from apportion.actors.engines import EngineSpec, Request, Sampling, make_engine
 from apportion.actors.engines.vllm_engine import _sample
@@ -46,6 +47,20 @@ def test_settings_that_a_model_brings_do_not_change_what_is_sampled(engine):
     kept = engine._model.generation_config
     assert kept.eos_token_id == [1]
     assert (kept.top_k, kept.repetition_penalty) in ((0, None), (0, 1.0))
+
+
+def test_a_score_is_that_of_a_plain_forward_pass_at_temperature_1_and_draws_no_random_number(engine):
+    ids = np.array([20, 5, 7, 90, 33, 90, 12, 200, 41], np.int32)
+    model = AutoModelForCausalLM.from_pretrained(engine._spec.model, dtype=torch.float32).eval()
+    tokens = torch.from_numpy(ids.astype(np.int64))
+    with torch.no_grad():
+        right = model(tokens[None]).logits[0].double().log_softmax(-1)[torch.arange(8), tokens[1:]]
+    before = torch.get_rng_state()
+    scores = engine.score(ids)
+    assert scores.dtype == np.float32 and torch.equal(torch.get_rng_state(), before)
+    np.testing.assert_allclose(scores, right.numpy(), atol=1e-5, rtol=0)
+    engine.generate(asked(3), Sampling(0.3, top_k=2, max_tokens=4))
+    np.testing.assert_array_equal(engine.score(ids), scores)
 
 
 def test_a_tensor_that_the_model_does_not_know_shows_in_the_receipt(engine):

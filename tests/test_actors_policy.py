@@ -1,6 +1,7 @@
 """A policy rank's loss against the formula on whole sequences; which rows are passed; what it reports. No DeepSpeed."""
 
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from apportion.actors.critic import CriticSpec, CriticWorker, freeze_unused_head
 from apportion.actors.engine import OptimizerStep
+from apportion.actors.loading import load_causal_lm
 from apportion.actors.microbatch import cut, nothing
 from apportion.actors.modules import CausalLMLogprobs, ValueModel
 from apportion.actors.policy import LossSpec, PolicySpec, PolicyWorker
@@ -96,6 +98,30 @@ def by_hand(model, batch, kl: float) -> list[torch.Tensor]:
         loss = loss - 0.05 * entropy
         steps[batch.minibatch_ids[index]] = steps[batch.minibatch_ids[index]] + batch.loss_weights[packed] * loss
     return steps
+
+
+def test_a_score_is_that_of_a_plain_forward_pass_at_temperature_1_with_dropout_off(tiny, model):
+    """Though the loss has a temperature of 0.8, and the module was left in training mode by an update."""
+    ids = np.array([20, 5, 7, 90, 33, 90, 12, 200, 41], np.int32)
+    tokens = torch.from_numpy(ids.astype(np.int64))
+    with torch.no_grad():
+        right = model(tokens[None]).logits[0].double().log_softmax(-1)[torch.arange(8), tokens[1:]]
+    lora = SimpleNamespace(rank=4, alpha=8.0, dropout=0.5, targets=["q_proj", "v_proj"])
+    adapted = load_causal_lm(tiny, "float32", lora=lora)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    with torch.no_grad():
+        moved = adapted.eval()(tokens[None]).logits[0].double().log_softmax(-1)[torch.arange(8), tokens[1:]]
+    assert (moved - right).abs().max() > 1e-2
+    for which, expected in ((model, right), (adapted, moved)):
+        worker = worker_of(which)
+        worker.engine.module().train()
+        before = torch.get_rng_state()
+        scores = worker.score(ids)
+        np.testing.assert_allclose(scores, expected.numpy(), atol=1e-5, rtol=0)
+        assert scores.dtype == np.float32 and torch.equal(torch.get_rng_state(), before)
+        assert all(parameter.grad is None for parameter in which.parameters())
 
 
 def test_the_loss_is_the_weighted_sum_over_tokens_and_its_gradient_reaches_every_weight(model, credited):

@@ -25,6 +25,9 @@ class ScriptedEngine:
             for i in range(len(requests))
         ]
 
+    def score(self, token_ids):
+        return -0.5 * token_ids[1:].astype(np.float32)
+
     def load(self, bundle, name, check):
         return SyncReceipt(name, bundle.version, {}, 0, [])
 
@@ -78,6 +81,14 @@ def test_new_weights_give_responses_their_version_and_seeds_of_their_own(worker_
     _, after = worker.generate(PROMPTS, 0, 2, Sampling())
     assert set(after.policy_versions.tolist()) == {3}
     assert set(first).isdisjoint(seeds(engine))
+    worker.generate(PROMPTS, 8, 2, Sampling())
+    assert seeds(engine) == [seed_of(f"4/{p}/{i}/3".encode()) for p in "ab" for i in range(2)]
+
+
+def test_a_score_is_the_engines_and_moves_neither_version_nor_seeds(worker_with):
+    worker, engine = worker_with()
+    worker.set_version(3)
+    assert worker.score(np.array([4, 2, 6], np.int32)).tolist() == [-1.0, -3.0]
     worker.generate(PROMPTS, 8, 2, Sampling())
     assert seeds(engine) == [seed_of(f"4/{p}/{i}/3".encode()) for p in "ab" for i in range(2)]
 

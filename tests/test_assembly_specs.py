@@ -18,13 +18,14 @@ from apportion.actors.policy import LossSpec, PolicySpec
 from apportion.actors.reference import ReferenceSpec
 from apportion.algorithms.correction import ImportanceCorrection
 from apportion.algorithms.kl import KlCoefficient
-from apportion.assembly.loop_settings import evaluation_settings, loop_settings
+from apportion.assembly.loop_settings import evaluation_settings, loop_settings, sync_check
 from apportion.assembly.needs import Needs, needs_of
 from apportion.assembly.serving import serving_requests
 from apportion.assembly.training import critic_requests, policy_requests, reference_requests
 from apportion.build import _evaluator, _trainer
 from apportion.cli import compose_config, to_config
 from apportion.conf.schema import Config, CriticConfig, LoraConfig, PolicyConfig
+from apportion.data.prompts import load_tokenizer
 from apportion.loop.evaluation import EvaluationSettings
 from apportion.loop.state import Actors, LoopSettings
 from apportion.platform.runs import RunFolder
@@ -242,6 +243,29 @@ def test_the_loop_is_set_as_the_configuration_says():
         assert loop_settings(config, NEEDS) == loop(parts=1)
     given = configured(rollout={"response_column": "chosen"})
     assert loop_settings(given, NEEDS).sampling == Sampling(0.7, 0.95, 40, 50, ["END"], "chosen")
+
+
+def test_a_sync_check_scores_what_engine_and_ranks_have_room_for(tiny):
+    def made(**changes: Any) -> Any:
+        tokenizer = load_tokenizer(tiny)
+        train = {"sync_check": True, "max_sync_gap": 0.4}
+        return sync_check(configured(**({"train": train} | changes)), actors, tokenizer, tiny, warned.append)
+
+    actors, warned = Actors([], [], None, []), []
+    check = made()
+    assert (check.actors, check.max_gap, check.call_timeout_seconds) == (actors, 0.4, 99.0)
+    assert len(check.token_ids) == 64 and check.token_ids.max() < 264
+    short = {
+        "data": {"max_prompt_tokens": 3},
+        "rollout": {"max_response_tokens": 4},
+        "evaluation": {"max_response_tokens": None},
+    }
+    assert made(**short).token_ids.tolist() == check.token_ids[:6].tolist()  # one token is sampled behind them
+    assert len(made(policy={"micro_batch_tokens": 16}).token_ids) == 16
+    assert made(train={"sync_check": False}).is_off and warned == []
+    short["data"]["max_prompt_tokens"] = short["rollout"]["max_response_tokens"] = 1
+    assert made(**short).is_off
+    assert len(warned) == 1 and warned[0].startswith("train.sync_check: sequences of at most 2 tokens leave no room")
 
 
 EVALUATION = EvaluationSettings(

@@ -53,7 +53,8 @@ LINES = [
     (["evaluation.k=[a]"], "evaluation.k: got 'a' in the list, expected a list of integers [1,2]"),
     (
         ["train=3"],
-        "train: got 3, expected its keys, one by one (steps, prompts_per_step, deterministic, max_minutes, sync_check)",
+        "train: got 3, expected its keys, one by one (steps, prompts_per_step, deterministic, max_minutes, sync_check, "
+        "max_sync_gap)",
     ),
     (["algorithm.credit=grpo"], "algorithm.credit: got 'grpo', expected a mapping {key: value}"),
     (
@@ -67,6 +68,10 @@ LINES = [
         "choose a recipe (experiment=quickstart) or give reward.functions=...",
     ),
     ([*WHOLE, "policy.zero_stage=5"], "policy.zero_stage: got 5, expected 0, 1, 2 or 3"),
+    ([*WHOLE, "train.max_sync_gap=0"], "train.max_sync_gap: got 0.0, expected above 0 or null"),
+    ([*WHOLE, "train.max_sync_gap=-0.1"], "train.max_sync_gap: got -0.1, expected above 0 or null"),
+    ([*WHOLE, "train.max_sync_gap=nan"], "train.max_sync_gap: got nan, expected above 0 or null"),
+    ([*WHOLE, "train.max_sync_gap=inf"], "train.max_sync_gap: got inf, expected a finite number"),
     ([*WHOLE, "rollout.top_p=2"], "rollout.top_p: got 2.0, expected 1e-06 to 1.0"),
     (
         [*WHOLE, "rollout.engine=vlm"],

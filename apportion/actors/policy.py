@@ -128,6 +128,16 @@ class PolicyWorker(ActorBase):
                 self._forward(nothing().to(self.engine.device))
         return time.perf_counter() - start, Signals(old_logprobs=logprobs, entropies=entropies)
 
+    def score(self, token_ids: np.ndarray) -> np.ndarray:
+        """Log-probs [L - 1] of each of the L tokens given those before it, at temperature 1, as a rollout engine's
+        `score`. Every rank must call it, with the same tokens: under ZeRO-3 they gather the weights together."""
+        ids = torch.from_numpy(token_ids.astype(np.int64)).to(self.engine.device)
+        columns = torch.arange(len(ids) - 1, device=ids.device)
+        self.engine.module().eval()
+        with torch.no_grad():
+            logprobs, _ = self.engine.forward(ids[None], torch.zeros_like(columns), columns, ids[1:], 1.0)
+        return logprobs.cpu().numpy()
+
     def _forward(self, micro: MicroBatch, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
         return self.engine.forward(
             micro.input_ids,

@@ -98,6 +98,10 @@ class RolloutWorker(ActorBase):
         )
         return report, Batch.from_trajectories(trajectories)
 
+    def score(self, token_ids: np.ndarray) -> np.ndarray:
+        """Log-probs [L - 1] of each of the L tokens given those before it, by the weights as they are now."""
+        return self._engine.score(token_ids)
+
     def _trajectory(self, prompt: Prompt, group: int, index: int, sample: Sample) -> Trajectory:
         length = len(sample.token_ids)
         return Trajectory(

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import ceil
+from typing import Any
 
 from apportion.actors.engines import Sampling
 from apportion.assembly.needs import Needs
+from apportion.assembly.serving import rollout_spec
+from apportion.conf.models import read_limits
 from apportion.conf.schema import Config
 from apportion.loop.evaluation import EvaluationSettings
-from apportion.loop.state import LoopSettings
+from apportion.loop.state import Actors, LoopSettings
+from apportion.loop.sync_check import SyncCheck, text_tokens
 
 
 def loop_settings(config: Config, needs: Needs) -> LoopSettings:
@@ -41,6 +46,25 @@ def _parts(config: Config) -> int:
         ceil(config.train.prompts_per_step / config.cluster.rollout_engines) * config.rollout.responses_per_prompt
     )
     return config.judge.parts or max(1, responses // (2 * config.rollout.max_sequences))
+
+
+def sync_check(config: Config, actors: Actors, tokenizer: Any, model: str, warn: Callable[[str], None]) -> SyncCheck:
+    """The check that engines compute with the trainer's weights, for a run that starts from the files of `model`."""
+    train = config.train
+    if not train.sync_check:
+        return SyncCheck.off(actors)
+    # vLLM scores a text only as a prompt, and wants room for one more token behind it.
+    most = min(rollout_spec(config, model, 0).engine_spec.max_model_len - 1, config.policy.micro_batch_tokens)
+    check = SyncCheck(
+        actors, text_tokens(tokenizer, most, read_limits(model).vocabulary), train.max_sync_gap,
+        config.cluster.call_timeout_seconds, warn,
+    )  # fmt: skip
+    if check.is_off:
+        warn(
+            f"train.sync_check: sequences of at most {most + 1} tokens leave no room to score a text, so that sync/gap is not "
+            "measured; checksums still prove the weights"
+        )
+    return check
 
 
 def evaluation_settings(config: Config) -> EvaluationSettings:

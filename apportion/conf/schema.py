@@ -91,13 +91,17 @@ class TrainConfig:
     prompts_per_step: int = 8  # groups of rollout.responses_per_prompt trajectories
     deterministic: bool = False
     max_minutes: float | None = None  # stop cleanly, with a checkpoint, this long after the start or the resume
-    sync_check: bool = True  # prove by checksums that every engine holds the weights, every sync
+    sync_check: bool = True  # prove by checksums, and by sync/gap, that every engine holds the weights
+    # Largest sync/gap, in nats, before the run stops; null: the larger of 0.02 and 5 x sync/baseline
+    max_sync_gap: float | None = None
 
     def __post_init__(self) -> None:
         at_least("train.steps", self.steps, 0)
         at_least("train.prompts_per_step", self.prompts_per_step, 1)
         if self.max_minutes is not None and self.max_minutes <= 0:
             raise ConfigError(f"train.max_minutes: got {self.max_minutes}, expected above 0 or null")
+        if self.max_sync_gap is not None and not self.max_sync_gap > 0:
+            raise ConfigError(f"train.max_sync_gap: got {self.max_sync_gap}, expected above 0 or null")
 
 
 @dataclass

@@ -12,6 +12,7 @@ from apportion.platform.errors import CheckpointError, ConfigError
 _KEPT = (
     "accuracy_before", "accuracy_after", "answers_before", "answers_after", "stage_seconds", "samples", "rollout_tokens",
     "update_tokens", "step_seconds", "wall_seconds", "metrics",
+    "sync_baseline",
 )  # fmt: skip
 
 

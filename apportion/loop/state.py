@@ -71,6 +71,7 @@ class Progress:
     step_seconds: float = 0.0
     wall_seconds: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
+    sync_baseline: float | None = None  # gap of engine and trainer before the first sync; None: not measured
 
 
 @dataclass

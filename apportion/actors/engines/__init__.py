@@ -77,6 +77,11 @@ class EngineSpec:
 class RolloutEngine(Protocol):
     def generate(self, requests: list[Request], sampling: Sampling) -> list[Sample]: ...
 
+    def score(self, token_ids: np.ndarray) -> np.ndarray:
+        """Log-probs [L - 1] float32 of each of the L tokens given those before it, at temperature 1. Draws no random
+        number, and runs every token through the model as it is now."""
+        ...
+
     def load(self, bundle: WeightBundle, name: str, check: bool) -> SyncReceipt:
         """Take new weights, and with `check` prove that the live model holds them."""
         ...

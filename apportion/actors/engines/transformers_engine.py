@@ -82,6 +82,12 @@ class TransformersEngine:
         )
         return [self._cut(new[row, :n], logprobs[row, :n], sampling) for row, n in enumerate(limits)]
 
+    @torch.no_grad()
+    def score(self, token_ids: np.ndarray) -> np.ndarray:
+        ids = torch.from_numpy(token_ids.astype(np.int64))[None].to(self._device)
+        logprobs = self._model(ids).logits[0, :-1].float().log_softmax(-1)
+        return logprobs.gather(1, ids[0, 1:, None]).squeeze(1).cpu().numpy()
+
     def _cut(self, ids: torch.Tensor, logprobs: torch.Tensor, sampling: Sampling) -> Sample:
         """A row without what `generate` padded it with, which may be an end token that was never sampled."""
         ends, tokens = self._end_ids(), ids.tolist()

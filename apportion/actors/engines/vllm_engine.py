@@ -68,6 +68,18 @@ class VllmEngine:
             logprobs=0,  # that of the sampled token alone
         )
 
+    def score(self, token_ids: np.ndarray) -> np.ndarray:
+        import vllm
+
+        # Greedy, so that the one token to sample moves no random state. A token read from the prefix cache has no log-prob.
+        params = vllm.SamplingParams(
+            temperature=0.0, max_tokens=1, prompt_logprobs=0, skip_reading_prefix_cache=True, detokenize=False
+        )
+        ids = token_ids.tolist()
+        [output] = self._llm.generate([{"prompt_token_ids": ids}], params, use_tqdm=False)
+        known = zip(output.prompt_logprobs[1:], ids[1:], strict=True)
+        return np.fromiter((at[token].logprob for at, token in known), np.float32, len(ids) - 1)
+
     def load(self, bundle: WeightBundle, name: str, check: bool) -> SyncReceipt:
         if self._workers == 1:
             answers = self._llm.collective_rpc("apportion_load", args=(bundle, check))
