@@ -8,12 +8,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import ray
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from apportion.actors.engines import EngineSpec, Request, Sampling, make_engine
 from apportion.batch import Prompt
-from apportion.platform.cluster import ActorRequest, Cluster, gather
+from apportion.loop.state import Actors, Progress
+from apportion.loop.sync_check import SyncCheck, text_tokens
+from apportion.platform.cluster import ActorRequest, Call, Cluster, gather
 from apportion.platform.errors import WeightSyncError
 from apportion.platform.process import ActorBase
 from apportion.platform.weights import WeightBundle, prove
@@ -30,6 +33,16 @@ class Engine(ActorBase):
         self.name, self.engine = name, make_engine(name, spec)
 
     def generate(self, requests: list[Request], sampling: Sampling) -> list:
+        return self.engine.generate(requests, sampling)
+
+    def score(self, token_ids: np.ndarray) -> np.ndarray:
+        return self.engine.score(token_ids)
+
+    def sampled(self, requests: list[Request], sampling: Sampling, scored: np.ndarray | None) -> list:
+        """From one random state each time, after scoring a text or not."""
+        torch.manual_seed(5)
+        if scored is not None:
+            self.engine.score(scored)
         return self.engine.generate(requests, sampling)
 
     def load(self, bundle: WeightBundle, check: bool):
@@ -140,6 +153,73 @@ def test_behavior_logprobs_are_those_of_the_distribution_that_was_sampled_from(
         right = distribution(trained, ids, len(request.token_ids), sampling)
         expected = right.gather(1, torch.from_numpy(sample.token_ids.astype(np.int64))[:, None])[:, 0]
         np.testing.assert_allclose(sample.logprobs, expected.numpy(), atol=2e-3)
+
+
+def scored_by(model, ids: np.ndarray) -> np.ndarray:
+    """Log-probs [L - 1] of each token given those before it."""
+    right = distribution(model, ids, 1, Sampling(1.0))
+    return right.gather(1, torch.from_numpy(ids[1:].astype(np.int64))[:, None])[:, 0].numpy()
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_an_engine_scores_a_text_as_the_trainers_model_does(synced, trained, prompts, name):
+    """At temperature 1 whatever was sampled before, and though the text's beginning is in the prefix cache."""
+    text = np.concatenate([*prompts, prompts[0]])
+    synced.answers(name, [Request(text, 1), Request(text[:30], 2)], Sampling(0.4, top_k=3, max_tokens=4))
+    for ids in (text, text[:40], text[:2], text):
+        scores = synced.call(name, "score", ids)
+        assert scores.dtype == np.float32
+        np.testing.assert_allclose(scores, scored_by(trained, ids), atol=2e-3)
+    longest = np.resize(text, 127)  # of 128 tokens; vLLM needs one for what it samples
+    np.testing.assert_allclose(synced.call(name, "score", longest), scored_by(trained, longest), atol=2e-3)
+
+
+@pytest.mark.parametrize("seeded", [True, False])
+@pytest.mark.parametrize("name", BOTH)
+def test_scoring_changes_nothing_of_what_is_sampled_next(synced, prompts, name, seeded):
+    asked = [Request(p, seed=i if seeded else None) for i, p in enumerate(prompts * 2)]
+    plain, scored = (
+        synced.call(name, "sampled", asked, Sampling(1.0, max_tokens=10), text) for text in (None, prompts[2])
+    )
+    assert [s.token_ids.tolist() for s in plain] == [s.token_ids.tolist() for s in scored]
+
+
+class Trained:
+    """A policy rank that scores with a model of this process."""
+
+    name = "policy-0"
+
+    def __init__(self, model) -> None:
+        self.model = model
+
+    def call(self, method: str, token_ids: np.ndarray) -> Call:
+        assert method == "score"
+        return Call(self, method, [ray.put(scored_by(self.model, token_ids))])
+
+
+@pytest.mark.parametrize("lost", ["model.layers.1.mlp.down_proj.weight", "model.layers.0.self_attn.v_proj.weight"])
+@pytest.mark.parametrize("name", BOTH)
+def test_an_engine_without_one_of_the_trained_tensors_is_found_by_what_it_computes(
+    engines, tiny, trained, tokenizer, name, lost
+):
+    """Checksums of what was sent hold: the engine was sent the tensor's original values."""
+    original = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
+    old, new = ({n: p.detach() for n, p in model.named_parameters()} for model in (original, trained))
+    ids = text_tokens(tokenizer, 127, None)
+    actors, progress = Actors([engines.actors[name]], [], None, [Trained(original)]), Progress()
+    check = SyncCheck(actors, ids, None, 120, pytest.fail)
+    engines.call(name, "load", WeightBundle.pack(old.items(), 0), True)
+    check.measure_baseline(progress)
+    assert progress.sync_baseline < 1e-3
+    actors.policy = [Trained(trained)]
+    engines.call(name, "load", WeightBundle.pack(new.items(), 1), True)
+    check.after_sync(progress)
+    assert check.taken()["sync/gap"] < 1e-3
+    engines.call(name, "load", WeightBundle.pack((new | {lost: old[lost]}).items(), 2), True)
+    progress.policy_version = 2
+    line = rf"^{name}: after the sync of weights version 2, .* expected at most 0\.0200 \(the smallest bound; 0\.0000 before"
+    with pytest.raises(WeightSyncError, match=line):
+        check.after_sync(progress)
 
 
 def test_before_a_sync_the_log_probs_are_visibly_other_ones(engines, tiny, trained, prompts):
@@ -318,3 +398,5 @@ def test_an_engine_cut_over_two_workers_holds_its_shares_of_the_weights_and_samp
         right = distribution(trained, np.concatenate([prompt, sample.token_ids]), len(prompt), plain)
         expected = right.gather(1, torch.from_numpy(sample.token_ids.astype(np.int64))[:, None])[:, 0]
         np.testing.assert_allclose(sample.logprobs, expected.numpy(), atol=2e-3)
+    text = np.concatenate(prompts)
+    np.testing.assert_allclose(engines.call("parallel", "score", text), scored_by(trained, text), atol=2e-3)

@@ -83,7 +83,11 @@ def side_by_side(folder, started):
 def test_two_runs_beside_each_other_do_not_collide(side_by_side, folder):
     whole, _ = side_by_side
     assert whole.code == 0, whole.output
-    assert sorted(steps_of(folder / "runs/whole")) == [1, 2, 3, 4]
+    steps = steps_of(folder / "runs/whole")
+    assert sorted(steps) == [1, 2, 3, 4]
+    assert [step for step in steps if "sync/gap" in steps[step]] == [1, 2, 3]
+    assert all(steps[step]["sync/gap"] < 0.02 for step in (1, 2, 3))
+    assert [step for step in steps if "sync/baseline" in steps[step]] == [1]
     assert whole.left_running() == []
 
 
@@ -174,6 +178,7 @@ def test_a_reward_that_raises_for_a_few_samples_is_masked_and_counted_and_the_ru
     assert sorted(steps) == [1, 2], failing.output
     assert [steps[s]["reward/failed_share"] for s in (1, 2)] == [3 / 16, 0.0]
     assert steps[2]["weights/version"] == 2
+    assert all(steps[s]["sync/gap"] < 0.02 for s in (1, 2))  # two sharded ranks scored together, with adapters
     assert steps[2]["policy/grad_norm"] > 0
 
 
