@@ -2,12 +2,14 @@
 
 import math
 import threading
+from fractions import Fraction
 
 import pytest
 
+from apportion.data.answers import last_number
 from apportion.data.errors import DataError
 from apportion.data.metrics import accuracy, average_at_k, mean_pass_at_k, pass_at_k
-from apportion.data.verifiers import VERIFIERS, last_number
+from apportion.data.verifiers import VERIFIERS
 
 
 def rewards(name: str, *pairs, **columns):
@@ -31,7 +33,7 @@ def rewards(name: str, *pairs, **columns):
     ],
 )
 def test_the_last_number_of_a_text_is_found(text, number):
-    assert str(last_number(text)) == number
+    assert last_number(text) == Fraction(number)
 
 
 def test_a_text_without_numbers_has_no_last_number():
@@ -72,7 +74,7 @@ def test_gsm8k_reads_the_number_after_the_mark():
     assert rewards("gsm8k", ("so 1072", answer), ("24", answer), ("#### 1072\nthat is 2 more", answer)) == [
         1.0,
         0.0,
-        0.0,
+        1.0,
     ]
     assert rewards("gsm8k", ("7 and then #### 1072", answer)) == [1.0]
 

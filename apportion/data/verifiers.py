@@ -6,23 +6,20 @@ column that cannot be understood raises, so that the sample counts as failed rat
 
 from __future__ import annotations
 
-import logging
-import math
 import re
-from collections.abc import Callable, Sequence
-from decimal import Decimal
+from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
+from apportion.data.answers import MARK, answer_text, first_number, last_box, last_number, number_of
 from apportion.data.errors import DataError
 
 Completions = Sequence[Any]  # str, or messages [{"role": "assistant", "content": str}]
 
-# A minus right after a digit, letter or closing bracket subtracts: the last number of "12-7" is 7.
-NUMBER = re.compile(
-    r"(?:(?<![\w)\]}])[-\u2212])?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]{1,4}(?![0-9]))?"
-    r"|(?:(?<![\w)\]}])[-\u2212])?(?<![\w.])\.[0-9]+"
-)
 THINK_THEN_ANSWER = r"^\s*<think>.*?</think>\s*<answer>.*?</answer>\s*$"
+_OPENED = re.compile(r"(?:\s*(?:</?[A-Za-z][\w-]*>|\[/?THINK\]))+\s*\Z")
+_TAG = re.compile(r"<|\[")
+OPENING_CHARACTERS = 200
 
 
 def completion_text(completion: Any) -> str:
@@ -34,14 +31,14 @@ def completion_text(completion: Any) -> str:
     return completion if isinstance(completion, str) else str(completion[-1]["content"])
 
 
-def last_number(text: str) -> Decimal | None:
-    """The last number in a text, or None; thousands may be parted by commas.
+def opening_of(prompt: Any) -> str:
+    """The tags that end a prompt's text: what a chat template wrote of the response itself. Messages have none.
 
-    >>> last_number("so 1,250 - 3 is $1,247."), last_number("12-7"), last_number("x = -3.50"), last_number("none")
-    (Decimal('1247'), Decimal('7'), Decimal('-3.50'), None)
+    >>> opening_of("<|im_start|>assistant\\n<think>\\n"), opening_of("Is 2 < 3?"), opening_of([{"role": "user"}])
+    ('\\n<think>\\n', '', '')
     """
-    found = NUMBER.findall(text)
-    return Decimal(found[-1].replace(",", "").replace("\u2212", "-")) if found else None
+    found = _OPENED.search(prompt[-OPENING_CHARACTERS:]) if isinstance(prompt, str) else None
+    return found[0] if found else ""
 
 
 def exact_match(
@@ -49,36 +46,31 @@ def exact_match(
 ) -> list[float | None]:
     """1.0 where the completion is the answer, but for white space around and between words."""
 
-    def same(text: str, wanted: Any) -> bool:
-        if wanted is None or not str(wanted).strip():
-            raise DataError(f"answer: got {wanted!r}, expected text")
-        got, want = " ".join(text.split()), " ".join(str(wanted).split())
+    def same(text: str, wanted: str) -> bool:
+        got, want = " ".join(text.split()), " ".join(wanted.split())
         return got.casefold() == want.casefold() if ignore_case else got == want
 
-    return [float(same(completion_text(c), a)) for c, a in zip(completions, answer, strict=True)]
+    return [float(same(completion_text(c), _as_text(a))) for c, a in zip(completions, answer, strict=True)]
 
 
 def numeric_match(
     prompts: Sequence[Any], completions: Completions, answer: Sequence[Any], tolerance: float = 0.0, **columns: Any
 ) -> list[float | None]:
-    """1.0 where the last number of the completion is within `tolerance` of the answer."""
+    """1.0 where the last number of the completion (of its last \\boxed{}) is within `tolerance` of the answer."""
     return [
-        _numbers_match(last_number(completion_text(c)), _as_number(a), tolerance)
-        for c, a in zip(completions, answer, strict=True)
+        _within(_as_number(a), _number_said(completion_text(c), opening_of(p)), tolerance)
+        for p, c, a in zip(prompts, completions, answer, strict=True)
     ]
 
 
 def gsm8k(
     prompts: Sequence[Any], completions: Completions, answer: Sequence[Any], tolerance: float = 0.0, **columns: Any
 ) -> list[float | None]:
-    """As `numeric_match`, for answers that end in `#### 42`; a completion may mark its own answer that way."""
-
-    def after_mark(text: str) -> str:
-        return text.rpartition("####")[2]
-
+    """As `numeric_match`, for answers that end in `#### 42`. A completion may mark its own answer that way: then the
+    number right after the last mark is the one that counts."""
     return [
-        _numbers_match(last_number(after_mark(completion_text(c))), _as_number(after_mark(str(a))), tolerance)
-        for c, a in zip(completions, answer, strict=True)
+        _within(_as_number(_after_mark(a)), _number_marked(completion_text(c), opening_of(p)), tolerance)
+        for p, c, a in zip(prompts, completions, answer, strict=True)
     ]
 
 
@@ -95,7 +87,15 @@ def format_match(
     prompts: Sequence[Any], completions: Completions, pattern: str = THINK_THEN_ANSWER, **columns: Any
 ) -> list[float | None]:
     """1.0 where the completion has the form <think>...</think><answer>...</answer>, or that of `pattern`."""
-    return regex_match(prompts, completions, pattern)
+    compiled = re.compile(pattern, re.DOTALL)
+
+    def has_form(prompt: Any, text: str) -> bool:
+        # What the template wrote may be all of these tags or the last ones; a model may write them once more.
+        opening = opening_of(prompt)
+        openings = ["", *(opening[tag.start() :] for tag in _TAG.finditer(opening))]
+        return any(compiled.search(start + text) for start in openings)
+
+    return [float(has_form(p, completion_text(c))) for p, c in zip(prompts, completions, strict=True)]
 
 
 def math_verify(
@@ -106,7 +106,12 @@ def math_verify(
     math-verify limits its own time with signals, which Python only sees between two of its own instructions; here they
     are off, and the caller kills the process that this runs in.
     """
-    return [_math_verify(completion_text(c), a) for c, a in zip(completions, answer, strict=True)]
+    from apportion.data.expressions import equal_expressions
+
+    return [
+        float(equal_expressions(completion_text(c), a, opening_of(p)))
+        for p, c, a in zip(prompts, completions, answer, strict=True)
+    ]
 
 
 def gym(
@@ -140,36 +145,77 @@ def _gym_task(name: str, parameters: dict[str, Any]) -> Any:
     return _GYM_TASKS[key]
 
 
-def _as_number(answer: Any) -> Decimal:
-    number = None if answer is None or isinstance(answer, bool) else last_number(str(answer))
+def _as_text(answer: Any) -> str:
+    if answer is None or not str(answer).strip():
+        raise DataError(f"answer: got {answer!r}, expected text")
+    return str(answer)
+
+
+def _as_number(answer: Any) -> Fraction:
+    number = None if answer is None or isinstance(answer, bool) else number_of(str(answer))
     if number is None:
-        raise DataError(f"answer: got {answer!r}, expected a number")
+        raise DataError(
+            f"answer: got {_shown(answer)}, expected a number alone, as 1,080, $18.90, 50%, 3/4 or 7 apples"
+        )
     return number
 
 
-def _numbers_match(got: Decimal | None, want: Decimal, tolerance: float) -> float:
-    if got is None:
-        return 0.0
-    if got == want:
-        return 1.0
-    return float(tolerance > 0 and math.isclose(float(got), float(want), rel_tol=0.0, abs_tol=tolerance))
+def _after_mark(answer: Any) -> Any:
+    return MARK.split(answer)[-1] if isinstance(answer, str) else answer
 
 
-def _math_verify(text: str, answer: Any) -> float:
-    from math_verify import parse, verify
+def _shown(answer: Any) -> str:
+    text = repr(answer)
+    return text if len(text) <= 80 else f"{text[:40]}...{text[-30:]}"
 
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns once that its own time limit is off
-    # str() would make expressions of them: None is the product of N, o, n and e.
-    missing = answer is None or isinstance(answer, bool) or (isinstance(answer, float) and not math.isfinite(answer))
-    written = "" if missing else str(answer).rpartition("####")[2].strip()
-    forms = [written] if "$" in written or "boxed" in written else [f"${written}$", written]
-    for form in forms if written else []:
-        gold = parse(form, parsing_timeout=None)
-        if gold:
-            break
-    else:
-        raise DataError(f"answer: got {answer!r}, expected a mathematical expression")
-    return float(verify(gold, parse(text, parsing_timeout=None), timeout_seconds=None, raise_on_error=True))
+
+def _number_said(text: str, opening: str) -> Fraction | None:
+    """The number that a completion gives as its answer."""
+    said = answer_text(text, opening)
+    if said is None:
+        return None
+    boxed, content = last_box(said)
+    if boxed:
+        return None if content is None else number_of(content)
+    return last_number(said)
+
+
+def _number_marked(text: str, opening: str) -> Fraction | None:
+    said = answer_text(text, opening)
+    if said is None or not MARK.search(said):
+        return None if said is None else _number_said(said, "")
+    return first_number(MARK.split(said)[-1])
+
+
+def _within(want: Fraction, got: Fraction | None, tolerance: float) -> float:
+    return float(got is not None and abs(got - want) <= Fraction(str(tolerance)))
+
+
+def check_answer(verifier: str, columns: Mapping[str, Any]) -> None:
+    """DataError where `verifier` cannot read one row's columns. For `math_verify`, which imports and runs its library,
+    see `IN_A_PROCESS`."""
+    if verifier == "exact_match":
+        _as_text(columns.get("answer"))
+    elif verifier == "numeric_match":
+        _as_number(columns.get("answer"))
+    elif verifier == "gsm8k":
+        _as_number(_after_mark(columns.get("answer")))
+    elif verifier == "math_verify":
+        from apportion.data.expressions import read_answer
+
+        read_answer(columns.get("answer"))
+    elif verifier == "gym":
+        _check_gym(columns)
+
+
+def _check_gym(columns: Mapping[str, Any]) -> None:
+    for name, kind, expected in (
+        ("task", str, "a task's name"),
+        ("entry", Mapping, "the task's own item"),
+        ("task_parameters", Mapping, "the task's parameters"),
+    ):
+        if not isinstance(columns.get(name), kind):
+            raise DataError(f"{name}: got {_shown(columns.get(name))}, expected {expected}, as a gym: source has it")
 
 
 VERIFIERS: dict[str, Callable[..., list[float | None]]] = {
@@ -180,6 +226,17 @@ VERIFIERS: dict[str, Callable[..., list[float | None]]] = {
     "format": format_match,
     "math_verify": math_verify,
     "gym": gym,
+}
+
+# What each verifier reads of the data; every other parameter is a setting, the same for all samples.
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "exact_match": ("answer",),
+    "numeric_match": ("answer",),
+    "gsm8k": ("answer",),
+    "regex_match": (),
+    "format": (),
+    "math_verify": ("answer",),
+    "gym": ("task", "entry", "task_parameters"),
 }
 
 # Verifiers that one odd completion can keep busy without end, and that therefore run in a process that can be killed. Each
