@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 from apportion.actors.environment_calls import EventLoop, StepTimeout, ThreadPool
+from apportion.data.columns import own_copy
 from apportion.data.environments import load_environment
 from apportion.platform.process import ActorBase
 
@@ -160,7 +161,7 @@ def reset_arguments(reset: Callable[..., Any], start: EpisodeStart) -> dict[str,
     >>> reset_arguments(lambda food, seed: "", EpisodeStart(0, {"food": "pie", "id": 7}, seed=3))
     {'seed': 3, 'food': 'pie'}
     """
-    given = {"seed": start.seed} | start.columns
+    given = {"seed": start.seed} | own_copy(start.columns)  # responses to one prompt share a row
     parameters = inspect.signature(reset).parameters.values()
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
         return given

@@ -31,6 +31,7 @@ from apportion.algorithms import registry
 from apportion.algorithms.interface import judged_method
 from apportion.algorithms.steps import split_steps, step_of_tokens, token_starts
 from apportion.batch import Batch, Critique, Marks, Prompt, Totals
+from apportion.data.columns import value_at
 from apportion.data.prompts import load_tokenizer
 from apportion.platform.process import ActorBase
 
@@ -129,7 +130,8 @@ class Judge:
     def _case(self, prompt: Prompt, steps: list[str]) -> Case:
         columns = dict(prompt.columns)
         column = self._spec.answer_column
-        answer = columns.pop(column, None) if column is not None else None
+        answer = value_at(columns, column) if column is not None else None
+        columns.pop(column, None)
         return Case(question_text(prompt.prompt), steps, None if answer is None else str(answer), columns)
 
     def _critiques(self, cases: list[Case], report: JudgeReport, deadline: float) -> list[list[Critique]]:

@@ -33,6 +33,7 @@ from apportion.actors.reward_call import LimitedCaller, failure_of
 from apportion.actors.reward_service import FIRST_PAUSE_SECONDS, RETRIED_STATUS, shown_url
 from apportion.algorithms.steps import critique_prompt, parse_verdict
 from apportion.batch import Critique
+from apportion.data.columns import own_copy
 from apportion.data.errors import DataError
 from apportion.data.functions import load_function
 from apportion.data.prompts import PromptEncoder, check_characters, load_tokenizer
@@ -129,11 +130,12 @@ class FunctionJudge:
         left = min(self._limit, deadline - time.monotonic())
         if left <= 0:
             return Critique(None, "slow", detail=f"{self.name}: the time for this batch was over before it was asked")
-        arguments = {**case.columns, "question": case.question, "steps": list(case.steps), "answer": case.answer}
+        arguments = {**case.columns, "question": case.question, "steps": case.steps, "answer": case.answer}
         if self._numbered:
             arguments["critique"] = number
         if self._wanted is not None:
             arguments = {name: value for name, value in arguments.items() if name in self._wanted}
+        arguments = own_copy(arguments)  # a function that changes them changes nobody else's
         try:
             said = self._caller.call(lambda: self._function(**arguments), left)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a user's function raises is a failure

@@ -14,13 +14,15 @@ import queue
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from apportion.data.columns import value_at
 
 ASYNC_GRACE_SECONDS = 1.0  # for a coroutine to notice that it was cancelled
 TRACEBACK_CHARACTERS = 4000
@@ -43,6 +45,7 @@ class RewardCall:
     columns: dict[str, list[Any]]
     prompt_ids: list[list[int]]
     completion_ids: list[list[int]]
+    prompt_endings: list[str] | None = None  # the text of each prompt's last tokens; None: no tokenizer is known
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -54,7 +57,16 @@ class RewardCall:
             {name: [values[i] for i in indices] for name, values in self.columns.items()},
             [self.prompt_ids[i] for i in indices],
             [self.completion_ids[i] for i in indices],
+            None if self.prompt_endings is None else [self.prompt_endings[i] for i in indices],
         )
+
+    def with_columns(self, paths: Mapping[str, str]) -> RewardCall:
+        """The same samples with more columns: of each name, the value at its path in the columns that are there."""
+        if not paths:
+            return self
+        rows = [{name: values[i] for name, values in self.columns.items()} for i in range(len(self))]
+        more = {name: [value_at(row, path) for row in rows] for name, path in paths.items()}
+        return replace(self, columns=self.columns | more)
 
 
 class CallTimeout(Exception):

@@ -5,11 +5,18 @@ A user's module is imported here once more than in the reward actors; a service 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-from apportion.actors.reward_sources import RESERVED, FunctionSource, RewardEntry, function_source, parse_entries
+from apportion.actors.reward_sources import (
+    RESERVED,
+    FunctionSource,
+    RewardEntry,
+    columns_problem,
+    function_source,
+    parse_entries,
+)
 from apportion.platform.errors import ConfigError
 from apportion.platform.metric_names import METRICS
 
@@ -67,18 +74,17 @@ def has_models(functions: Any) -> bool:
     return any(isinstance(function, str) and function.startswith("model:") for function in entries)
 
 
-def check_columns(functions: list[FunctionSource], columns: Collection[str], where: str) -> None:
+def check_columns(
+    functions: Sequence[FunctionSource], columns: Collection[str], where: str, paths: Sequence[str] = ()
+) -> None:
     """ConfigError where a function needs a column that `where` (data.train, data.eval) does not have.
 
-    `columns` are the source's but the prompt's.
+    `columns` are the source's but the prompt's; `paths` are the ones inside them.
     """
     if taken := sorted(set(columns) & set(RESERVED)):
         raise ConfigError(
             f"{where}: got a column named {taken[0]!r}, reward functions get something else of that name; rename it"
         )
     for function in functions:
-        if missing := function.missing_columns(set(columns)):
-            raise ConfigError(
-                f"reward.functions {function.name}: needs {', '.join(map(repr, missing))}, {where} has columns "
-                f"{', '.join(sorted(columns)) or 'none'}; rename one, or use params"
-            )
+        if problem := columns_problem(function, sorted(columns), paths, where):
+            raise ConfigError(problem)

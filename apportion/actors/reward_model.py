@@ -38,6 +38,8 @@ class ModelSource:
             )
         if settings["dtype"] not in DTYPES:
             raise ConfigError(f"reward.functions {path}: got dtype {settings['dtype']!r}, expected {', '.join(DTYPES)}")
+        if entry.columns:
+            raise ConfigError(f"reward.functions {path}: got columns, a reward model reads none; leave them out")
         self._batch_size, self._limit = entry.batch_size or 16, entry.timeout_seconds
         self._caller = LimitedCaller(self.name)
         self._model, self._tokenizer = _load(path, settings)

@@ -52,6 +52,7 @@ class ServiceSource:
         self.name = entry.name or (urlsplit(self.urls[0]).hostname or "service")
         self.weight = entry.weight
         self._limit, self._retries, self._batch_size = entry.timeout_seconds, entry.retries, entry.batch_size
+        self._paths = entry.columns
         headers = {"Content-Type": "application/json"}
         if entry.auth_env is not None:
             if not os.environ.get(entry.auth_env):
@@ -73,10 +74,11 @@ class ServiceSource:
         self._client.close()
 
     def missing_columns(self, columns: set[str]) -> list[str]:
-        return []
+        return [path for path in self._paths.values() if path not in columns]
 
     def score(self, call: RewardCall) -> list[Any]:
         deadline = time.monotonic() + self._limit
+        call = call.with_columns(self._paths)
         size = self._batch_size or -(-len(call) // len(self.urls))
         chunks = [list(range(start, min(start + size, len(call)))) for start in range(0, len(call), size)]
         with ThreadPoolExecutor(max_workers=min(len(chunks), 4 * len(self.urls))) as pool:

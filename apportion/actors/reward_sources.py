@@ -24,9 +24,10 @@ from apportion.actors.reward_call import (
     failure_of,
     within,
 )
+from apportion.data.columns import answer_path, own_copy
 from apportion.data.errors import DataError
 from apportion.data.functions import load_function
-from apportion.data.verifiers import IN_A_PROCESS, VERIFIERS
+from apportion.data.verifiers import COLUMNS, IN_A_PROCESS, VERIFIERS, check_settings
 from apportion.platform.errors import ConfigError, nearest
 
 RESERVED = ("prompts", "completions", "prompt_ids", "completion_ids")
@@ -60,6 +61,7 @@ class RewardEntry:
     timeout_seconds: float = 60.0
     name: str | None = None  # null: the function's
     params: dict[str, Any] = field(default_factory=dict)  # keyword arguments of a function, settings of a model
+    columns: dict[str, str] = field(default_factory=dict)  # argument -> the data's column, or a path inside one
     one_by_one: bool = False  # functions: called for one sample at a time
     batch_size: int | None = None  # services: samples of a request; models: sequences of a forward pass
     retries: int = 3  # services: further attempts of a request
@@ -70,8 +72,9 @@ class RewardEntry:
             self.urls = [self.urls]
         elif isinstance(self.urls, Sequence):
             self.urls = list(self.urls)
-        if isinstance(self.params, Mapping):
-            self.params = dict(self.params)
+        for key in ("params", "columns"):
+            if isinstance(getattr(self, key), Mapping):
+                setattr(self, key, dict(getattr(self, key)))
         if (self.function is None) == (self.urls is None):
             given = "neither" if self.function is None else "both"
             raise ConfigError(f"reward.functions: got {given} of function and urls, expected one of the two")
@@ -116,6 +119,14 @@ _EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda v: isinstance(v, dict) and all(isinstance(key, str) for key in v),
         "a mapping of names to values",
     ),
+    "columns": (
+        lambda v: (
+            isinstance(v, dict)
+            and all(isinstance(name, str) and name not in RESERVED for name in v)
+            and all(isinstance(path, str) and path for path in v.values())
+        ),
+        "a mapping of arguments to columns, as {answer: reward_model.ground_truth}",
+    ),
     "one_by_one": (lambda v: isinstance(v, bool), "true or false"),
     "batch_size": (lambda v: v is None or _is_whole(v, 1), "at least 1 (a whole number)"),
     "retries": (lambda v: _is_whole(v, 0), "at least 0 (a whole number)"),
@@ -147,9 +158,28 @@ def _parse_entry(entry: Any, default_timeout: float) -> RewardEntry:
     given = {"timeout_seconds": default_timeout} | dict(entry)
     if given["timeout_seconds"] is None:
         given["timeout_seconds"] = default_timeout
-    if given.get("params") is None:
-        given["params"] = {}
+    for key in ("params", "columns"):
+        if given.get(key) is None:
+            given[key] = {}
     return RewardEntry(**given)
+
+
+def columns_problem(source: RewardSource, columns: Sequence[str], paths: Sequence[str], where: str) -> str | None:
+    """What `source` needs of the data and does not find: `where` has `columns`, and `paths` inside them."""
+    missing = source.missing_columns({*columns, *paths})
+    if not missing:
+        return None
+    path = answer_path(columns, paths) if missing[0] == "answer" else None
+    cure = f"set columns: {{{missing[0]}: {path or 'NAME'}}} in its entry"
+    if isinstance(source, FunctionSource) and missing[0] in source.paths.values():
+        near = nearest(missing[0], [*columns, *paths])
+        cure = f"correct its `columns`{near}"
+    elif not isinstance(source, FunctionSource) or source.is_users:
+        cure += ", or params for a value that is the same for all rows"
+    return (
+        f"reward.functions {source.name}: needs {', '.join(map(repr, missing))}, {where} has columns "
+        f"{', '.join(columns) or 'none'}; {cure}"
+    )
 
 
 def function_source(entry: RewardEntry) -> FunctionSource:
@@ -174,6 +204,11 @@ def function_source(entry: RewardEntry) -> FunctionSource:
                 f"reward.functions: {spec} cannot be imported ({type(error).__name__}: {error})"
             ) from error
         name = str(spec).replace(":", ".").rpartition(".")[2]
+    if spec in VERIFIERS:
+        try:
+            check_settings(str(spec), entry.params)
+        except DataError as error:
+            raise ConfigError(f"reward.functions {entry.name or name}: {error}") from None
     if spec in IN_A_PROCESS:
         from apportion.actors.reward_process import VerifierSource
 
@@ -185,7 +220,9 @@ class FunctionSource:
     """A Python function with TRL's signature, `f(prompts, completions, **columns) -> list`, sync or async.
 
     It is given what it names: `prompts`, `completions`, `prompt_ids`, `completion_ids`, columns, and all of them if it
-    takes `**kwargs`; `params` of the entry go before columns of the same name. It runs in a thread, one call at a time;
+    takes `**kwargs`; `params` of the entry go before columns of the same name, and so do its `columns`. Every call gets
+    lists of its own, so that a function may change them. A ready-made verifier gets the columns that it reads alone, and
+    as `prompts` the text that each rendered prompt ends with. It runs in a thread, one call at a time;
     what needs a process's main thread (signals) fails there.
 
     Where a call of several samples raises or runs into its limit, it is repeated one sample at a time, so that only the
@@ -196,13 +233,15 @@ class FunctionSource:
 
     def __init__(self, name: str, function: Callable[..., Any], entry: RewardEntry) -> None:
         self.name, self.weight = name, entry.weight
-        self._function, self._params, self.limit_seconds, self._one_by_one = (
+        self._function, self.params, self.limit_seconds, self._one_by_one = (
             function,
             entry.params,
             entry.timeout_seconds,
             entry.one_by_one,
         )
-        self.is_users = entry.function not in VERIFIERS
+        self.paths = entry.columns
+        self.verifier = entry.function if entry.function in VERIFIERS else None
+        self.is_users = self.verifier is None
         self._is_async = any(inspect.iscoroutinefunction(f) for f in (function, type(function).__call__))
         self._caller = LimitedCaller(name, self._is_async)
         parameters = inspect.signature(function).parameters.values()
@@ -214,6 +253,15 @@ class FunctionSource:
         if unknown and not self._takes_all:
             near = nearest(unknown[0], self._takes)
             raise ConfigError(f"reward.functions {name}: got params key {unknown[0]!r}, the function has none{near}")
+        if twice := [key for key in entry.columns if key in entry.params]:
+            raise ConfigError(f"reward.functions {name}: got {twice[0]!r} in params and in columns, expected it in one")
+        expected = self._takes if self.verifier is None else COLUMNS[self.verifier]
+        unknown = [key for key in entry.columns if key not in expected]
+        if unknown and (not self._takes_all or self.verifier is not None):
+            raise ConfigError(
+                f"reward.functions {name}: got columns key {unknown[0]!r}, expected an argument that the function reads "
+                f"from the data: {', '.join(sorted(expected)) or 'it reads none'}{nearest(unknown[0], expected)}"
+            )
 
     @property
     def hung(self) -> int:
@@ -223,8 +271,11 @@ class FunctionSource:
         self._caller.close()
 
     def missing_columns(self, columns: set[str]) -> list[str]:
-        """Arguments without a default that neither a column nor `params` gives."""
-        return [n for n in self._required if n not in columns and n not in self._params and n not in RESERVED]
+        """Arguments without a default that neither a column nor `params` gives, and columns that are named and not there.
+        `columns` may hold paths inside columns too."""
+        lost = [path for path in self.paths.values() if path not in columns]
+        given = {*columns, *self.params, *self.paths, *RESERVED}
+        return [*(name for name in self._required if name not in given), *lost]
 
     def score(self, call: RewardCall) -> list[Any]:
         if self._one_by_one and len(call) > 1:
@@ -240,9 +291,16 @@ class FunctionSource:
         return self._listed(self._caller.call(lambda: self._function(**self._arguments(call)), limit), len(call))
 
     def _arguments(self, call: RewardCall) -> dict[str, Any]:
-        given = dict(call.columns) | {"prompts": call.prompts, "completions": call.completions}
-        given |= {"prompt_ids": call.prompt_ids, "completion_ids": call.completion_ids} | self._params
-        return given if self._takes_all else {name: value for name, value in given.items() if name in self._takes}
+        given = dict(call.with_columns(self.paths).columns)
+        prompts: Sequence[Any] = call.prompts
+        if self.verifier is not None:
+            given = {name: values for name, values in given.items() if name in COLUMNS[self.verifier]}
+            prompts = call.prompts if call.prompt_endings is None else call.prompt_endings
+        given |= {"prompts": prompts, "completions": call.completions}
+        given |= {"prompt_ids": call.prompt_ids, "completion_ids": call.completion_ids} | self.params
+        if not self._takes_all:
+            given = {name: value for name, value in given.items() if name in self._takes}
+        return {name: own_copy(value) for name, value in given.items()}
 
     def _listed(self, elements: Any, expected: int) -> list[Any]:
         if hasattr(elements, "tolist"):  # numpy array, torch tensor

@@ -33,7 +33,11 @@ class PolicySteps:
             count += len(texts)
         return count, step_ids
 
-    def _decode(self, ids: list[int]) -> str:
+    @property
+    def tokenizer(self) -> Any:
         if isinstance(self._tokenizer, TokenizerPath):
             self._tokenizer = self._tokenizer.load()
-        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self._tokenizer
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -19,9 +19,19 @@ from typing import Any
 import numpy as np
 
 from apportion.actors.reward_call import Failure, RewardCall
-from apportion.actors.reward_sources import RESERVED, RewardEntry, RewardSource, function_source, parse_entries
+from apportion.actors.reward_sources import (
+    RESERVED,
+    FunctionSource,
+    RewardEntry,
+    RewardSource,
+    columns_problem,
+    function_source,
+    parse_entries,
+)
 from apportion.actors.reward_steps import PolicySteps
 from apportion.batch import Batch, Prompt
+from apportion.data.columns import nested_paths
+from apportion.data.response_text import prompt_ending
 from apportion.platform.errors import ConfigError, RewardError
 
 ENVIRONMENT = "environment"  # the component of rewards that a batch already has
@@ -104,17 +114,15 @@ class Scorer:
 
     def check_columns(self, prompts: Sequence[Prompt]) -> None:
         """ConfigError if a function needs a column that none of `prompts` has, or a column has a reserved name."""
-        columns = {name for prompt in prompts for name in prompt.columns}
-        if taken := sorted(columns & set(RESERVED)):
+        columns = sorted({name for prompt in prompts for name in prompt.columns})
+        paths = nested_paths([prompt.columns for prompt in prompts])
+        if taken := sorted(set(columns) & set(RESERVED)):
             raise ConfigError(
                 f"data: got a column named {taken[0]!r}, reward functions get something else of that name; rename it"
             )
         for source in self.components.values():
-            if missing := source.missing_columns(columns):
-                raise ConfigError(
-                    f"reward.functions {source.name}: needs {', '.join(map(repr, missing))}, "
-                    f"the data has columns {', '.join(sorted(columns)) or 'none'}; rename one, or use params"
-                )
+            if problem := columns_problem(source, columns, paths, "the data"):
+                raise ConfigError(problem)
 
     def score(self, batch: Batch, prompts: Sequence[Prompt]) -> tuple[Batch, ScoreReport]:
         """The batch with `rewards` and `sample_mask`, and `token_rewards` if any component is dense; and what happened.
@@ -123,7 +131,7 @@ class Scorer:
         last action token.
         """
         start = time.monotonic()
-        call = _call(batch, prompts)
+        call = replace(_call(batch, prompts), prompt_endings=self._prompt_endings(batch))
         said = self._ask(call)
         report = ScoreReport(samples=len(batch), hung_threads=sum(s.hung for s in self.components.values()))
         weights = {name: source.weight for name, source in self.components.items()}
@@ -138,6 +146,18 @@ class Scorer:
         _count(report, judged, rows)
         report.seconds = time.monotonic() - start
         return self._filled(batch, rows, dense), report
+
+    def _prompt_endings(self, batch: Batch) -> list[str] | None:
+        """The text that each rendered prompt ends with, where a verifier reads it."""
+        read = any(isinstance(s, FunctionSource) and not s.is_users for s in self.components.values())
+        if self._steps is None or not read:
+            return None
+        known: dict[str, str] = {}
+        for index, prompt_id in enumerate(batch.prompt_ids):
+            if prompt_id not in known:
+                prompt = batch.sequence(index)[: batch.prompt_lengths[index]]
+                known[prompt_id] = prompt_ending(self._steps.tokenizer, prompt)
+        return [known[prompt_id] for prompt_id in batch.prompt_ids]
 
     def _ask(self, call: RewardCall) -> dict[str, list[Any]]:
         """What every component says, asked side by side; each keeps its own time limit."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from apportion.actors.reward_check import check_columns, check_functions
+from apportion.actors.reward_answers import FIRST_ROWS, check_data, check_tags
+from apportion.actors.reward_check import check_functions
+from apportion.actors.reward_sources import FunctionSource
 from apportion.assembly.report import say
 from apportion.batch import Prompt
 from apportion.conf.schema import Config
@@ -13,12 +15,11 @@ from apportion.data.prompts import PromptEncoder, PromptStream, every_prompt
 from apportion.data.sources import Source, load_sources
 from apportion.data.turns import TurnEncoder
 
-FIRST_ROWS = 64
-
 
 def load_prompts(config: Config, tokenizer: Any) -> tuple[PromptStream, list[Prompt]]:
     """The training stream and the held-out prompts; says how many rows were left out."""
     data, encoder = config.data, _encoder(config, tokenizer)
+    check_tags(_functions(config), tokenizer)
     sources = _sources(config, "train")
     if data.on_bad_row == "error":
         _check_first(sources, encoder)
@@ -36,6 +37,7 @@ def load_prompts(config: Config, tokenizer: Any) -> tuple[PromptStream, list[Pro
 
 def load_held_out(config: Config, tokenizer: Any) -> list[Prompt]:
     """The held-out prompts alone: the data that a checkpoint was trained on may be gone."""
+    check_tags(_functions(config), tokenizer)
     held_out, left_out = every_prompt(_sources(config, "eval"), _encoder(config, tokenizer), config.data.on_bad_row)
     _say_left_out(left_out)
     return held_out
@@ -52,15 +54,18 @@ def _encoder(config: Config, tokenizer: Any) -> PromptEncoder:
 
 
 def _sources(config: Config, split: str) -> list[Source]:
-    """Of `split`, with every column that a reward function needs."""
+    """Of `split`, with every column that a reward function needs, and answers that verifiers can read."""
     data = config.data
     given, limit = (data.train, data.limit) if split == "train" else (data.eval, data.eval_limit)
     sources = load_sources(
         given, split=split, limit=limit, prompt_column=data.prompt_column, on_bad_row=data.on_bad_row
     )
-    functions = check_functions(config.reward.functions, config.reward.timeout_seconds)
-    check_columns(functions, _columns(sources), f"data.{split}")
+    check_data(_functions(config), sources, f"data.{split}", data.on_bad_row)
     return sources
+
+
+def _functions(config: Config) -> list[FunctionSource]:
+    return check_functions(config.reward.functions, config.reward.timeout_seconds)
 
 
 def _say_left_out(left_out: Counter[str]) -> None:
@@ -75,8 +80,3 @@ def _check_first(sources: list[Source], encoder: PromptEncoder) -> None:
     for source in sources:
         for row in source.rows[:FIRST_ROWS]:
             encoder.prompt(source, row, 0)
-
-
-def _columns(sources: list[Source]) -> set[str]:
-    """Columns beside the prompt, as the first rows of each source have them."""
-    return {name for s in sources for row in s.rows[:8] for name in row.values if name != s.prompt_column}

@@ -6,6 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from apportion.actors.reward_answers import FIRST_ROWS, check_data
+from apportion.actors.reward_check import check_functions
 from apportion.conf.schema import Config
 from apportion.data.functions import load_function
 from apportion.data.hub import saved_by_datasets
@@ -15,8 +17,8 @@ from apportion.platform.runs import check_run_name
 
 
 def check_sources(config: Config) -> None:
-    """The same errors as a start's, for sources that are not there or whose first row cannot be used, a chat template
-    that is not there, and a run's name that is no folder's. Datasets on a hub and saved ones are not opened; of the rest,
+    """The same errors as a start's, for sources that are not there or whose first rows cannot be used or has an answer that
+    a verifier cannot read, a chat template that is not there, and a run's name that is no folder's. Datasets on a hub and saved ones are not opened; of the rest,
     only a reasoning-gym task takes seconds (to be imported)."""
     data = config.data
     check_run_name(config.run_name)
@@ -24,6 +26,7 @@ def check_sources(config: Config) -> None:
         from apportion.data.prompts import template_text  # imports torch
 
         template_text(config.model.chat_template)
+    functions = check_functions(config.reward.functions, config.reward.timeout_seconds)
     for split, given in (("train", data.train), ("eval", data.eval)):
         if split == "eval" and given is None:
             continue
@@ -32,9 +35,10 @@ def check_sources(config: Config) -> None:
             if kind == "function":
                 load_function(rest)  # calling it may take long
             elif _is_quick(spec, kind):
-                load_sources(
-                    _first_row(spec), split=split, prompt_column=data.prompt_column, on_bad_row=data.on_bad_row
+                sources = load_sources(
+                    _first_rows(spec), split=split, prompt_column=data.prompt_column, on_bad_row=data.on_bad_row
                 )
+                check_data(functions, sources, f"data.{split}", data.on_bad_row)
 
 
 def _is_quick(spec: SourceSpec, kind: str) -> bool:
@@ -44,4 +48,4 @@ def _is_quick(spec: SourceSpec, kind: str) -> bool:
 
 def _first_row(spec: SourceSpec) -> dict[str, Any]:
     entry = asdict(spec)
-    return entry.pop("parameters") | entry | {"limit": 1}
+    return entry.pop("parameters") | entry | {"limit": min(spec.limit or FIRST_ROWS, FIRST_ROWS)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
@@ -32,6 +32,15 @@ class TableRows(Sequence[Row]):
             return [self[i] for i in range(*index.indices(len(self)))]
         number = self._numbers[index]
         return Row(number, f"{self._place}: row {number + 1}", self._table[number])
+
+    def only(self, names: Collection[str]) -> TableRows:
+        """The same rows with these columns alone, which are read without the others."""
+        kept = [name for name in self._table.column_names if name in names]
+        return TableRows(self._table.select_columns(kept), self._numbers, self._place)
+
+    def at(self, places: Sequence[int]) -> TableRows:
+        """The rows at these places."""
+        return TableRows(self._table, [self._numbers[place] for place in places], self._place)
 
 
 def saved_by_datasets(path: Path) -> bool:

@@ -15,6 +15,7 @@ import numpy as np
 
 from apportion.data.errors import DataError
 from apportion.data.prompts import PromptEncoder
+from apportion.data.response_text import ResponseText
 
 MARKER = "apportionturn"  # a word that no template changes
 
@@ -33,6 +34,7 @@ class TurnEncoder:
 
     def __post_init__(self) -> None:
         self._tokenizer = self.encoder.tokenizer
+        self._spell = ResponseText(self._tokenizer)
         added = self._tokenizer.added_tokens_decoder.items()
         self._special = {*self._tokenizer.all_special_ids, *(index for index, token in added if token.special)}
         if not self.encoder.chat:
@@ -98,7 +100,7 @@ class TurnEncoder:
 
     def text(self, token_ids: np.ndarray) -> str:
         """A response as people and verifiers read it, without special tokens."""
-        return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        return self._spell(token_ids)
 
 
 def _shared_start(one: str, other: str) -> str:

@@ -191,6 +191,39 @@ def _within(want: Fraction, got: Fraction | None, tolerance: float) -> float:
     return float(got is not None and abs(got - want) <= Fraction(str(tolerance)))
 
 
+def check_settings(verifier: str, params: Mapping[str, Any]) -> None:
+    """DataError where `params` cannot be the settings of `verifier`: a column's name among them, or a wrong kind."""
+    for key in params:
+        if key in COLUMNS[verifier]:
+            path = params[key] if isinstance(params[key], str) and params[key] else "NAME"
+            raise DataError(
+                f"got params {key!r}, which every row has its own of and params are the same for all; "
+                f"name the data's column, or a path inside one, with columns: {{{key}: {path}}}"
+            )
+    for key, (fits, expected) in _SETTINGS.items():
+        if key in params and not fits(params[key]):
+            raise DataError(f"got {key} {params[key]!r}, expected {expected}")
+    if verifier == "regex_match" and "pattern" not in params:
+        raise DataError("got no pattern, expected params: {pattern: REGULAR_EXPRESSION}")
+    if "pattern" in params:
+        try:
+            re.compile(params["pattern"], re.DOTALL)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise DataError(f"got pattern {params['pattern']!r}, not a regular expression ({error})") from None
+
+
+_SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "tolerance": (
+        lambda v: isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v < float("inf"),
+        "a number of at least 0",
+    ),
+    "ignore_case": (lambda v: isinstance(v, bool), "true or false"),
+    "full": (lambda v: isinstance(v, bool), "true or false"),
+    "pattern": (lambda v: isinstance(v, str) and bool(v), "a regular expression"),
+    "tag": (lambda v: isinstance(v, str) and bool(v), "a tag's name, as answer"),
+}
+
+
 def check_answer(verifier: str, columns: Mapping[str, Any]) -> None:
     """DataError where `verifier` cannot read one row's columns. For `math_verify`, which imports and runs its library,
     see `IN_A_PROCESS`."""
@@ -244,7 +277,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 IN_A_PROCESS: dict[str, dict[str, Any] | None] = {
     "regex_match": None,
     "format": None,
-    "math_verify": {"prompts": [""], "completions": ["$1$"], "answer": ["1"]},
+    "math_verify": {"prompts": [""], "completions": ["$x$"], "answer": ["x"]},
     "gym": {
         "prompts": [""],
         "completions": ["1"],

@@ -9,6 +9,7 @@ import numpy as np
 
 from apportion.actors.engines import Sample, Sampling
 from apportion.batch import Prompt
+from apportion.data.response_text import ResponseText
 from apportion.platform.errors import DataError
 
 
@@ -24,6 +25,10 @@ class GivenResponses:
 
         return AutoTokenizer.from_pretrained(self._model, trust_remote_code=self._trust_remote_code)
 
+    @cached_property
+    def _spell(self) -> ResponseText:
+        return ResponseText(self.tokenizer)
+
     def samples(self, prompts: list[Prompt], sampling: Sampling) -> list[Sample]:
         """One for each prompt; cut at `sampling.max_tokens`, which then has no eos. DataError for a row without."""
         return [self._sample(prompt, sampling) for prompt in prompts]
@@ -34,9 +39,7 @@ class GivenResponses:
         kept = np.asarray(ids[: sampling.max_tokens], np.int32)
         cut = len(kept) < len(ids)
         logprobs = np.full(len(kept), np.nan, np.float32)
-        return Sample(
-            kept, logprobs, "length" if cut else "stop", self.tokenizer.decode(kept, skip_special_tokens=True)
-        )
+        return Sample(kept, logprobs, "length" if cut else "stop", self._spell(kept))
 
 
 def _answer(prompt: Prompt, column: str) -> str:

@@ -11,6 +11,7 @@ import torch
 from apportion.actors.engine import own_device
 from apportion.actors.engines import EngineSpec, Request, Sample, Sampling
 from apportion.actors.loading import attention_softcap
+from apportion.data.response_text import ResponseText
 from apportion.platform.channel import ChannelAddress, WeightChannel
 from apportion.platform.weights import SyncReceipt, TensorEntry, WeightBundle, as_bytes, checksum, receive
 
@@ -22,6 +23,7 @@ class TransformersEngine:
         torch.set_num_threads(spec.threads)
         self._device = own_device()
         self._tokenizer = AutoTokenizer.from_pretrained(spec.model, trust_remote_code=spec.trust_remote_code)
+        self._spell = ResponseText(self._tokenizer)
         self._model: Any = AutoModelForCausalLM.from_pretrained(
             spec.model, dtype=getattr(torch, spec.dtype), trust_remote_code=spec.trust_remote_code
         )
@@ -95,7 +97,7 @@ class TransformersEngine:
         stopped = self._first_stop(tokens[: ended or len(tokens)], sampling.stop)
         length = stopped or ended or len(tokens)
         kept = ids[:length].numpy().astype(np.int32)
-        text = self._tokenizer.decode(kept, skip_special_tokens=True)
+        text = self._spell(kept)
         reason = "length" if stopped is None and ended is None else "stop"
         return Sample(kept, logprobs[:length].numpy().astype(np.float32), reason, text)
 

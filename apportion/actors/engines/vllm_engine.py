@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from apportion.actors.engines import EngineSpec, Request, Sample, Sampling
 from apportion.actors.engines.vllm_worker import index_of
+from apportion.data.response_text import ResponseText
 from apportion.platform.channel import ChannelAddress
 from apportion.platform.errors import WeightSyncError
 from apportion.platform.weights import SyncReceipt, TensorEntry, WeightBundle
@@ -47,12 +48,17 @@ class VllmEngine:
             disable_log_stats=True,
             worker_extension_cls="apportion.actors.engines.vllm_worker.WeightReceiver",
         )
+        self._spell = ResponseText(self._llm.get_tokenizer())
 
     def generate(self, requests: list[Request], sampling: Sampling) -> list[Sample]:
         prompts = [{"prompt_token_ids": r.token_ids.tolist()} for r in requests]
         params = [self._params(sampling, r) for r in requests]
         outputs = self._llm.generate(prompts, params, use_tqdm=False)
-        return [_sample(o.outputs[0]) for o in outputs]
+        return [self._sample(o.outputs[0]) for o in outputs]
+
+    def _sample(self, output: Any) -> Sample:
+        sample = _sample(output)
+        return replace(sample, text=self._spell(sample.token_ids)) if self._spell.keeps_tags else sample
 
     def _params(self, sampling: Sampling, request: Request) -> Any:
         import vllm
@@ -64,6 +70,7 @@ class VllmEngine:
             max_tokens=sampling.max_tokens if request.max_tokens is None else request.max_tokens,
             stop=sampling.stop or None,
             include_stop_str_in_output=True,  # the text is what was sampled
+            skip_special_tokens=not self._spell.keeps_tags,  # else a stop text that is a special token would not stop
             seed=request.seed,
             logprobs=0,  # that of the sampled token alone
         )
