@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import signal
 import sys
 import time
@@ -33,9 +34,13 @@ class Patient(ActorBase):
         }
         raise errors[kind]
 
-    def die(self) -> None:
+    def die(self, how: str = "kill") -> None:
         print("the last words", flush=True)
-        os.kill(os.getpid(), signal.SIGKILL)
+        if how == "interrupt":
+            raise KeyboardInterrupt
+        if how == "exit":
+            os._exit(3)
+        os.kill(os.getpid(), signal.SIGSEGV if how == "segfault" else signal.SIGKILL)
 
     def imports(self, name: str) -> str:
         return str(importlib.import_module(name).__file__)
@@ -106,16 +111,32 @@ def test_a_users_module_is_imported_and_hides_nothing_that_is_installed(cluster,
     assert mine == str(tmp_path / "mine_alone.py") and numpy.endswith("numpy/__init__.py")
 
 
+def known_exit_statuses() -> bool:
+    """Whether this kernel tells the exit status of a process that is not a child (Linux 6.15 and later)."""
+    release = re.match(r"(\d+)\.(\d+)", os.uname().release)
+    return release is not None and (int(release[1]), int(release[2])) >= (6, 15)
+
+
 @pytest.mark.system
-def test_a_killed_actor_is_named_with_its_cause_and_last_words(cluster):
-    [victim] = cluster.start([ActorRequest("victim-0", Patient)], 60)
+@pytest.mark.parametrize(
+    ("how", "known"), [("kill", "killed by SIGKILL"), ("exit", "exited with code 3"), ("segfault", "killed by SIGSEGV")]
+)
+def test_a_dead_actor_is_named_with_its_exit_status_and_last_words(cluster, how, known):
+    [victim] = cluster.start([ActorRequest(f"victim-{how}", Patient)], 60)
     with pytest.raises(ActorError) as caught:
-        gather([victim.call("die")], 30, "rollout of step 1")
+        gather([victim.call("die", how)], 30, "rollout of step 1")
     message = str(caught.value)
-    assert message.startswith(f"victim-0 (pid {victim.info.pid} on ")
-    assert "died in rollout of step 1 (die): " in message
-    assert "SIGKILL" in message or "exit" in message.lower()
-    assert message.splitlines()[-1].strip() == "the last words"
+    cause = known if known_exit_statuses() else "its process ended without an exit code"
+    place = re.escape(f"victim-{how} (pid {victim.info.pid} on {victim.info.host}) died in rollout of step 1 (die): ")
+    assert re.match(place + cause, message), message
+    assert "out of memory" not in message and "OOM" not in message
+    assert how == "segfault" or message.splitlines()[-1].strip() == "the last words"  # after which Ray dumps its stack
+
+
+@pytest.mark.system
+def test_an_interrupt_that_a_call_raises_is_told_as_one(actors):
+    with pytest.raises(ActorError, match=r"^patient-0: die raised KeyboardInterrupt in a test\n"):
+        gather([actors[0].call("die", "interrupt")], 30, "a test")
 
 
 @pytest.mark.system

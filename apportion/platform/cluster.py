@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from apportion.platform import errors
+from apportion.platform.death import cause_of_death, lost_node, useful_words, witness
 from apportion.platform.errors import ActorError, ApportionError, CheckpointError, ConfigError
 from apportion.platform.process import ProcessInfo, tail
 
@@ -146,6 +147,7 @@ class Cluster:
         infos = gather([*calls, *joining], timeout_seconds, STARTING)
         for actor, info in zip(actors, infos, strict=False):
             actor.info = info
+            witness.watch(info)
 
     def start(self, requests: Sequence[ActorRequest], timeout_seconds: float) -> list[Actor]:
         """Start actors side by side and wait until each has been constructed."""
@@ -165,6 +167,7 @@ class Cluster:
             with contextlib.suppress(Exception):  # it may be gone already, and so may Ray
                 ray.kill(actor.handle)
         self._actors = []
+        witness.forget()
         ray.shutdown()
 
 
@@ -184,6 +187,8 @@ def gather(calls: Sequence[Call], timeout_seconds: float, what: str) -> list[Any
     import ray
 
     deadline = time.monotonic() + timeout_seconds
+    for call in calls:
+        witness.watch(call.actor.info)
     pending = {call.ref: call for call in calls}
     results: dict[Any, Any] = {}
     while pending:
@@ -197,6 +202,7 @@ def gather(calls: Sequence[Call], timeout_seconds: float, what: str) -> list[Any
                 results[ref] = ray.get(ref)
             except ray.exceptions.RayError as error:
                 raise explain(error, call, what) from None
+    witness.all_well()
     return [results[call.ref] for call in calls]
 
 
@@ -213,12 +219,18 @@ def explain(error: Exception, call: Call, what: str) -> ApportionError:
             return CheckpointError(f"{actor.name}: no space left on the device while in {what}: {cause}")
         trace = str(error).replace("\\n", "\n")  # a KeyError shows its text as a literal
         lines = "\n".join(f"    {line}" for line in trace.rstrip().splitlines()[-12:])
+        if isinstance(cause, ray.exceptions.TaskCancelledError):  # what Ray makes of a KeyboardInterrupt
+            return ActorError(f"{actor.name}: {call.method} raised KeyboardInterrupt in {what}\n{lines}")
         return ActorError(f"{actor.name}: {call.method} failed in {what}: {type(cause).__name__}: {cause}\n{lines}")
     if getattr(error, "actor_init_failed", False):
         return _not_made(str(error).rstrip(), actor, what)
-    return ActorError(
-        f"{actor.name}{_where(actor)} died in {what} ({call.method}): {_death(error)}{_last_lines(actor)}"
-    )
+    if lost_node(error):
+        return ActorError(
+            f"Ray's node of {actor.name}{_where(actor)} died in {what} ({call.method}), and the actor with it: "
+            f"{useful_words(str(error))}; look for the cause in that node's raylet logs and in dmesg"
+        )
+    cause = cause_of_death(error, witness.status(actor.info), witness.killed_for_memory(actor.info))
+    return ActorError(f"{actor.name}{_where(actor)} died in {what} ({call.method}): {cause}{_last_lines(actor)}")
 
 
 def _not_made(text: str, actor: Actor, what: str) -> ApportionError:
@@ -244,16 +256,6 @@ def _own_signals() -> Iterator[None]:
             for number, handler in own.items():
                 if handler is not None:
                     signal.signal(number, handler)
-
-
-def _death(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    if "OutOfMemory" in type(error).__name__ or ("memory" in text.lower() and "killed" in text.lower()):
-        return f"out of memory: {text[:300]}; use fewer or smaller actors, or a smaller rollout.kv_cache_gib"
-    for marker in ("Worker exit type:", "The actor died because", "The actor is dead because"):
-        if marker in text:
-            return text[text.index(marker) :][:400]
-    return text[:400]
 
 
 def _late(calls: list[Call], seconds: float, what: str) -> str:
