@@ -40,6 +40,7 @@ def wide(question, steps, answer): return [99]
 def text(question, steps, answer): return "0"
 def fails(question, steps, answer): raise RuntimeError("no idea")
 def exits(question, steps, answer): raise SystemExit("no idea")
+def interrupts(question, steps, answer): raise KeyboardInterrupt("no idea")
 async def awaited(question, steps, answer): return [len(steps) - 1]
 def noisy(question, steps, answer, critique): return [critique % 2]
 def wild(question, steps, answer, critique): return [99] if critique == 0 else [2]
@@ -74,13 +75,14 @@ def test_a_function_names_wrong_steps_from_0_and_sees_the_columns(oracle):
         ("text", "unparseable"),
         ("fails", "raised"),
         ("exits", "raised"),
+        ("interrupts", "raised"),
         ("late", "slow"),
     ],
 )
 def test_a_function_that_gives_no_verdict_has_no_vote(oracle, name, failure):
     [critique] = asked(oracle(name, 0.1))
     assert critique.wrong_steps is None and critique.failure == failure
-    assert ("no idea" in critique.detail) == (name in ("fails", "exits"))
+    assert ("no idea" in critique.detail) == (name in ("fails", "exits", "interrupts"))
 
 
 def test_a_critique_that_names_step_99_of_4_has_no_vote_is_counted_and_leaves_the_others_theirs(oracle):

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import signal
 import threading
 import time
 from dataclasses import replace
@@ -86,12 +87,38 @@ def test_one_failed_component_fails_the_sample_whatever_the_others_say():
     assert report.component_counts == {"lengths": 2, "picky": 1}
 
 
-def test_a_function_that_ends_the_process_only_fails_its_samples():
-    def leave(completions):
-        raise SystemExit(3)
+ENDS = [SystemExit(3), KeyboardInterrupt(), GeneratorExit(), asyncio.CancelledError(), BaseException("odd")]
 
-    _, report = score(leave, *batch_of("a", "b"))
-    assert report.failed == {"raised": 2}
+
+@pytest.mark.parametrize("end", ENDS, ids=lambda end: type(end).__name__)
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_a_function_that_would_end_the_process_only_fails_its_samples(end, is_async, one_by_one):
+    def leave(completions):
+        if "b" in completions:
+            raise end
+        return [1.0] * len(completions)
+
+    async def leave_later(completions):
+        await asyncio.sleep(0)
+        return leave(completions)
+
+    entry = {"function": leave_later if is_async else leave, "one_by_one": one_by_one}
+    batch, report = score(entry, *batch_of("a", "b", "c"))
+    np.testing.assert_array_equal(batch.rewards, [1.0, NAN, 1.0])
+    assert report.failed == {"raised": 1}
+    assert report.first_traceback.startswith("leave")
+    assert type(end).__name__ in report.first_traceback.splitlines()[-1]
+
+
+def test_an_interrupt_of_the_calling_thread_still_ends_the_call():
+    def slow(completions):
+        signal.raise_signal(signal.SIGINT)  # the kernel gives it to the main thread, which waits for this one
+        time.sleep(1.0)
+        return [1.0] * len(completions)
+
+    with pytest.raises(KeyboardInterrupt):
+        score(slow, *batch_of("a"))
 
 
 def test_samples_masked_before_stay_masked():

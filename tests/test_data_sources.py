@@ -339,6 +339,18 @@ def test_a_python_function_yields_rows_with_its_parameters(tmp_path, monkeypatch
     assert "no module 'not_there'" in refusal("function:not_there:rows")
 
 
+def test_a_module_or_function_that_leaves_the_process_is_refused_in_one_line(tmp_path):
+    script, leaving = tmp_path / "script.py", tmp_path / "leaving.py"
+    script.write_text("import sys\ndef rows():\n    yield {'prompt': '1 + 1?'}\nsys.exit(0)\n")
+    leaving.write_text("import sys\ndef rows():\n    yield {'prompt': '1 + 1?'}\n    sys.exit(4)\n")
+    with pytest.raises(
+        DataError, match=r"script\.py:rows: importing .*script\.py calls sys\.exit\(0\), expected a module"
+    ):
+        load_sources(f"function:{script}:rows")
+    with pytest.raises(DataError, match=r"leaving\.py:rows: the function calls sys\.exit\(4\), expected it to return$"):
+        load_sources(f"function:{leaving}:rows")
+
+
 def test_saved_datasets_are_read_by_split_and_checked(tmp_path):
     import datasets
 

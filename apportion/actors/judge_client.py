@@ -138,7 +138,7 @@ class FunctionJudge:
         arguments = own_copy(arguments)  # a function that changes them changes nobody else's
         try:
             said = self._caller.call(lambda: self._function(**arguments), left)
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a user's function raises is a failure
+        except Exception as error:  # noqa: BLE001 - whatever a user's function raises is a failure
             failure = failure_of(error, self.name)
             return Critique(None, _FAILURES[failure.reason], detail=failure.text)
         return _of_function(said, len(case.steps), self.name)

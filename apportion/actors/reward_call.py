@@ -77,12 +77,23 @@ class TooManyHung(Exception):
     """Too many earlier calls of the function are still busy."""
 
 
+class UsersExit(Exception):
+    """A user's code raised `error`, which would end this process: KeyboardInterrupt, SystemExit or another that is no
+    Exception. Here it is a failure like any other."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(error)
+        self.error = error
+
+
 def failure_of(error: BaseException, name: str) -> Failure:
     """What is told of an error in reward source `name`."""
     if isinstance(error, CallTimeout):
         return Failure("timeout", f"{name}: {error}")
     if isinstance(error, TooManyHung):
         return Failure("hung", f"{name}: {error}")
+    if isinstance(error, UsersExit):
+        error = error.error
     text = "".join(traceback.format_exception(type(error), error, _users_frames(error)))
     return Failure("raised", f"{name}:\n{text[-TRACEBACK_CHARACTERS:]}")
 
@@ -124,8 +135,10 @@ class _Worker:
             function, limit, future = job
             try:
                 future.set_result(self._run(function, limit))
-            except BaseException as error:  # noqa: BLE001 - carried to the caller, SystemExit of a user's function too
+            except Exception as error:  # noqa: BLE001 - carried to the caller
                 future.set_exception(error)
+            except BaseException as error:  # noqa: BLE001 - of the user's function: nobody interrupts this thread
+                future.set_exception(UsersExit(error))
         if self._loop is not None:
             self._loop.close()
 
@@ -149,6 +162,11 @@ async def within(awaitable: Any, seconds: float, limit: float) -> Any:
         if scope.expired():
             raise CallTimeout(f"no answer within {limit:g} s") from None
         raise
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, asyncio.CancelledError) as error:
+        task = asyncio.current_task()
+        if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+            raise  # by whoever awaits this
+        raise UsersExit(error) from None
 
 
 class LimitedCaller:

@@ -40,7 +40,7 @@ def serve(connection: Connection, verifier: str) -> None:
 def _reward(verifier: str, name: str, sample: dict[str, Any]) -> float | Failure | None:
     try:
         return VERIFIERS[verifier](**sample)[0]
-    except Exception as error:  # noqa: BLE001 - carried to the parent, where it fails this sample
+    except BaseException as error:  # noqa: BLE001 - carried to the parent, where it fails this sample
         return failure_of(error, name)
 
 

@@ -282,7 +282,7 @@ class FunctionSource:
             return self._each(call)
         try:
             return self._asked(call, self.limit_seconds)
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - what a user's function raises is a failure of its samples
+        except Exception as error:  # noqa: BLE001 - what a user's function raises is a failure of its samples
             if len(call) == 1 or isinstance(error, TooManyHung):
                 return [failure_of(error, self.name)] * len(call)
         return self._each(call)  # out here, or each traceback would begin with this one
@@ -327,7 +327,7 @@ class FunctionSource:
                 continue
             try:
                 elements += self._asked(call.select([index]), left / 4)
-            except (Exception, SystemExit) as error:  # noqa: BLE001 - as in `score`
+            except Exception as error:  # noqa: BLE001 - as in `score`
                 late += isinstance(error, CallTimeout)
                 elements.append(failure_of(error, self.name))
         return elements
@@ -347,6 +347,6 @@ class FunctionSource:
 
         try:
             answers = self._caller.call(all_of_them, self.limit_seconds + ASYNC_GRACE_SECONDS)
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - as in `score`
+        except Exception as error:  # noqa: BLE001 - as in `score`
             return [failure_of(error, self.name)] * len(call)
         return [failure_of(a, self.name) if isinstance(a, BaseException) else a[0] for a in answers]

@@ -25,7 +25,13 @@ def load_function(spec: str) -> Callable[..., Any]:
     (3.0, 'b')
     """
     module_name, name = _split(spec)
-    module = _file_module(spec, module_name) if module_name.endswith(".py") else _module(spec, module_name)
+    try:
+        module = _file_module(spec, module_name) if module_name.endswith(".py") else _module(spec, module_name)
+    except SystemExit as error:  # a script that is not guarded: it would end this process, with its own exit code
+        raise DataError(
+            f"{spec}: importing {module_name} calls sys.exit({error.code!r}), expected a module that only defines "
+            'things: put what a script does under `if __name__ == "__main__":`'
+        ) from None
     found = module
     for part in name.split("."):
         if not hasattr(found, part):

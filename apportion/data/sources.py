@@ -150,7 +150,7 @@ def _one_of_splits(spec: SourceSpec, split: str) -> str:
 
 def _function_rows(spec: SourceSpec, name: str, bad: BadRows) -> Iterable[Row]:
     """Rows that the user's function yields; an endless one needs a `limit`."""
-    for number, values in enumerate(load_function(name)(**spec.parameters)):
+    for number, values in enumerate(_yielded(spec, name)):
         place = f"{spec.source}: row {number + 1}"
         if not isinstance(values, Mapping):
             bad.reject("broken", f"{place}: got a {type(values).__name__}, expected a mapping of columns")
@@ -158,6 +158,13 @@ def _function_rows(spec: SourceSpec, name: str, bad: BadRows) -> Iterable[Row]:
             bad.reject("empty", f"{place}: empty row, expected a mapping of columns")
         else:
             yield Row(number, place, dict(values))
+
+
+def _yielded(spec: SourceSpec, name: str) -> Iterable[Any]:
+    try:
+        yield from load_function(name)(**spec.parameters)
+    except SystemExit as error:  # it would end this process, with its own exit code
+        raise DataError(f"{spec.source}: the function calls sys.exit({error.code!r}), expected it to return") from None
 
 
 def _checked(rows: Iterable[Row], column: str, bad: BadRows, check: RowCheck) -> Iterable[Row]:
