@@ -22,7 +22,7 @@ from apportion.conf.environment import check_environment
 from apportion.conf.judges import check_judge, own_model
 from apportion.conf.models import VALUE_BYTES, ModelFacts, read_model
 from apportion.conf.parts import check_parts
-from apportion.conf.schema import Config, EngineConfig
+from apportion.conf.schema import CheckpointConfig, Config, EngineConfig
 from apportion.conf.sources import check_sources
 from apportion.conf.teachers import check_distillation
 from apportion.edges import refusals
@@ -330,6 +330,7 @@ def _notes(
         notes.append("LoRA is the policy's alone: the critic trains all of its weights")
     if config.train.max_minutes is not None:
         notes.append(f"ends after {config.train.max_minutes:g} minutes at the latest (train.max_minutes)")
+    notes.append(_checkpoint_note(config.checkpoint))
     roles = {"policy", "critic", "reference"} | ({"reward"} if has_models(config.reward.functions) else set())
     slow = [a.role for a in actors if a.role in roles and a.gpus == 0]
     if slow and any(a.gpus for a in actors):
@@ -347,6 +348,19 @@ def _notes(
     if not any(actor.on_gpu for actor in actors):
         notes.append("no GPU: sampling and updating take turns on the cores")
     return notes
+
+
+def _checkpoint_note(checkpoint: CheckpointConfig) -> str:
+    """When a checkpoint is written.
+
+    >>> _checkpoint_note(CheckpointConfig(every_steps=50))
+    'checkpoints: after every 50 steps, after 10 min of training without one, at the end; the newest 2 are kept'
+    """
+    times = [f"after every {checkpoint.every_steps} steps"] if checkpoint.every_steps else []
+    if checkpoint.every_minutes:
+        times.append(f"after {checkpoint.every_minutes:g} min of training without one")
+    times += ["at the end"] if checkpoint.final else []
+    return f"checkpoints: {', '.join(times)}; the newest {checkpoint.keep} are kept" if times else "no checkpoints"
 
 
 def _cache_notes(config: Config, model: ModelFacts) -> list[str]:

@@ -221,6 +221,7 @@ def _settings(config: PreferenceConfig) -> StageSettings:
         call_timeout_seconds=config.cluster.call_timeout_seconds,
         max_minutes=t.max_minutes,
         checkpoint_every=config.checkpoint.every_steps,
+        checkpoint_minutes=config.checkpoint.every_minutes,
         checkpoint_final=config.checkpoint.final,
     )
 

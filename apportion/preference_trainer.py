@@ -18,6 +18,7 @@ import numpy as np
 from apportion.actors.preference import StepReport, StepShare
 from apportion.batch import Totals, pad_rows
 from apportion.data.pair_tokens import PreferenceData
+from apportion.loop.schedule import CheckpointSchedule
 from apportion.platform.checkpoint import CheckpointStore, RunState
 from apportion.platform.cluster import Actor, Call, gather, put
 from apportion.platform.tracking import Tracker
@@ -41,6 +42,7 @@ class StageSettings:
     call_timeout_seconds: float
     max_minutes: float | None
     checkpoint_every: int
+    checkpoint_minutes: float | None
     checkpoint_final: bool
 
 
@@ -149,6 +151,7 @@ class PreferenceTrainer:
         self.settings, self.tracker, self.store = settings, tracker, store
         self.order = make_order(settings, len(train))
         self.progress = StageProgress()
+        self._schedule = CheckpointSchedule(settings.checkpoint_every, settings.checkpoint_minutes)
         self._started = self._resumed = time.perf_counter()
 
     # the run
@@ -170,6 +173,7 @@ class PreferenceTrainer:
     def run(self) -> StageProgress:
         """From where `progress` stands to the last step."""
         self._resumed = time.perf_counter()
+        self._schedule.restart(self._resumed)
         self._started = self._resumed - self.progress.wall_seconds
         if self.settings.evaluate_before and self.progress.step == 0 and self.held_out is not None:
             self.progress.before = self._evaluate()
@@ -188,7 +192,7 @@ class PreferenceTrainer:
         examples = self.order.step(self.progress.step)
         shares = self._shares(examples)
         calls = [rank.call("update", share) for rank, share in zip(self.ranks, shares, strict=True)]
-        reports: list[StepReport] = self._gather(calls, "update")
+        reports: list[StepReport] = self._gather(calls, f"update of step {self.progress.step + 1}")
         update = time.perf_counter() - start
         p = self.progress
         p.step, p.examples = p.step + 1, p.examples + len(examples)
@@ -201,8 +205,7 @@ class PreferenceTrainer:
         last = self._finished()
         p.metrics = metrics | self._evaluate_if_due(last)
         self.tracker.log(p.step, p.metrics)
-        every = self.settings.checkpoint_every
-        if every and p.step % every == 0:
+        if self._schedule.due(p.step, time.perf_counter()):
             self.checkpoint()
         return last
 
@@ -250,7 +253,7 @@ class PreferenceTrainer:
     def _evaluate(self) -> dict[str, float]:
         start, totals = time.perf_counter(), Totals()
         calls = [rank.call("evaluate", own) for rank, own in zip(self.ranks, self._all_held_out(), strict=True)]
-        for report in self._gather(calls, "evaluation"):
+        for report in self._gather(calls, f"evaluation after step {self.progress.step}"):
             totals.merge(report.totals)
         return totals.means() | {"timing/evaluate": time.perf_counter() - start}
 
@@ -282,8 +285,9 @@ class PreferenceTrainer:
     def checkpoint(self) -> Path:
         """Everything a resumed run needs, and the model, under a name only once it is whole."""
         with self.store.writing(self.progress.step) as folder:
-            self._gather([rank.call("save", str(folder.resolve())) for rank in self.ranks], "checkpoint")
             p = self.progress
+            calls = [rank.call("save", str(folder.resolve())) for rank in self.ranks]
+            self._gather(calls, f"checkpoint of step {p.step}")
             extra = {
                 "examples": p.examples,
                 "tokens": p.tokens,
@@ -302,14 +306,16 @@ class PreferenceTrainer:
                 None,
                 extra,
             ).save(folder)
+        self._schedule.restart(time.perf_counter())
         return self.store.root / f"step-{self.progress.step:06d}"
 
     def restore(self, folder: Path, state: RunState) -> None:
         """Take up where the checkpoint in `folder` was written; ValueError where the data are not the same."""
         check_position(self.settings, len(self.train), state)
-        self._gather([rank.call("load", str(folder.resolve())) for rank in self.ranks], "resume")
+        calls = [rank.call("load", str(folder.resolve())) for rank in self.ranks]
+        self._gather(calls, f"resume from step {state.step}")
         self.progress = StageProgress(step=state.step, **state.extra)
         self.store.current = state.step
 
     def _gather(self, calls: list[Call], what: str) -> list[Any]:
-        return gather(calls, self.settings.call_timeout_seconds, f"{what} of step {self.progress.step + 1}")
+        return gather(calls, self.settings.call_timeout_seconds, what)

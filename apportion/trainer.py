@@ -22,6 +22,7 @@ from apportion.loop.evaluation import Evaluator
 from apportion.loop.failures import Failures
 from apportion.loop.metrics import StepReports, data_metrics, speed_metrics, step_metrics
 from apportion.loop.resume import kept, progress_of
+from apportion.loop.schedule import CheckpointSchedule
 from apportion.loop.state import Actors, Experience, LoopSettings, Progress, PromptSource
 from apportion.loop.sync_check import SyncCheck
 from apportion.platform.checkpoint import CheckpointStore, RunState
@@ -54,6 +55,7 @@ class Trainer:
         self.progress = Progress()
         self.evaluator: Evaluator | None = None
         self.sync_check = SyncCheck.off(actors)
+        self._schedule = CheckpointSchedule(settings.checkpoint_every, settings.checkpoint_minutes)
         self._timing: dict[str, float] = {}
         self.failures = Failures(settings.max_failed_share, settings.max_failed_critiques, tracker.warn)
         self._started = self._resumed = time.perf_counter()
@@ -64,6 +66,7 @@ class Trainer:
     def run(self) -> Progress:
         """From where `progress` stands to the last step. Data that stop the run leave a checkpoint of what was trained."""
         self._resumed = time.perf_counter()
+        self._schedule.restart(self._resumed)
         self._started = self._resumed - self.progress.wall_seconds
         self._position = self.prompts.state()
         last = self._finished()
@@ -116,7 +119,7 @@ class Trainer:
             self.tracker.log(self.progress.step, metrics)
             self.tracker.log_samples(self.progress.step, credit.samples)
             self.progress.metrics = metrics
-        if self.settings.checkpoint_every and self.progress.step % self.settings.checkpoint_every == 0:
+        if self._schedule.due(self.progress.step, time.perf_counter()):
             self.checkpoint()
         return last
 
@@ -303,8 +306,9 @@ class Trainer:
         """Everything a resumed run needs, under a name only once it is whole."""
         with self._timed("checkpoint"), self.store.writing(self.progress.step) as folder:
             calls = [a.call("save", str(folder.resolve())) for a in [*self.actors.policy, *self.actors.critic]]
-            self._gather(calls, "checkpoint")
+            self._wait(calls, f"checkpoint of step {self.progress.step}")
             self._state().save(folder)
+        self._schedule.restart(time.perf_counter())
         return self.store.root / f"step-{self.progress.step:06d}"
 
     def _state(self) -> RunState:
@@ -326,7 +330,7 @@ class Trainer:
         # An earlier version's checkpoint has no baseline. Until the ranks load it, both sides hold the original files.
         self.sync_check.measure_baseline(progress)
         calls = [a.call("load", str(folder.resolve())) for a in [*self.actors.policy, *self.actors.critic]]
-        self._gather(calls, "resume")
+        self._wait(calls, f"resume from step {state.step}")
         self.prompts.load_state(state.data)
         if state.kl is not None:
             self.kl.load_state_dict(state.kl)
@@ -336,7 +340,10 @@ class Trainer:
     # waiting and counting
 
     def _gather(self, calls: list[Call], what: str) -> list[Any]:
-        return gather(calls, self.settings.call_timeout_seconds, f"{what} of step {self.progress.step + 1}")
+        return self._wait(calls, f"{what} of step {self.progress.step + 1}")
+
+    def _wait(self, calls: list[Call], what: str) -> list[Any]:
+        return gather(calls, self.settings.call_timeout_seconds, what)
 
     def _call_all(self, calls: list[Call]) -> list[tuple]:
         """For calls with several results: the first of each fetched, the others left in the store."""

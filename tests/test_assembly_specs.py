@@ -66,7 +66,7 @@ GIVEN = {
         "temperature": 0.6, "max_response_tokens": 32, "correct_at": 0.55, "show": 11,
     },
     "tracking": {"samples_per_step": 13},
-    "checkpoint": {"every_steps": 14, "keep": 5, "final": False},
+    "checkpoint": {"every_steps": 14, "every_minutes": 7.5, "keep": 5, "final": False},
 }  # fmt: skip
 
 
@@ -213,6 +213,7 @@ def loop(**changes: Any) -> LoopSettings:
         samples_shown=13,
         max_minutes=12.5,
         checkpoint_every=14,
+        checkpoint_minutes=7.5,
         checkpoint_final=False,
         seeds={"run": 17},
         max_failed_critiques=0.45,

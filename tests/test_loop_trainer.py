@@ -128,7 +128,8 @@ def make(tmp_path, monkeypatch):
     monkeypatch.setattr("apportion.trainer.time", clock)
 
     def make(prompts: Prompts | None = None, evaluator: Evaluator | None = None, **changes) -> Loop:
-        values = {"steps": 2, "max_minutes": None, "checkpoint_every": 0, "checkpoint_final": True} | changes
+        values = {"steps": 2, "max_minutes": None, "checkpoint_every": 0, "checkpoint_minutes": None} | changes
+        values.setdefault("checkpoint_final", True)
         settings = LoopSettings(
             prompts_per_step=1, responses_per_prompt=4, sampling=None, minibatches=1, policy_signals=False, selects=False,
             max_failed_share=0.1, sync_check=True, call_timeout_seconds=1.0, critic_only_steps=0, samples_shown=0,
@@ -200,6 +201,52 @@ def test_a_step_that_has_its_checkpoint_is_not_written_again_at_the_end(make, mo
     again = resumed(make(steps=2), saved(loop))
     again.run()
     assert again.tracker.rows == {} and again.progress.stage_seconds["checkpoint"] == 5.0
+
+
+def written(loop: Loop) -> list[int]:
+    """Steps after which a checkpoint was written, in order."""
+    steps: list[int] = []
+    write = loop.checkpoint
+
+    def checkpoint():
+        steps.append(loop.progress.step)
+        return write()
+
+    loop.checkpoint = checkpoint
+    loop.run()
+    return steps
+
+
+def test_a_checkpoint_is_written_once_its_minutes_of_training_have_passed_and_the_newest_two_are_kept(make):
+    loop = make(steps=13, checkpoint_minutes=0.5, checkpoint_final=False)  # steps take 10 s, checkpoints 5
+    assert written(loop) == [3, 6, 9, 12]
+    assert loop.store.steps() == [9, 12]
+    assert written(make(steps=13, checkpoint_minutes=0.5, checkpoint_every=5, checkpoint_final=False)) == [
+        3,
+        5,
+        8,
+        10,
+        13,
+    ]
+    assert written(make(steps=5, checkpoint_minutes=0.0)) == written(make(steps=5)) == [5]
+
+
+def test_the_minutes_of_a_resumed_run_begin_when_it_is_resumed(make):
+    loop = make(steps=4, checkpoint_minutes=0.5, checkpoint_final=False)
+    assert written(loop) == [3]
+    again = resumed(make(steps=8, checkpoint_minutes=0.5, checkpoint_final=False), saved(loop))
+    again.clock.now += 1000.0  # nobody trained
+    assert written(again) == [6]
+
+
+def test_a_wait_names_the_step_that_it_is_for(make, monkeypatch):
+    said = []
+    monkeypatch.setattr("apportion.trainer.gather", lambda calls, seconds, what: said.append(what) or [])
+    loop = make(steps=1)
+    loop.run()
+    resumed(make(), saved(loop))
+    Trainer._update(loop, [], 1)
+    assert said == ["checkpoint of step 1", "resume from step 1", "update of step 2"]
 
 
 def test_an_end_that_is_known_from_the_checkpoint_is_true_until_the_next_step(make):

@@ -355,6 +355,13 @@ def test_a_plan_says_when_the_clock_ends_a_run():
     assert not any("minutes" in note for note in planned("train.max_minutes=null").notes)
 
 
+def test_the_plan_says_when_checkpoints_are_written():
+    assert "checkpoints: after 10 min of training without one, at the end; the newest 2 are kept" in planned().notes
+    off = ["checkpoint.every_minutes=null", "checkpoint.final=false"]
+    assert "no checkpoints" in planned(*off).notes
+    assert "checkpoints: after every 3 steps; the newest 2 are kept" in planned(*off, "checkpoint.every_steps=3").notes
+
+
 EXPECTED = (
     "a .jsonl, .json, .csv or .parquet file, a saved dataset's folder, hf:NAME, gym:TASK, function:NAME or arithmetic"
 )

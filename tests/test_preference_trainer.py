@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -15,10 +16,13 @@ from apportion.preference_trainer import PreferenceTrainer, StageSettings
 class Stage(PreferenceTrainer):
     """A step takes 1 s, an evaluation 3 s and a checkpoint 20 s on the clock; ranks have nothing to do."""
 
+    said: list[str]  # what was waited for
+
     def _shares(self, examples):
         return []
 
     def _gather(self, calls, what):
+        self.said.append(what)
         self.clock.now += {"update": 1.0, "checkpoint": 20.0}[what.split()[0]]
         return [StepReport(Totals(), None, 4)] if what.startswith("update") else []
 
@@ -36,11 +40,11 @@ def stage(tmp_path, monkeypatch) -> Stage:
     clock = SimpleNamespace(now=100.0)
     clock.perf_counter = lambda: clock.now
     monkeypatch.setattr("apportion.preference_trainer.time", clock)
-    settings = StageSettings("x", 1.0, 9, 2, 0, False, False, None, 0, False, True, 60.0, 0.2, 1, True)
+    settings = StageSettings("x", 1.0, 9, 2, 0, False, False, None, 0, False, True, 60.0, 0.2, 1, None, True)
     rows = {}
     tracker = SimpleNamespace(log=lambda step, metrics: rows.update({step: metrics}), state=dict)
     made = Stage([], [0] * 18, [0], settings, tracker, CheckpointStore(tmp_path))
-    made.clock, made.rows = clock, rows
+    made.clock, made.rows, made.said = clock, rows, []
     return made
 
 
@@ -55,10 +59,23 @@ def test_a_resumed_stage_has_all_its_minutes_again_and_writes_no_checkpoint_twic
     stage.run()
     found = stage.store.latest()
     again = Stage([], stage.train, [0], stage.settings, stage.tracker, CheckpointStore(stage.store.root))
-    again.clock = stage.clock
+    again.clock, again.said = stage.clock, []
     again._gather = lambda calls, what: None if what.startswith("resume") else Stage._gather(again, calls, what)
     again.restore(found.path, found.state)
     assert again.store.current == 2
     assert (again.progress.after, again.progress.metrics) == (stage.progress.after, stage.progress.metrics)
     assert again.progress.after == {"eval/pair_accuracy": 0.5}
     assert again.run().step == 4 and again.store.steps() == [3, 4]
+
+
+def test_a_stage_writes_a_checkpoint_once_its_minutes_have_passed(stage):
+    settings = replace(
+        stage.settings, max_minutes=None, checkpoint_every=0, checkpoint_minutes=0.05, evaluate_after=False
+    )
+    timed = Stage([], stage.train, None, settings, stage.tracker, CheckpointStore(stage.store.root))
+    timed.clock, timed.said = stage.clock, []
+    timed.run()
+    waits = [what for what in timed.said if what.startswith("checkpoint")]
+    assert waits == ["checkpoint of step 3", "checkpoint of step 6", "checkpoint of step 9"]
+    assert timed.said[:4] == ["update of step 1", "update of step 2", "update of step 3", "checkpoint of step 3"]
+    assert timed.store.steps() == [6, 9]

@@ -33,6 +33,7 @@ def loop_settings(config: Config, needs: Needs) -> LoopSettings:
         samples_shown=config.tracking.samples_per_step,
         max_minutes=t.max_minutes,
         checkpoint_every=config.checkpoint.every_steps,
+        checkpoint_minutes=config.checkpoint.every_minutes,
         checkpoint_final=config.checkpoint.final,
         seeds={"run": config.seed},
         max_failed_critiques=config.judge.max_failed_share,

@@ -150,12 +150,14 @@ class TrackingConfig:
 
 @dataclass
 class CheckpointConfig:
-    every_steps: int = 0  # 0: only at the end
+    every_steps: int = 0  # 0: not by steps
+    every_minutes: float | None = 10.0  # of training, since the last one; looked at after each step; null or 0: never
     keep: int = 2  # newest resumable checkpoints kept
     final: bool = True
 
     def __post_init__(self) -> None:
         at_least("checkpoint.every_steps", self.every_steps, 0)
+        at_least("checkpoint.every_minutes", self.every_minutes, 0)
         at_least("checkpoint.keep", self.keep, 1)
 
 

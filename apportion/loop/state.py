@@ -48,6 +48,7 @@ class LoopSettings:
     samples_shown: int
     max_minutes: float | None
     checkpoint_every: int
+    checkpoint_minutes: float | None
     checkpoint_final: bool
     seeds: dict[str, int]
     max_failed_critiques: float  # share of a step's critiques
