@@ -70,6 +70,8 @@ def _train(config: Config, resolved: dict[str, Any], locks: ExitStack) -> int:
             locks.enter_context(held(folder.path))
             folder.save_config(resolved)
         tracker = _tracker(config, resolved, folder, checkpoint)
+        for line in prompts.cautions(checkpoint.state.data) if checkpoint else []:
+            tracker.warn(line)
     say(f"run folder: {folder.path}")
     with terminated_as_interrupt(), closing(tracker), _cluster(config, needs, folder) as cluster:
         say("starting actors (vLLM and DeepSpeed take some tens of seconds)")

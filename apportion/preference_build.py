@@ -35,7 +35,14 @@ from apportion.platform.plots import plot_run
 from apportion.platform.run_lock import held
 from apportion.platform.runs import find_checkpoint, make_run_folder, named_run, redacted, run_of
 from apportion.platform.tracking import TrackedRun, open_trackers
-from apportion.preference_trainer import PreferenceTrainer, StageProgress, StageSettings, check_position, total_steps
+from apportion.preference_trainer import (
+    PreferenceTrainer,
+    StageProgress,
+    StageSettings,
+    cautions,
+    check_position,
+    total_steps,
+)
 
 
 def train(config: PreferenceConfig, resolved: dict[str, Any]) -> int:
@@ -55,7 +62,7 @@ def _train(config: PreferenceConfig, resolved: dict[str, Any], locks: ExitStack)
             _check_reference(config, config.dpo.reference)
         examples, held_out, left_out = _examples(config, model)
         if checkpoint:
-            check_position(settings, len(examples), checkpoint.state)  # before a rank starts
+            check_position(settings, examples, checkpoint.state)  # before a rank starts
             check_steps_left(checkpoint.state, total_steps(settings, len(examples)), run_of(checkpoint).path)
             folder = run_of(checkpoint)
         else:
@@ -66,6 +73,8 @@ def _train(config: PreferenceConfig, resolved: dict[str, Any], locks: ExitStack)
         state, step = (checkpoint.state.trackers, checkpoint.step) if checkpoint else ({}, None)
         run = TrackedRun(folder.path, folder.name, steps, redacted(resolved), step, state)
         tracker = open_trackers(config.tracking, run, ConsoleLines(steps) if config.tracking.console else None)
+        for line in cautions(checkpoint.state) if checkpoint else []:
+            tracker.warn(line)
     _say(f"run folder: {folder.path}")
     _say(_sizes(len(examples), held_out, left_out, steps))
     c = config.cluster

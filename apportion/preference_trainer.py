@@ -104,20 +104,36 @@ def make_order(settings: StageSettings, examples: int) -> BatchOrder:
     return BatchOrder(examples, settings.batch_size, total, settings.seed, settings.shuffle)
 
 
-def _position(settings: StageSettings, examples: int) -> dict[str, Any]:
+def _position(settings: StageSettings, data: PreferenceData) -> dict[str, Any]:
     """What must be the same for the order of examples to go on where it stood."""
     s = settings
-    return {"examples": examples, "batch_size": s.batch_size, "seed": s.seed, "shuffle": s.shuffle}
+    return {"examples": len(data), "batch_size": s.batch_size, "seed": s.seed, "shuffle": s.shuffle}
 
 
-def check_position(settings: StageSettings, examples: int, state: RunState) -> None:
+def check_position(settings: StageSettings, data: PreferenceData, state: RunState) -> None:
     """ValueError where a checkpoint was written over other data, or another order of them."""
-    for name, value in _position(settings, examples).items():
+    for name, value in _position(settings, data).items():
         if state.data.get(name) != value:
             raise ValueError(
                 f"resume: {name} is {value} here and {state.data.get(name)} in the checkpoint, expected the same data, "
                 "train.batch_size and seed"
             )
+    if state.data.get("digest", data.digest) != data.digest:
+        raise ValueError(
+            f"resume: the {len(data)} training examples are not those that the checkpoint was written with: as many, but "
+            "other tokens or another order, expected the same rows of data.train, tokenizer, chat template and lengths; "
+            "or start a new run"
+        )
+
+
+def cautions(state: RunState) -> list[str]:
+    """What a resumed stage should say of the checkpoint's `state`, a line each."""
+    if "digest" in state.data:
+        return []
+    return [
+        "the checkpoint is of an earlier version and has no digest of the training examples: only their number is "
+        "compared; make sure that they are the same"
+    ]
 
 
 def deal_by_tokens(tokens: np.ndarray, ranks: int) -> list[np.ndarray]:
@@ -300,7 +316,7 @@ class PreferenceTrainer:
             RunState(
                 p.step,
                 p.step,
-                _position(self.settings, len(self.train)),
+                _position(self.settings, self.train) | {"digest": self.train.digest},
                 {"run": self.settings.seed},
                 self.tracker.state(),
                 None,
@@ -311,7 +327,7 @@ class PreferenceTrainer:
 
     def restore(self, folder: Path, state: RunState) -> None:
         """Take up where the checkpoint in `folder` was written; ValueError where the data are not the same."""
-        check_position(self.settings, len(self.train), state)
+        check_position(self.settings, self.train, state)
         calls = [rank.call("load", str(folder.resolve())) for rank in self.ranks]
         self._gather(calls, f"resume from step {state.step}")
         self.progress = StageProgress(step=state.step, **state.extra)

@@ -59,6 +59,15 @@ def test_a_stage_that_would_go_on_in_another_order_leaves_the_run_as_it_was(tmp_
     assert unchanged(folder)
 
 
+def test_a_stage_over_as_many_other_examples_leaves_the_run_as_it_was(tmp_path, stage):
+    folder = a_run(tmp_path, POSITION | {"digest": 5})
+    with pytest.raises(
+        ConfigError, match="resume: the 4 training examples are not those that the checkpoint was written"
+    ):
+        stage(tmp_path, "train.batch_size=2")
+    assert unchanged(folder)
+
+
 def test_a_stage_that_had_all_its_steps_leaves_the_run_as_it_was(tmp_path, stage):
     folder = a_run(tmp_path, POSITION)
     (folder / "summary.json").write_text("{}")

@@ -11,6 +11,7 @@ from apportion.actors.preference import StepReport
 from apportion.batch import Totals
 from apportion.cli import compose_config, to_config
 from apportion.platform.checkpoint import CheckpointStore, RunState
+from apportion.platform.errors import ConfigError
 
 
 class RecorderRank:
@@ -65,6 +66,16 @@ def test_a_resume_makes_them_while_the_ranks_still_hold_the_starting_weights(ran
     with CheckpointStore(folder / "checkpoints").writing(1) as inside:
         RunState(step=1, policy_version=1, data=position).save(inside)
     assert train(tmp_path, "resume=first") == 0
+    said = (folder / "metrics.jsonl").read_text()
+    assert "the checkpoint is of an earlier version and has no digest of the training examples" in said
     assert rank.calls == ["load_data", "reference_logprobs", "set_reference", "load", "update"]
     assert rank.given["load"] == (str(folder / "checkpoints" / "step-000001"),)
     assert len(rank.given["update"][0].examples) == 2
+
+
+def test_a_stage_keeps_a_digest_of_its_examples_and_goes_on_with_the_same_ones_alone(rank, tmp_path):
+    assert train(tmp_path, "run_name=first", "checkpoint.final=true") == 0
+    assert train(tmp_path, "resume=first", "train.epochs=2") == 0
+    assert "earlier version" not in (tmp_path / "runs" / "first" / "metrics.jsonl").read_text()
+    with pytest.raises(ConfigError, match="resume: the 4 training examples are not those"):
+        train(tmp_path, "resume=first", "train.epochs=3", "data.system_prompt=brief")

@@ -34,6 +34,12 @@ class Stage(PreferenceTrainer):
         return {"eval/pair_accuracy": 0.5}
 
 
+class Examples(list):
+    """So many of them, with a digest."""
+
+    digest = 7
+
+
 @pytest.fixture
 def stage(tmp_path, monkeypatch) -> Stage:
     """Of nine steps and 12 s, with a checkpoint after each step and an evaluation after the last."""
@@ -43,7 +49,7 @@ def stage(tmp_path, monkeypatch) -> Stage:
     settings = StageSettings("x", 1.0, 9, 2, 0, False, False, None, 0, False, True, 60.0, 0.2, 1, None, True)
     rows = {}
     tracker = SimpleNamespace(log=lambda step, metrics: rows.update({step: metrics}), state=dict)
-    made = Stage([], [0] * 18, [0], settings, tracker, CheckpointStore(tmp_path))
+    made = Stage([], Examples([0] * 18), [0], settings, tracker, CheckpointStore(tmp_path))
     made.clock, made.rows, made.said = clock, rows, []
     return made
 

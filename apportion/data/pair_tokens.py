@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from apportion.batch import Batch, Trajectory
+from apportion.data.digest import digest_arrays
 from apportion.data.errors import BadRows, DataError
 from apportion.data.pairs import Example, Message, PairColumns, Reader, UnusableError
 from apportion.data.prompts import PromptEncoder, check_characters, template_refusals
@@ -50,6 +52,13 @@ class PreferenceData:
 
     def __len__(self) -> int:
         return len(self.batch) // (2 if self.pairs else 1)
+
+    @cached_property
+    def digest(self) -> int:
+        """Of the examples as they are trained on: their tokens, whose they are, margins, and their order."""
+        b = self.batch
+        arrays = [b.prompt_lengths, b.response_lengths, b.token_ids, b.action_mask, b.turn_ids]
+        return digest_arrays(arrays if self.margins is None else [*arrays, self.margins])
 
     def rows(self, examples: np.ndarray) -> np.ndarray:
         """Rows of `batch` for `examples`, both of a pair side by side."""

@@ -11,12 +11,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from apportion.batch import Prompt
+from apportion.data.digest import digest_arrays
 from apportion.data.errors import BadRows, DataError
 from apportion.data.rows import Row
 from apportion.data.sources import Source
@@ -256,14 +258,40 @@ class PromptStream:
             self._orders[index] = (epoch, rng.permutation(rows) if self._shuffle else np.arange(rows))
         return self._orders[index][1]
 
+    @cached_property
+    def _rendering(self) -> int:
+        """Digest of the tokens that each source's first row becomes: of tokenizer, chat template and system prompt."""
+        first = [_encode(self._encoder, source, source.rows[0], 0, BadRows("skip")) for source in self._sources]
+        return digest_arrays(np.zeros(0, np.int32) if prompt is None else prompt.token_ids for prompt in first)
+
     def state(self) -> dict[str, int]:
         """Where the stream stands; `load_state` of a like stream continues exactly there."""
-        state = {"seed": self._seed, "shuffle": int(self._shuffle), "sources": len(self._sources)}
+        state = {
+            "rendering": self._rendering,
+            "seed": self._seed,
+            "shuffle": int(self._shuffle),
+            "sources": len(self._sources),
+        }
         for i, (source, position) in enumerate(zip(self._sources, self._positions, strict=True)):
-            state |= {f"{i}.rows": len(source.rows), f"{i}.drawn": position.drawn}
+            state |= {f"{i}.rows": len(source.rows), f"{i}.digest": source.digest, f"{i}.drawn": position.drawn}
             state |= {f"{i}.epoch": position.epoch, f"{i}.place": position.place}
             state |= {f"{i}.skipped.{reason}": count for reason, count in position.skipped.items()}
         return state
+
+    def cautions(self, state: Mapping[str, int]) -> list[str]:
+        """What a resumed run should say of `state`, a line each: what cannot be compared, and what may be meant."""
+        lines = []
+        if any(f"{i}.digest" not in state for i in range(len(self._sources))):
+            lines.append(
+                "the checkpoint is of an earlier version and has no digest of the training rows: only their number is "
+                "compared; make sure that they are the same"
+            )
+        if state.get("rendering", self._rendering) != self._rendering:
+            lines.append(
+                "the first training rows become other tokens than when the checkpoint was written: tokenizer, chat template, "
+                "data.system_prompt, data.chat or data.max_prompt_tokens has changed"
+            )
+        return lines
 
     def load_state(self, state: Mapping[str, int]) -> None:
         """Continue where `state` was taken. DataError if the sources, their rows, the seed or the shuffling differ."""
@@ -275,6 +303,14 @@ class PromptStream:
                 raise DataError(
                     f"data position: {name} is {mine[name]} here and {got} in the checkpoint; "
                     "resume with the same seed and data, or start a new run"
+                )
+        for i, source in enumerate(self._sources):
+            kept = state.get(f"{i}.digest")  # older checkpoints have none
+            if kept is not None and kept != source.digest:
+                raise DataError(
+                    f"data position: the {len(source.rows)} rows of source {source.name!r} are not those that the "
+                    "checkpoint was written with: as many, but their order, prompts or other columns differ; resume with "
+                    "the same data, or start a new run"
                 )
         self._positions = [
             _Position(

@@ -18,10 +18,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from apportion.data.digest import digest_rows
 from apportion.data.errors import BadRows, DataError, nearest
 from apportion.data.functions import load_function
 from apportion.data.hub import load_hub, load_saved, saved_by_datasets
@@ -41,6 +43,11 @@ class Source:
     weight: float = 1.0
     prompt_column: str = "prompt"
     skipped: Counter[str] = field(default_factory=Counter)  # rows left out while loading, by reason
+
+    @cached_property
+    def digest(self) -> int:
+        """Of the rows as they were loaded: order, prompt and all columns."""
+        return digest_rows(self.rows, self.prompt_column)
 
 
 def parse_specs(value: Any, limit: int | None = None) -> list[SourceSpec]:

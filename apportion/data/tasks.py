@@ -80,6 +80,7 @@ class GymRows(Sequence[Row]):
         except (TypeError, AssertionError, ValueError) as error:
             raise DataError(f"gym:{task}: parameters {parameters} refused ({error})") from None
         self._task, self._size, self._parameters = task, size, parameters
+        self.origin = [task, size, seed, parameters]  # from which every row follows
 
     def __len__(self) -> int:
         return self._size
