@@ -21,6 +21,7 @@ from apportion.conf.combinations import check_evaluation
 from apportion.conf.devices import check_engine
 from apportion.conf.environment import check_environment
 from apportion.conf.judges import check_judge
+from apportion.conf.layout import check_layout, layout_of
 from apportion.conf.schema import Config
 from apportion.conf.teachers import check_same_tokenizer, check_teachers, teacher_paths
 from apportion.data.builtin import resolve_model
@@ -53,6 +54,8 @@ def _train(config: Config, resolved: dict[str, Any], locks: ExitStack) -> int:
             locks.enter_context(held(named_run(config.resume, config.runs_folder)))
         checkpoint = find_checkpoint(config.resume, config.runs_folder) if config.resume else None
         needs = needs_of(config)
+        if checkpoint:
+            check_layout(checkpoint.path, layout_of(config, needs.critic))
         if needs.judge:
             check_judge(config, joined=joins(config))
         model = resolve_model(config.model.path)

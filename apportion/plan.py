@@ -20,6 +20,7 @@ from apportion.conf.companions import check_companions
 from apportion.conf.devices import Machine, this_machine
 from apportion.conf.environment import check_environment
 from apportion.conf.judges import check_judge, own_model
+from apportion.conf.layout import check_resume
 from apportion.conf.models import VALUE_BYTES, ModelFacts, read_model
 from apportion.conf.parts import check_parts
 from apportion.conf.schema import CheckpointConfig, Config, EngineConfig
@@ -116,6 +117,7 @@ def make_plan(config: Config, machine: Machine | None = None) -> Plan:
     gpus = [actor.gpus for actor in actors for _ in range(actor.count)]
     check_combinations(config, needs, model, here, gpus)
     check_companions(config, needs)
+    check_resume(config, critic="values" in needs)
     if "critiques" in needs:
         check_judge(config, joined)
     check_environment(config, joined)

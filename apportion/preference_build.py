@@ -12,6 +12,7 @@ from apportion.algorithms import registry
 from apportion.algorithms.preference import Dpo, Objective, RewardModel, Sft
 from apportion.assembly.hosts import cores_environment, device_environment, thread_count
 from apportion.assembly.starting import join
+from apportion.conf.layout import check_layout, layout_of
 from apportion.conf.preference_schema import (
     DpoRunConfig,
     PreferenceConfig,
@@ -56,6 +57,8 @@ def _train(config: PreferenceConfig, resolved: dict[str, Any], locks: ExitStack)
         if config.resume:  # held before its newest checkpoint is looked for: a run that still writes is refused
             locks.enter_context(held(named_run(config.resume, config.runs_folder)))
         checkpoint = find_checkpoint(config.resume, config.runs_folder) if config.resume else None
+        if checkpoint:
+            check_layout(checkpoint.path, layout_of(config))
         objective, settings = objective_of(config), _settings(config)
         model = resolve_model(config.model.path)
         if isinstance(config, DpoRunConfig) and config.dpo.reference:
@@ -232,6 +235,7 @@ def _settings(config: PreferenceConfig) -> StageSettings:
         checkpoint_every=config.checkpoint.every_steps,
         checkpoint_minutes=config.checkpoint.every_minutes,
         checkpoint_final=config.checkpoint.final,
+        ranks=layout_of(config),
     )
 
 

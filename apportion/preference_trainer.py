@@ -44,6 +44,7 @@ class StageSettings:
     checkpoint_every: int
     checkpoint_minutes: float | None
     checkpoint_final: bool
+    ranks: dict[str, dict[str, Any]]  # how the model is spread over ranks
 
 
 @dataclass
@@ -321,6 +322,7 @@ class PreferenceTrainer:
                 self.tracker.state(),
                 None,
                 extra,
+                self.settings.ranks,
             ).save(folder)
         self._schedule.restart(time.perf_counter())
         return self.store.root / f"step-{self.progress.step:06d}"

@@ -322,6 +322,7 @@ class Trainer:
             trackers=self.tracker.state(),
             kl=self.kl.state_dict(),
             extra=kept(p),
+            ranks=self.settings.ranks,
         )
 
     def restore(self, folder: Path, state: RunState) -> None:

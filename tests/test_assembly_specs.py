@@ -97,6 +97,13 @@ LOSS = LossSpec(
     kl_straight_through=True,
 )
 LORA = LoraConfig(3, 5.0, 0.2, ["q_proj"])
+RANKS = {
+    "policy": {
+        "ranks": 1, "zero_stage": 0, "dtype": "float16", "offload_optimizer": False,
+        "lora": {"rank": 3, "targets": ["q_proj"]},
+    },
+    "critic": {"ranks": 1, "zero_stage": 0, "dtype": "float16", "offload_optimizer": False},
+}  # fmt: skip
 ENGINE = PolicyConfig(learning_rate=2e-4, micro_batch_tokens=333, logits_chunk_tokens=44, share_prompts=True, lora=LORA)
 
 
@@ -216,6 +223,7 @@ def loop(**changes: Any) -> LoopSettings:
         checkpoint_minutes=7.5,
         checkpoint_final=False,
         seeds={"run": 17},
+        ranks=RANKS,
         max_failed_critiques=0.45,
         parts=1,
     )
@@ -227,7 +235,8 @@ NEEDS = Needs(policy_signals=True, reference=False, critic=True, groups_together
 
 def test_the_loop_is_set_as_the_configuration_says():
     assert loop_settings(configured(), NEEDS) == loop()
-    assert loop_settings(configured(), replace(NEEDS, critic=False)) == loop(critic_only_steps=0)
+    alone = {"policy": RANKS["policy"]}
+    assert loop_settings(configured(), replace(NEEDS, critic=False)) == loop(critic_only_steps=0, ranks=alone)
     assert loop_settings(configured(), replace(NEEDS, policy_signals=False)) == loop(policy_signals=False)
     assert loop_settings(configured(algorithm={"selection": []}), NEEDS) == loop(selects=False)
     assert loop_settings(configured(train={"sync_check": True}), NEEDS) == loop(sync_check=True)

@@ -142,7 +142,7 @@ def make(tmp_path, monkeypatch):
             "steps": 3, "prompts_per_step": 2, "responses_per_prompt": 2, "sampling": None, "minibatches": 1,
             "policy_signals": False, "selects": False, "max_failed_share": 0.1, "sync_check": True,
             "call_timeout_seconds": 60.0, "critic_only_steps": 0, "samples_shown": 0, "max_minutes": None,
-            "checkpoint_every": 0, "checkpoint_minutes": None, "checkpoint_final": False, "seeds": {"run": 0}, "max_failed_critiques": 1.0,
+            "checkpoint_every": 0, "checkpoint_minutes": None, "checkpoint_final": False, "seeds": {"run": 0}, "ranks": {}, "max_failed_critiques": 1.0,
             "parts": 1,
         }  # fmt: skip
         rows = []

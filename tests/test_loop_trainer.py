@@ -133,7 +133,7 @@ def make(tmp_path, monkeypatch):
         settings = LoopSettings(
             prompts_per_step=1, responses_per_prompt=4, sampling=None, minibatches=1, policy_signals=False, selects=False,
             max_failed_share=0.1, sync_check=True, call_timeout_seconds=1.0, critic_only_steps=0, samples_shown=0,
-            seeds={"run": 0}, max_failed_critiques=0.5, parts=1, **values,
+            seeds={"run": 0}, ranks={"policy": {"ranks": 2}}, max_failed_critiques=0.5, parts=1, **values,
         )  # fmt: skip
         actors, store = Actors([], [], None, []), CheckpointStore(tmp_path / "checkpoints")
         loop = Loop(actors, prompts or Prompts(), settings, KlCoefficient(0.0), Tracker(), store)
@@ -191,7 +191,7 @@ def test_the_last_checkpoint_replaces_one_of_the_same_step_that_another_life_of_
     assert saved(stale).data == {"drawn": 52}
     loop = make()
     loop.run()
-    assert saved(loop).data == {"drawn": 2}
+    assert saved(loop).data == {"drawn": 2} and saved(loop).ranks == {"policy": {"ranks": 2}}
 
 
 def test_a_step_that_has_its_checkpoint_is_not_written_again_at_the_end(make, monkeypatch):

@@ -338,9 +338,18 @@ def test_the_state_keeps_every_field(tmp_path):
         trackers={"wandb": {"run_id": "ab12"}},
         kl={"coefficient": 0.05},
         extra={"note": "x"},
+        ranks={"policy": {"ranks": 2, "lora": None}},
     )
     state.save(tmp_path)
     assert RunState.load(tmp_path) == state
+
+
+def test_the_state_of_a_version_that_did_not_say_its_ranks_is_read(tmp_path):
+    RunState(step=3, policy_version=4, data={}).save(tmp_path)
+    read = json.loads((tmp_path / "state.json").read_text())
+    del read["ranks"]
+    (tmp_path / "state.json").write_text(json.dumps(read))
+    assert RunState.load(tmp_path) == RunState(step=3, policy_version=4, data={}, ranks={})
 
 
 def test_random_states_go_on_where_they_were(tmp_path):

@@ -75,6 +75,8 @@ def test_a_resume_makes_them_while_the_ranks_still_hold_the_starting_weights(ran
 
 def test_a_stage_keeps_a_digest_of_its_examples_and_goes_on_with_the_same_ones_alone(rank, tmp_path):
     assert train(tmp_path, "run_name=first", "checkpoint.final=true") == 0
+    [written] = CheckpointStore("runs/first/checkpoints").latest().state.ranks.items()
+    assert written[0] == "policy" and written[1]["ranks"] == 1
     assert train(tmp_path, "resume=first", "train.epochs=2") == 0
     assert "earlier version" not in (tmp_path / "runs" / "first" / "metrics.jsonl").read_text()
     with pytest.raises(ConfigError, match="resume: the 4 training examples are not those"):

@@ -46,7 +46,7 @@ def stage(tmp_path, monkeypatch) -> Stage:
     clock = SimpleNamespace(now=100.0)
     clock.perf_counter = lambda: clock.now
     monkeypatch.setattr("apportion.preference_trainer.time", clock)
-    settings = StageSettings("x", 1.0, 9, 2, 0, False, False, None, 0, False, True, 60.0, 0.2, 1, None, True)
+    settings = StageSettings("x", 1.0, 9, 2, 0, False, False, None, 0, False, True, 60.0, 0.2, 1, None, True, {})
     rows = {}
     tracker = SimpleNamespace(log=lambda step, metrics: rows.update({step: metrics}), state=dict)
     made = Stage([], Examples([0] * 18), [0], settings, tracker, CheckpointStore(tmp_path))

@@ -9,6 +9,7 @@ from typing import Any
 from apportion.actors.engines import Sampling
 from apportion.assembly.needs import Needs
 from apportion.assembly.serving import rollout_spec
+from apportion.conf.layout import layout_of
 from apportion.conf.models import read_limits
 from apportion.conf.schema import Config
 from apportion.loop.evaluation import EvaluationSettings
@@ -36,6 +37,7 @@ def loop_settings(config: Config, needs: Needs) -> LoopSettings:
         checkpoint_minutes=config.checkpoint.every_minutes,
         checkpoint_final=config.checkpoint.final,
         seeds={"run": config.seed},
+        ranks=layout_of(config, needs.critic),
         max_failed_critiques=config.judge.max_failed_share,
         parts=_parts(config) if needs.judge else 1,
     )

@@ -9,11 +9,12 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from apportion.data.rows import Row
+
+if TYPE_CHECKING:
+    import numpy as np
 
 SAMPLED_ROWS = 64  # of rows that are made when they are read
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in the text of an object that has none of its own
@@ -28,7 +29,7 @@ def digest_rows(rows: Sequence[Row], prompt_column: str) -> int:
     origin = getattr(rows, "origin", None)
     chosen: Iterable[Row] = rows
     if origin is not None and len(rows) > SAMPLED_ROWS:
-        chosen = (rows[i] for i in np.linspace(0, len(rows) - 1, SAMPLED_ROWS).astype(int).tolist())
+        chosen = (rows[i * (len(rows) - 1) // (SAMPLED_ROWS - 1)] for i in range(SAMPLED_ROWS))
     digest = hashlib.blake2b(_written([origin, prompt_column, len(rows)]), digest_size=8)
     for row in chosen:
         digest.update(_written([row.number, row.values]))
@@ -40,7 +41,7 @@ def digest_arrays(arrays: Iterable[np.ndarray]) -> int:
     digest = hashlib.blake2b(digest_size=8)
     for array in arrays:
         digest.update(_written([str(array.dtype), array.shape]))
-        digest.update(np.ascontiguousarray(array).data)
+        digest.update(array.tobytes())
     return int.from_bytes(digest.digest())
 
 

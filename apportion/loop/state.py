@@ -51,6 +51,7 @@ class LoopSettings:
     checkpoint_minutes: float | None
     checkpoint_final: bool
     seeds: dict[str, int]
+    ranks: dict[str, dict[str, Any]]  # how each trained role is spread over ranks
     max_failed_critiques: float  # share of a step's critiques
     parts: int  # that an engine's prompts are sampled in, so that judges have one while it makes the next
 

@@ -37,7 +37,8 @@ class RunState:
     """Everything of a run that is not a tensor. JSON values only.
 
     `data` is the data's own position, `trackers` the run ids of `Tracker.state`, `kl` the adaptive coefficient's state,
-    `seeds` every seed by what it is for, `extra` what a later version of the loop adds.
+    `seeds` every seed by what it is for, `extra` what a later version of the loop adds, `ranks` how each trained role is
+    spread over ranks (empty in what earlier versions wrote).
     """
 
     step: int
@@ -47,6 +48,7 @@ class RunState:
     trackers: dict[str, Any] = field(default_factory=dict)
     kl: dict[str, float] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    ranks: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Write `state.json`. A number that is not finite is unknown, and null; TypeError for what is no JSON value."""
@@ -65,6 +67,7 @@ class RunState:
             ) from error
         version = read.pop("format", None)
         expected = {f.name for f in fields(RunState)}
+        read.setdefault("ranks", {})
         if version != FORMAT or set(read) != expected:
             odd = ", ".join(sorted(set(read) ^ expected)) or "none"
             raise CheckpointError(
@@ -137,6 +140,10 @@ class CheckpointStore:
                 self._refuse_later_format(folder)
                 return _checkpoint(folder)
         return None
+
+    def newest_by_size(self) -> Path | None:
+        """As `latest`, but files are only counted and measured."""
+        return next((folder for folder in self._folders_newest_first() if _size_problem(folder) is None), None)
 
     def _refuse_later_format(self, chosen: Path) -> None:
         """A later checkpoint that this version cannot read is not passed over: the run would go on from long before it."""

@@ -251,6 +251,13 @@ def find_checkpoint(argument: str, runs_root: str | Path) -> Checkpoint:
     return CheckpointStore(run / "checkpoints").open(checkpoint) if checkpoint else _newest_of_run(run)
 
 
+def resumed_folder(argument: str, runs_root: str | Path) -> Path | None:
+    """The checkpoint that `find_checkpoint` finds if every byte is as written, which is not looked at here; None where
+    the run has none."""
+    run, named = _named(argument, runs_root)
+    return named or CheckpointStore(run / "checkpoints").newest_by_size()
+
+
 def named_run(argument: str, runs_root: str | Path) -> Path:
     """The run's folder of what `find_checkpoint` finds, without reading a checkpoint: to be held first, since whoever
     holds it may be writing another."""
