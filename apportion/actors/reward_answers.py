@@ -30,15 +30,19 @@ COLUMN_ROWS = 8  # of each source: the columns of the data are theirs
 AT_ONCE = 64  # answers of one call of a verifier in a process, which has the time limit of a call
 
 
-def check_data(functions: Sequence[FunctionSource], sources: Sequence[Source], where: str, on_bad_row: str) -> None:
-    """Every column that a function needs is there (ConfigError), and every answer is one that its verifier can read.
-
-    A row with another one raises DataError with its place, or leaves its source and is counted in `skipped`.
-    """
+def check_source_columns(functions: Sequence[FunctionSource], sources: Sequence[Source], where: str) -> None:
+    """ConfigError where a function needs a column that no source has, as their first rows tell."""
     rows = [
-        {k: v for k, v in row.values.items() if k != s.prompt_column} for s in sources for row in s.rows[:COLUMN_ROWS]
+        {name: value for name, value in row.values.items() if name != source.prompt_column}
+        for source in sources
+        for row in source.rows[:COLUMN_ROWS]
     ]
     check_columns(functions, {name for row in rows for name in row}, where, nested_paths(rows))
+
+
+def check_answers(functions: Sequence[FunctionSource], sources: Sequence[Source], on_bad_row: str) -> None:
+    """DataError with its place for a row whose answer a verifier cannot read; or, where bad rows are skipped, the row
+    leaves its source and is counted in `skipped`."""
     verifiers = [function for function in functions if function.verifier and COLUMNS[function.verifier]]
     for source in sources if verifiers else ():
         rejected = _rejected(verifiers, source, BadRows(on_bad_row))

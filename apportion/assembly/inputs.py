@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from apportion.actors.reward_answers import FIRST_ROWS, check_data, check_tags
+from apportion.actors.reward_answers import FIRST_ROWS, check_answers, check_source_columns, check_tags
 from apportion.actors.reward_check import check_functions
 from apportion.actors.reward_sources import FunctionSource
 from apportion.assembly.report import say
@@ -60,7 +60,9 @@ def _sources(config: Config, split: str) -> list[Source]:
     sources = load_sources(
         given, split=split, limit=limit, prompt_column=data.prompt_column, on_bad_row=data.on_bad_row
     )
-    check_data(_functions(config), sources, f"data.{split}", data.on_bad_row)
+    functions = _functions(config)
+    check_source_columns(functions, sources, f"data.{split}")
+    check_answers(functions, sources, data.on_bad_row)
     return sources
 
 
