@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -39,8 +38,6 @@ if TYPE_CHECKING:
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 _SWITCHES = ("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m")
 _SWITCHES_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-name", "-cn", "--info", "-i")
-_HOME = re.compile(r"^(runs_folder=[\"']?)~(?=/)")
-_LORA_VALUES = ("policy.lora.", "+policy.lora.", "++policy.lora.", "policy.lora={")
 
 Run = Callable[[Any, dict[str, Any]], int]  # (the typed configuration, the same as a plain dict) -> exit code
 
@@ -56,7 +53,6 @@ class Command:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return the exit code."""
     words = sys.argv[1:] if arguments is None else arguments
-    words = [_HOME.sub(lambda m: m[1] + os.path.expanduser("~"), word) for word in words]  # as some shells do not
     if not words or words[0] in ("-h", "--help", "help"):
         print(_usage())
         return 0
@@ -270,13 +266,15 @@ def compose_config(overrides: list[str], base: Path | None = None, stage: str | 
     from hydra import compose, initialize_config_module
     from hydra.core.global_hydra import GlobalHydra
 
+    from apportion.conf.arguments import rewritten
     from apportion.conf.overrides import whole_mappings
 
+    words = rewritten(overrides, _schema(stage))
     outer = GlobalHydra.instance().hydra  # of a command that is running: Hydra composes only where none is set up
     GlobalHydra.instance().clear()
     try:
         with _explained(stage), whole_mappings(), initialize_config_module("apportion.conf", version_base="1.3"):
-            return compose(_register(base, stage), overrides=_with_lora(overrides))
+            return compose(_register(base, stage), overrides=words)
     finally:
         GlobalHydra.instance().hydra = outer
 
@@ -339,13 +337,6 @@ def _split(command: str, words: list[str]) -> tuple[list[str], list[str]]:
     return switches, overrides
 
 
-def _with_lora(overrides: list[str]) -> list[str]:
-    """A value of the optional section policy.lora switches the section on."""
-    wanted = any(word.startswith(_LORA_VALUES) for word in overrides)
-    named = any(word.startswith("lora=") for word in overrides)
-    return ["lora=default", *overrides] if wanted and not named else overrides
-
-
 @contextlib.contextmanager
 def _explained(stage: str | None = None) -> Iterator[None]:
     """Hydra's and omegaconf's exceptions as one-line ConfigErrors; Hydra's own reporting of them off."""
@@ -375,9 +366,11 @@ def _with_hydra(command: str, words: list[str], run: Run, base: Path | None = No
     import hydra
     from hydra.core.global_hydra import GlobalHydra
 
+    from apportion.conf.arguments import rewritten
     from apportion.conf.overrides import whole_mappings
 
     switches, overrides = _split(command, words)
+    overrides = rewritten(overrides, _schema(stage), sweep=not {"-m", "--multirun"}.isdisjoint(switches))
     codes: list[int] = []
 
     def task(composed: DictConfig) -> None:
@@ -388,7 +381,7 @@ def _with_hydra(command: str, words: list[str], run: Run, base: Path | None = No
             codes.append(_report(error))
 
     argv = sys.argv
-    sys.argv = [f"apportion {command}", *switches, *_with_lora(overrides)]
+    sys.argv = [f"apportion {command}", *switches, *overrides]
     try:
         with _explained(stage), whole_mappings(), unsaved_sweeps():
             hydra.main(version_base="1.3", config_path="conf", config_name=_register(base, stage))(task)()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
 
+from apportion.conf.arguments import plain
 from apportion.conf.checks import leaves
 from apportion.platform.errors import ConfigError, nearest
 from apportion.platform.runs import REDACTED
@@ -14,9 +16,9 @@ SAVED_NAME = "config.yaml"  # what a run's folder keeps its configuration under
 
 
 def value_of(key: str, words: list[str]) -> str | None:
-    """The last value that the command line gives a key."""
+    """The last value that the command line gives a key whose value is a path."""
     values = [word.partition("=")[2] for word in words if word.partition("=")[0] == key]
-    return values[-1].strip("'\"") if values else None
+    return os.path.expanduser(plain(values[-1])) if values else None
 
 
 def chooses(words: list[str]) -> bool:

@@ -12,7 +12,7 @@ from apportion.conf.schema import Config
 from apportion.platform.errors import ConfigError
 from apportion.platform.files import write_text_atomically
 from apportion.platform.run_lock import is_held
-from apportion.platform.runs import never_began, redacted_text
+from apportion.platform.runs import check_run_name, never_began, redacted_text
 
 WORDS_FILE = "before.json"  # in the run's folder: what it was made by
 COMMANDS = tuple(name.replace("_", "-") for name in STAGES)
@@ -39,6 +39,7 @@ def stages(config: Config) -> list[Stage]:
             raise ConfigError(f"before: got {line!r}, expected one run_name=NAME in it, by which its result is found")
         if names[0] in [stage.run_name for stage in found]:
             raise ConfigError(f"before: got run_name={names[0]} twice, expected a name of its own for each stage")
+        check_run_name(names[0])
         found.append(Stage(words, names[0]))
     return found
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from apportion.conf.devices import vllm_needs_gpu
-from apportion.conf.models import read_limits
+from apportion.conf.models import check_own_tokenizer, read_limits
 from apportion.conf.schema import Config, JudgeConfig
 from apportion.platform.errors import ConfigError
 
@@ -127,6 +127,7 @@ def _check_own_model(config: Config, judge: JudgeConfig) -> None:
             "cluster.gpus_per_judge: got 0 with a vLLM that was built for CUDA, expected at least 1, or "
             "judge.engine=transformers"
         )
+    check_own_tokenizer(str(judge.model), "judge.model")
     context = read_limits(str(judge.model), "judge.model").context
     if context is not None and judge.context_tokens > context:
         raise ConfigError(
@@ -157,7 +158,7 @@ def judge_spec(config: Config, tokenizer: str, run_folder: Path, threads: int) -
         critiques=judge.critiques,
         timeout_seconds=judge.timeout_seconds,
         batch_timeout_seconds=judge.batch_timeout_seconds,
-        cache_folder=str(Path(judge.cache_folder or run_folder / "critiques").absolute()),
+        cache_folder=str(Path(judge.cache_folder or run_folder / "critiques").expanduser().absolute()),
         function=judge.function,
         model=_model_spec(config, threads) if own_model(judge) is not None else None,
         service=service,

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from apportion.conf.checks import LARGEST_SEED, MISSING, SMALLEST_STORE_GIB, at_least, between, one_of
 from apportion.conf.devices import check_attention, check_share
-from apportion.conf.models import check_rows_of_several, check_targets, read_limits
+from apportion.conf.models import check_own_tokenizer, check_rows_of_several, check_targets, read_limits
 from apportion.conf.schema import CheckpointConfig, EngineConfig, LoraConfig, ModelConfig, TrackingConfig
 from apportion.platform.errors import ConfigError
 
@@ -171,6 +171,7 @@ class PreferenceConfig:
     def __post_init__(self) -> None:
         between("seed", self.seed, 0, LARGEST_SEED)
         self.runs_folder = os.path.expanduser(self.runs_folder)
+        self.resume = self.resume and os.path.expanduser(self.resume)
 
 
 @dataclass
@@ -232,6 +233,7 @@ def check(config: PreferenceConfig) -> None:
         raise ConfigError(
             f"data.margin_column: got {data.margin_column!r}, expected none: only reward-model reads margins"
         )
+    check_own_tokenizer(config.model.path, chat_template=config.model.chat_template)
     limits = read_limits(config.model.path)
     if limits.context is not None and data.max_tokens > limits.context:
         raise ConfigError(

@@ -191,3 +191,4 @@ class Config:
     def __post_init__(self) -> None:
         between("seed", self.seed, 0, LARGEST_SEED - self.cluster.rollout_engines)  # each engine has one of its own
         self.runs_folder = os.path.expanduser(self.runs_folder)
+        self.resume = self.resume and os.path.expanduser(self.resume)

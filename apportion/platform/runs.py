@@ -26,6 +26,8 @@ REDACTED = "<redacted>"
 COMMAND_LINES = "before"  # the key under which a configuration holds words of commands
 _METRICS_FILES = ("metrics.jsonl", "samples.jsonl")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=@-]*")
+_LONGEST_NAME = 255  # bytes that a file system takes
+_EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")  # a number for the reader of a saved configuration, not for safe_dump
 _SECRET_WORDS = r"token|secret|password|passwd|api_?key|access_?key|private_?key|credentials?|authorization|auth"
 _SECRET_KEY = re.compile(rf"(?:^|_)(?:{_SECRET_WORDS})$")
 # Text tokens of a tokenizer, not credentials.
@@ -70,10 +72,7 @@ class RunFolder:
 
     def save_config(self, config: Mapping[str, Any]) -> None:
         """`config.yaml`, without secrets."""
-        import yaml
-
-        text = yaml.safe_dump(redacted(config), sort_keys=False, allow_unicode=True)
-        write_text_atomically(self.path / "config.yaml", text)
+        write_text_atomically(self.path / "config.yaml", _yaml(redacted(config)))
 
     def write_summary(self, summary: Mapping[str, Any]) -> Path:
         """`summary.json`, whole or not at all; values that are not finite are null."""
@@ -82,6 +81,17 @@ class RunFolder:
             file, json.dumps(_json_values(summary), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         )
         return file
+
+
+def _yaml(config: Mapping[str, Any]) -> str:
+    """Text that omegaconf reads as what it was: a name such as 1e5 in quotes, too."""
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        pass
+
+    Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
+    return yaml.dump(config, Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
 def make_run_folder(root: str | Path, name: str | None, recipe: str) -> RunFolder:
@@ -95,7 +105,7 @@ def make_run_folder(root: str | Path, name: str | None, recipe: str) -> RunFolde
     if name is not None:
         candidates = [name]
     else:
-        stem = re.sub(r"[^A-Za-z0-9_-]+", "-", recipe).strip("-") or "run"
+        stem = re.sub(r"[^A-Za-z0-9_-]+", "-", recipe).strip("-")[:100] or "run"
         candidates = [f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}" for _ in range(20)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -120,6 +130,12 @@ def make_run_folder(root: str | Path, name: str | None, recipe: str) -> RunFolde
 
 
 def check_run_name(name: str | None) -> None:
+    """ConfigError for a name that a folder cannot have, or that a shell would read as something else."""
+    if name is not None and len(name.encode(errors="replace")) > _LONGEST_NAME:
+        raise ConfigError(
+            f"run_name: got {name[:20]}... of {len(name.encode(errors='replace'))} bytes, expected at most {_LONGEST_NAME}, the most "
+            "that a folder's name can have"
+        )
     if name is not None and not _NAME.fullmatch(name):
         raise ConfigError(
             f"run_name: got {name!r}, expected letters, digits and . _ - + = @ (a folder's name, no path)"
