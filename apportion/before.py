@@ -50,7 +50,9 @@ def _run(stage: Stage, runs_folder: str) -> None:
     with terminated_as_interrupt():
         # In a session of its own it gets one signal, ours; a terminal's Ctrl-C would come twice and cut its tidying short.
         process = subprocess.Popen(
-            [sys.executable, "-m", "apportion", *words], start_new_session=True, preexec_fn=_ended_with(os.getpid())
+            [sys.executable, "-P", "-m", "apportion", *words],
+            start_new_session=True,
+            preexec_fn=_ended_with(os.getpid()),
         )
         try:
             code = process.wait()  # each of its own waits has a limit

@@ -16,12 +16,12 @@ from math import ceil
 from apportion.actors.reward_check import check_functions, has_models
 from apportion.conf.before import stages
 from apportion.conf.combinations import check_combinations, longest_sampled
-from apportion.conf.companions import check_companions
+from apportion.conf.companions import check_companions, check_reward_models
 from apportion.conf.devices import Machine, this_machine
 from apportion.conf.environment import check_environment
 from apportion.conf.judges import check_judge, own_model
 from apportion.conf.layout import check_resume
-from apportion.conf.models import VALUE_BYTES, ModelFacts, read_model
+from apportion.conf.models import VALUE_BYTES, ModelFacts, check_own_tokenizer, read_model
 from apportion.conf.parts import check_parts
 from apportion.conf.schema import CheckpointConfig, Config, EngineConfig
 from apportion.conf.sources import check_sources
@@ -110,6 +110,7 @@ def make_plan(config: Config, machine: Machine | None = None) -> Plan:
     here = None if joined else machine or this_machine()
     needs = check_parts(config.algorithm)
     model = read_model(config.model.path)
+    check_own_tokenizer(config.model.path, chat_template=config.model.chat_template)
     stages(config)
     teachers = check_distillation(config)
     actors = _actors(config, needs, model)
@@ -122,6 +123,7 @@ def make_plan(config: Config, machine: Machine | None = None) -> Plan:
         check_judge(config, joined)
     check_environment(config, joined)
     check_functions(config.reward.functions, config.reward.timeout_seconds)
+    check_reward_models(config)
     with refusals():
         check_sources(config)
     _check_memory(config, actors, here)

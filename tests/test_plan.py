@@ -427,7 +427,7 @@ def test_targets_are_held_against_the_layers_that_the_weights_name(tmp_path):
     assert line == f"policy.lora.targets: got 'q_proj', expected names of layers of {tmp_path}: c_attn, wte"
 
 
-def test_targets_are_not_held_against_weights_of_which_some_are_missing_or_quantised(tmp_path):
+def test_targets_are_not_held_against_weights_of_which_some_may_be_missing_or_quantised(tmp_path):
     import torch
     from safetensors.torch import save_file
 
@@ -438,7 +438,10 @@ def test_targets_are_not_held_against_weights_of_which_some_are_missing_or_quant
     assert planned(*words).actor("policy").count == 1
     index = {"weight_map": {"lm_head.weight": shard.name, "q_proj.weight": "model-00001-of-00002.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert planned(*words).actor("policy").count == 1
+    assert refusal(*words) == (
+        f"model.path: got {tmp_path}, whose index names model-00001-of-00002.safetensors, which is not there, expected all "
+        "parts of the weights: fetch that file"
+    )
     index["weight_map"].pop("q_proj.weight")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert refusal(*words).startswith("policy.lora.targets: got 'q_proj', expected names of layers")

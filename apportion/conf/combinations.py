@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from math import ceil
 
 from apportion.conf.devices import Machine, check_devices
-from apportion.conf.models import VALUE_BYTES, ModelFacts, check_targets, read_limits, read_model
+from apportion.conf.models import (
+    VALUE_BYTES,
+    ModelFacts,
+    check_own_tokenizer,
+    check_targets,
+    read_limits,
+    read_model,
+)
 from apportion.conf.parts import drops_lone_responses, group_relative, pooled_unit, units_of_one_advantage
 from apportion.conf.schema import AlgorithmConfig, Config
 from apportion.platform.errors import ConfigError
@@ -41,6 +48,7 @@ def check_combinations(
 
 def check_evaluation(config: Config, path: str) -> None:
     """Those of these checks that measuring the model at `path` needs, without a run around it."""
+    check_own_tokenizer(path, "checkpoint", config.model.chat_template)
     _check_context(config, path)
     _check_cache(config, read_model(path))
     _check_evaluation(config)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from apportion.conf.models import ModelLimits, read_limits
+from pathlib import Path
+
+from apportion.actors.reward_sources import parse_entries
+from apportion.conf.models import ModelLimits, check_own_tokenizer, read_limits
 from apportion.conf.schema import Config
 from apportion.platform.errors import ConfigError
 
@@ -24,6 +27,15 @@ def check_companions(config: Config, needs: frozenset[str]) -> None:
                 f"{key}: got {path} with {limits.vocabulary} tokens, expected at least the {own.vocabulary} of "
                 f"{config.model.path}, with the same tokenizer: it reads the policy's token ids"
             )
+
+
+def check_reward_models(config: Config) -> None:
+    """ConfigError for a reward model on this machine whose files cannot be used. One that a stage of `before` makes is not
+    here yet."""
+    for entry in parse_entries(config.reward.functions, config.reward.timeout_seconds):
+        kind, _, path = str(entry.function).partition(":")
+        if kind == "model" and Path(path).expanduser().is_dir():
+            check_own_tokenizer(path, f"reward.functions model:{path}")
 
 
 def check_context(config: Config, key: str, path: str, limits: ModelLimits) -> None:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from apportion.conf.model_files import (
+    INDEX,
+    check_sizes,
+    check_tokenizer,
+    check_weights,
+    missing_shards,
+    read_json,
+    tensors_of,
+)
 from apportion.data.builtin import BUILDERS, PREFIX, cache_folder
 from apportion.platform.errors import ConfigError, nearest
 
@@ -104,7 +112,7 @@ def check_targets(targets: list[str], path: str) -> None:
     config, folder = _described(path, "model.path")
     if "quantization_config" in config or _lacks_weights(folder):  # names of other tensors, or not all
         return
-    names = {name.removesuffix(".weight") for name, shape in _tensors(folder).items() if len(shape) == 2}
+    names = {name.removesuffix(".weight") for name, shape in tensors_of(folder).items() if len(shape) == 2}
     if folder is None and config:
         names = set(_facts(config, None).shapes)
     if not names or any(".experts." in name for name in names):  # those are joined when they are loaded
@@ -137,16 +145,22 @@ def check_rows_of_several(path: str, longest: int, key: str) -> None:
         )
 
 
+def check_own_tokenizer(path: str, key: str = "model.path", chat_template: str | None = None) -> None:
+    """ConfigError where a model has no embedding for a token that its tokenizer writes; `chat_template` is a jinja file in
+    place of the tokenizer's own."""
+    config, folder = _described(path, key)
+    if folder is not None:
+        file = None if chat_template is None else Path(chat_template).expanduser()
+        text = file.read_text(encoding="utf-8") if file is not None and file.is_file() else None
+        check_tokenizer(folder, path, key, text, config.get("vocab_size"))
+
+
 def _lacks_weights(folder: Path | None) -> bool:
-    """Whether files that the model's index names are not here (yet): a download that was interrupted, say."""
+    """Whether some weights are not here (yet): a download to the hub's cache that was interrupted, say."""
     shards = list(folder.glob("*-of-*.safetensors")) if folder is not None else []
-    if folder is None or not (shards or (folder / "model.safetensors.index.json").is_file()):
+    if folder is None or not (shards or (folder / INDEX).is_file()):
         return False
-    try:
-        index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
-        return any(not (folder / name).is_file() for name in index["weight_map"].values())
-    except (OSError, ValueError, KeyError):
-        return True
+    return not (folder / INDEX).is_file() or bool(missing_shards(folder))
 
 
 def _described(path: str, key: str) -> tuple[dict[str, Any], Path | None]:
@@ -158,6 +172,7 @@ def _described(path: str, key: str) -> tuple[dict[str, Any], Path | None]:
             raise ConfigError(f"{key}: got {path!r}, expected one of {', '.join(known)}{nearest(path, known)}")
         folder = cache_folder() / "models" / BUILDERS[name][0]
         if (folder / "config.json").is_file():
+            check_weights(folder, path, key)
             return _configuration(folder), folder
         return _BUILTIN_CONFIGS.get(name, {}), None
     local = Path(path).expanduser()
@@ -166,6 +181,7 @@ def _described(path: str, key: str) -> tuple[dict[str, Any], Path | None]:
             raise ConfigError(
                 f"{key}: got {path!r}, a folder without config.json, expected a Hugging Face model's folder"
             )
+        check_weights(local, path, key)
         return _configuration(local), local
     if path.startswith(("/", "./", "../", "~")):
         raise ConfigError(f"{key}: got {path!r}, which does not exist, expected a folder, a hub name or builtin:NAME")
@@ -181,33 +197,17 @@ def _hub_snapshot(name: str) -> Path | None:
 
 
 def _configuration(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder}/config.json: not readable ({error}), expected a model's configuration") from error
-    return config.get("text_config", config)  # a vision model's language part
+    config = read_json(folder / "config.json", "a model's configuration")
+    inner = config.get("text_config", config)  # a vision model's language part
+    config = inner if isinstance(inner, dict) else config
+    check_sizes(config, folder / "config.json")
+    return config
 
 
 def _counted(folder: Path | None) -> int | None:
     """Parameters in the safetensors files; None where there are no such files."""
-    tensors = _tensors(folder)
+    tensors = tensors_of(folder)
     return sum(math.prod(shape) for shape in tensors.values()) if tensors else None
-
-
-def _tensors(folder: Path | None) -> dict[str, list[int]]:
-    """Shapes by name, from the headers of the safetensors files."""
-    shapes: dict[str, list[int]] = {}
-    for file in sorted(folder.glob("*.safetensors")) if folder is not None else ():
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if not 0 < length <= file.stat().st_size:
-                raise ConfigError(
-                    f"got {file}, which is no safetensors file (left over from git without lfs?), expected the "
-                    "model's weights: fetch them"
-                )
-            header = json.loads(stream.read(length))
-        shapes |= {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
-    return shapes
 
 
 def _facts(config: dict[str, Any], counted: int | None) -> ModelFacts:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from apportion.platform import errors
+from apportion.platform import errors, start
 from apportion.platform.death import cause_of_death, lost_node, useful_words, witness
 from apportion.platform.errors import ActorError, ApportionError, CheckpointError, ConfigError
 from apportion.platform.process import ProcessInfo, tail
@@ -82,30 +82,30 @@ class Cluster:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # Ray would run its workers at nice 15, and so behind everything else on a machine that is also used otherwise.
         os.environ.setdefault("RAY_worker_niceness", "0")
-        common = {"namespace": run_name, "log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
         self.joined = bool(address or os.environ.get("RAY_ADDRESS"))
+        joins = (address or os.environ["RAY_ADDRESS"]) if self.joined else None
+        folder = None if self.joined else start.session_folder(os.environ)
         try:
             with _own_signals():
-                self._connect(address, cpus, store_gib, common)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            where = address or os.environ.get("RAY_ADDRESS") or "a local Ray"
-            raise ConfigError(f"cluster.address: cannot reach {where}: {_first_line(error)}") from error
+                self._connect(joins, run_name, cpus, store_gib, folder)
         except Exception as error:  # Ray has no class of its own for a node that is late
-            raise ApportionError(
-                f"Ray did not start on this machine: {_first_line(error)} Its logs are under /tmp/ray/session_latest/logs; "
-                "a busy or full machine may only need another try"
-            ) from error
+            raise start.explained(error, joins, folder) from error
 
-    def _connect(self, address: str | None, cpus: float, store_gib: float | None, common: dict[str, Any]) -> None:
+    def _connect(
+        self, joins: str | None, run_name: str, cpus: float, store_gib: float | None, folder: Path | None
+    ) -> None:
         import ray
 
-        if self.joined:
-            ray.init(address=address or os.environ["RAY_ADDRESS"], **common)
+        common = {"job_config": start.job_config(run_name), "log_to_driver": False, "logging_level": "ERROR"}
+        if joins is not None:
+            ray.init(address=joins, **common)
             return
+        start.provide_token(os.environ)
         memory = None if store_gib is None else int(store_gib * 2**30)
         # CPUs are Ray's accounting only: compute actors take turns on the cores.
         count = max(int(cpus) + 1, os.cpu_count() or 1)
-        ray.init(address="local", num_cpus=count, include_dashboard=False, object_store_memory=memory, **common)
+        local = {"num_cpus": count, "include_dashboard": False, "object_store_memory": memory, "_temp_dir": str(folder)}
+        ray.init(address="local", **local, **common)
 
     def launch(self, requests: Sequence[ActorRequest]) -> list[Actor]:
         """Start actors side by side without waiting for them; `ready` does."""
@@ -114,7 +114,11 @@ class Cluster:
         actors = []
         for request in requests:
             log = str((self.log_folder / f"{request.name}.log").resolve())
-            paths = {"PYTHONPATH": python_path(request.cls), "APPORTION_MODULES": module_folders()}
+            paths = {
+                "PYTHONPATH": python_path(request.cls),
+                "APPORTION_MODULES": module_folders(),
+                **start.worker_variables(),
+            }
             variables = {"APPORTION_LOG": log, **paths, **(request.environment or {})}
             options = {"num_cpus": request.cpus, "num_gpus": request.gpus, "runtime_env": {"env_vars": variables}}
             handle = ray.remote(request.cls).options(**options).remote(*request.arguments)
@@ -175,11 +179,6 @@ def put(value: Any) -> Any:
     import ray
 
     return ray.put(value)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def gather(calls: Sequence[Call], timeout_seconds: float, what: str) -> list[Any]:

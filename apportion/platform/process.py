@@ -61,7 +61,12 @@ def find_environment_programs() -> None:
 
 
 def find_user_modules() -> None:
-    """Put the folders named in APPORTION_MODULES last on this process's path: nothing of theirs hides what is installed."""
+    """Put the folders named in APPORTION_MODULES last on this process's path: nothing of theirs hides what is installed.
+
+    This process was started with PYTHONSAFEPATH, which its children of `multiprocessing` take over; programs that the user's
+    code starts are not to have it.
+    """
+    os.environ.pop("PYTHONSAFEPATH", None)
     for folder in os.environ.get("APPORTION_MODULES", "").split(os.pathsep):
         if folder and folder not in sys.path:
             sys.path.append(folder)

@@ -1,0 +1,184 @@
+"""What Ray needs to start, and one line for each way in which it does not.
+
+Ray keeps its session in `RAY_TMPDIR`, else `TMPDIR`, else /tmp, with Unix sockets in it, whose paths have a limit of their
+own; its token in `~/.ray`; its objects in /dev/shm.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Mapping, MutableMapping
+from pathlib import Path
+from typing import Any
+
+from apportion.platform.errors import ApportionError, ConfigError
+
+SOCKET_BYTES = 107  # the longest path of a Unix socket on Linux
+# What Ray puts behind its folder, with a process id of 7 digits.
+_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+LONGEST_FOLDER = SOCKET_BYTES - len(_SOCKET)
+SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
+SMALLEST_SPACE = 64 * 2**20  # bytes free that a session takes at the least
+_TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+
+
+class _NoFolders(list[str]):
+    """Stays empty: Ray would put the script's folder and the working folder before what is installed in every worker, where
+    a user's tokenizers.py hides the library."""
+
+    def extend(self, folders: Any) -> None:
+        pass
+
+
+def job_config(namespace: str) -> Any:
+    """Ray's settings of a run, whose workers find the user's modules by `process.find_user_modules` alone."""
+    from ray.job_config import JobConfig
+
+    job = JobConfig(ray_namespace=namespace)
+    job._py_driver_sys_path = _NoFolders()
+    return job
+
+
+def worker_variables() -> dict[str, str]:
+    """What an actor's process is started with: no folder of its own goes before what is installed, not in the processes that
+    vLLM starts either, whose sockets need a short folder."""
+    variables = {"PYTHONSAFEPATH": "1"}
+    if len(os.fsencode(tempfile.gettempdir())) > LONGEST_FOLDER:
+        short = next((place for place in SHORT_FOLDERS if problem(Path(place)) is None), None)
+        variables |= {} if short is None else {"VLLM_RPC_BASE_PATH": short}
+    return variables
+
+
+def temporary_folder(environment: Mapping[str, str]) -> tuple[str, Path]:
+    """The folder under which Ray puts its sessions, and the name of the variable that says so."""
+    for name in ("RAY_TMPDIR", "TMPDIR"):
+        if environment.get(name):
+            return name, Path(environment[name])
+    return "TMPDIR", Path("/tmp")
+
+
+def session_folder(environment: Mapping[str, str]) -> Path:
+    """Where this process's Ray is to keep its sessions: under the temporary folder, or under a short one where a TMPDIR is
+    too long for sockets. ConfigError where no folder will do."""
+    name, folder = temporary_folder(environment)
+    refused = problem(folder)
+    if refused is not None:
+        raise ConfigError(f"{name}: got {folder}, {refused}, expected a folder for Ray's session: set {name}=/tmp, say")
+    size = len(os.fsencode(folder.absolute()))
+    if size <= LONGEST_FOLDER:
+        return folder.absolute() / "ray"
+    short = next((Path(place) for place in SHORT_FOLDERS if problem(Path(place)) is None), None)
+    if name == "RAY_TMPDIR" or short is None:
+        raise ConfigError(
+            f"{name}: got {folder}, {size} bytes, which is too long for Unix sockets, expected at most {LONGEST_FOLDER} "
+            "bytes: set RAY_TMPDIR=/tmp, or TMPDIR=/tmp"
+        )
+    return short / "ray"
+
+
+def problem(folder: Path) -> str | None:
+    """Why a folder cannot take files, in words that follow "got FOLDER,"; None where it can. A folder that does not exist
+    is made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".apportion-{secrets.token_hex(4)}"
+        probe.touch()
+        probe.unlink()
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        return f"where no file can be written ({error.strerror})"
+    return None if free >= SMALLEST_SPACE else f"which has {free >> 20} MiB free of at least {SMALLEST_SPACE >> 20}"
+
+
+def home_folder(environment: Mapping[str, str]) -> Path:
+    return Path(environment.get("HOME") or os.path.expanduser("~"))
+
+
+def provide_token(environment: MutableMapping[str, str]) -> None:
+    """A token for a Ray of this process's own where the home folder cannot keep one: Ray writes it to ~/.ray."""
+    if environment.get("RAY_AUTH_MODE", "").lower() == "disabled" or any(map(environment.get, _TOKEN_VARIABLES)):
+        return
+    home = home_folder(environment)
+    if not (home / ".ray" / "auth_token").is_file() and problem(home / ".ray") is not None:
+        environment["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+def explained(error: Exception, address: str | None, folder: Path | None) -> ApportionError:
+    """The one line for what ray.init raised. `address` is the cluster's that was to be joined, None for a Ray of this
+    process's own, whose sessions are in `folder`."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if address is not None:
+        return ConfigError(f"cluster.address: cannot reach {address}: {_cannot_join(error, text)}")
+    if isinstance(error, OSError):
+        return _refused_by_system(error, text, folder)
+    if "/dev/shm" in text or "object store memory" in text:
+        return ConfigError(
+            f"/dev/shm: got too little room for Ray's object store ({_short(text)}), expected more: set "
+            "cluster.object_store_gib, remove what is left over in /dev/shm, or in a container: --shm-size=4g"
+        )
+    if _is_about_token(error, text):
+        return ConfigError(f"RAY_AUTH_MODE: got no valid token ({_short(text)}), expected {_TOKEN_CURE}")
+    logs = f"{folder}/session_latest/logs"
+    if "ddress already in use" in text or "port" in text.lower().split():
+        return ApportionError(
+            f"Ray did not start on this machine: {_short(text)} Its logs are under {logs}; end the process that has the "
+            "port, or try again: ports are drawn anew"
+        )
+    return ApportionError(
+        f"Ray did not start on this machine: {_short(text)} Its logs are under {logs}; a busy or full machine may only "
+        "need another try; `apportion doctor` looks at what Ray needs"
+    )
+
+
+_TOKEN_CURE = "the cluster's token in RAY_AUTH_TOKEN, or in a file named by RAY_AUTH_TOKEN_PATH (ray get-auth-token)"
+
+
+def _cannot_join(error: Exception, text: str) -> str:
+    if "ersion mismatch" in text:
+        return f"{text[:400]}; install the same versions of Ray and Python on both sides"
+    if _is_about_token(error, text):
+        return f"{_short(text)}; set {_TOKEN_CURE}"
+    return f"{_short(text)}; start it (ray start --head), or unset RAY_ADDRESS and cluster.address for a Ray of the run's own"
+
+
+def _is_about_token(error: Exception, text: str) -> bool:
+    return type(error).__name__ == "AuthenticationError" or "authentication token" in text or "Unauthenticated" in text
+
+
+def _refused_by_system(error: OSError, text: str, folder: Path | None) -> ApportionError:
+    where = error.filename or folder
+    if "AF_UNIX" in text:
+        return ConfigError(
+            f"TMPDIR: got {folder}, which is too long for Unix sockets, expected at most {LONGEST_FOLDER} bytes: set "
+            "RAY_TMPDIR=/tmp, or TMPDIR=/tmp"
+        )
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ApportionError(
+            f"Ray did not start on this machine: no space left at {where}: free some, or set TMPDIR elsewhere"
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR):
+        return ConfigError(
+            f"{where}: got {error.strerror}, expected a folder that Ray can write: set HOME for files under the home "
+            "folder, TMPDIR for others"
+        )
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return ApportionError("Ray did not start on this machine: too many open files, expected more: ulimit -n 65536")
+    if error.errno in (errno.EAGAIN, errno.ENOMEM):
+        return ApportionError(
+            "Ray did not start on this machine: no process or memory left, expected more of both (ulimit -u, and what else "
+            "runs here)"
+        )
+    if error.errno == errno.EADDRINUSE:
+        return ApportionError(
+            f"Ray did not start on this machine: {_short(text)}; end the process that has the port, or try again: ports "
+            "are drawn anew"
+        )
+    return ApportionError(f"Ray did not start on this machine: {_short(text)}")
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 300 else text[:300] + "..."
