@@ -141,6 +141,7 @@ def test_a_cut_keeps_the_first_groups_whole_and_assigns_optimiser_steps_by_group
     steps = {g: set(whole.minibatch_ids[whole.group_ids == g].tolist()) for g in range(3)}
     assert steps == {0: {0}, 1: {0}, 2: {1}}
     assert report.tokens == one.tokens + two.tokens
+    assert report.groups_surplus == 1  # of four
 
 
 def test_there_are_never_more_optimiser_steps_than_groups(scored):

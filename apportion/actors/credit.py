@@ -58,6 +58,7 @@ class CutReport:
     trajectories: int
     tokens: int
     minibatches: int  # optimiser steps an epoch that the batch is cut into
+    groups_surplus: int = 0  # admitted beyond what a step takes, and left out
 
 
 @dataclass
@@ -107,14 +108,15 @@ class CreditWorker(ActorBase):
     def cut(self, groups: int, shards: int, minibatches: int, *admitted: Batch) -> tuple:
         """(CutReport, shard, ...): at most `groups` groups, assigned to optimiser steps, dealt to ranks by tokens."""
         batch = joined([b for b in admitted if len(b)])
-        chosen = sorted(set(batch.group_ids.tolist()))[:groups]
+        admitted_groups = sorted(set(batch.group_ids.tolist()))
+        chosen = admitted_groups[:groups]
         batch = batch.select(np.flatnonzero(np.isin(batch.group_ids, chosen)))
         steps = min(minibatches, len(chosen))
         of_group = {g: step for step, part in enumerate(np.array_split(chosen, steps)) for g in part.tolist()}
         ids = np.array([of_group[g] for g in batch.group_ids.tolist()], np.int32)
         batch = replace(batch, minibatch_ids=ids)
         parts = deal(batch, shards, self.spec.keep_groups_together)
-        report = CutReport(len(batch), batch.tokens, steps)
+        report = CutReport(len(batch), batch.tokens, steps, len(admitted_groups) - len(chosen))
         return (report, *(batch.select(part) for part in parts))
 
     def credit(self, shards: int, kl_coefficient: float, show: int, *parts: Any) -> tuple:

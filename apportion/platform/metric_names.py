@@ -49,6 +49,7 @@ METRICS: dict[str, str] = {
     "rollout/truncated_share": "share of trajectories cut by a limit: of tokens, of turns, or the environment's own",
     "rollout/trajectories": "trajectories sampled in this step",
     "rollout/groups_dropped": "groups that algorithm.selection left out of the update",
+    "rollout/groups_surplus": "groups that algorithm.selection kept beyond train.prompts_per_step, left out of the update; with dynamic sampling alone",
     "rollout/prompts": "prompts sampled from in this step",
     "rollout/turns_mean": "mean number of policy turns of a trajectory",
     "rollout/environment_failures": "episodes whose environment raised, was late or gave no reward; they are masked",
