@@ -9,6 +9,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from apportion.platform import logs
+from apportion.platform.inherited import keep_sockets_from_children
 from apportion.platform.rendezvous import hold_port
 
 
@@ -24,6 +26,8 @@ class ActorBase:
 
     def __new__(cls, *args: object, **kwargs: object) -> ActorBase:
         log_to_file()  # before the constructor, which is where most things go wrong
+        if "APPORTION_LOG" in os.environ:  # in a process of Ray's
+            keep_sockets_from_children()
         find_environment_programs()
         find_user_modules()
         return super().__new__(cls)
@@ -88,6 +92,7 @@ def log_to_file() -> None:
     os.dup2(target, 1)
     os.dup2(target, 2)
     os.close(target)
+    logs.keep_short(Path(path))
 
 
 def tail(path: str, lines: int = 15) -> str:

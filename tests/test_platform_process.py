@@ -1,0 +1,92 @@
+"""What every actor process has: a log with a bound, and sockets of Ray that its children do not hold."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from apportion.platform import logs
+
+
+@pytest.fixture
+def small(monkeypatch):
+    for name, value in (("MOST_BYTES", 5000), ("HEAD_BYTES", 500), ("TAIL_BYTES", 1000)):
+        monkeypatch.setattr(logs, name, value)
+
+
+def test_a_long_log_keeps_its_beginning_and_its_end_and_goes_on(tmp_path, small):
+    log = tmp_path / "reward-0.log"
+    printed = "".join(f"line {i:05d}\n" for i in range(1000))
+    with open(log, "ab", buffering=0) as writer:  # as the actor's own descriptor
+        writer.write(printed.encode())
+        logs.shorten_all(tmp_path)
+        writer.write(b"after\n")
+    # Lines have 11 bytes: the last 1,000 bytes begin in line 909, which is left out.
+    said = f"\n[... {910 * 11 - 500} bytes left out: a log keeps its beginning and its end ...]\n"
+    assert log.read_text() == printed[:500] + said + printed[910 * 11 :] + "after\n"
+
+
+def test_a_log_of_one_endless_line_is_bounded_too(tmp_path, small):
+    log = tmp_path / "a.log"
+    log.write_bytes(b"x" * 9000)
+    logs.shorten(log)
+    assert len(log.read_bytes()) < 1700
+
+
+def test_a_log_below_the_bound_and_one_that_is_gone_are_left_alone(tmp_path, small):
+    log = tmp_path / "a.log"
+    log.write_bytes(b"x" * 5000)
+    logs.shorten(log)
+    logs.shorten(tmp_path / "none.log")
+    assert log.read_bytes() == b"x" * 5000
+
+
+def test_a_running_process_keeps_its_log_short(tmp_path, small, monkeypatch):
+    monkeypatch.setattr(logs, "LOOK_SECONDS", 0.02)
+    log = tmp_path / "a.log"
+    log.write_bytes(b"x\n" * 5000)
+    logs.keep_short(log)
+    deadline = time.monotonic() + 5
+    while log.stat().st_size > 5000:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+CHILDREN = """
+import os, socket, subprocess, sys, time
+from apportion.platform.inherited import keep_sockets_from_children
+raylet = socket.socket(fileno=int(sys.argv[1]))
+os.set_inheritable(raylet.fileno(), True)
+keep_sockets_from_children()
+mine, childs = socket.socketpair()
+if sys.argv[2] == "fork":
+    if os.fork() == 0:
+        childs.send(b"hello")
+        time.sleep(60)
+    assert mine.recv(5) == b"hello"
+else:
+    subprocess.Popen(["sleep", "60"], close_fds=False)
+os._exit(3)
+"""
+
+
+@pytest.mark.parametrize("how", ["fork", "program"])
+def test_the_death_of_an_actor_is_noticed_while_a_child_of_it_lives(how):
+    """The other end of the actor's connection, which the raylet holds, sees it close at once."""
+    import socket
+
+    raylet, worker = socket.socketpair()
+    with raylet, worker:
+        actor = subprocess.Popen(
+            [sys.executable, "-c", CHILDREN, str(worker.fileno()), how], pass_fds=[worker.fileno()],
+            start_new_session=True,
+        )  # fmt: skip
+        worker.close()
+        raylet.settimeout(20)
+        try:
+            assert raylet.recv(1) == b""
+            assert actor.wait(5) == 3
+        finally:
+            os.killpg(actor.pid, 9)
