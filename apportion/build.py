@@ -26,7 +26,7 @@ from apportion.conf.schema import Config
 from apportion.conf.teachers import check_same_tokenizer, check_teachers, teacher_paths
 from apportion.data.builtin import resolve_model
 from apportion.data.prompts import PromptStream, load_tokenizer
-from apportion.edges import closing, refusals, row_errors, terminated_as_interrupt
+from apportion.edges import closing, refusals, row_errors, terminated_as_interrupt, told_first
 from apportion.loop.evaluation import Evaluator
 from apportion.loop.resume import check_steps_left
 from apportion.loop.state import Actors
@@ -76,7 +76,13 @@ def _train(config: Config, resolved: dict[str, Any], locks: ExitStack) -> int:
         for line in prompts.cautions(checkpoint.state.data) if checkpoint else []:
             tracker.warn(line)
     say(f"run folder: {folder.path}")
-    with terminated_as_interrupt(), closing(tracker), _cluster(config, needs, folder) as cluster:
+    with (
+        terminated_as_interrupt(),
+        closing(tracker),  # of a start that fails; otherwise they are closed before the cluster is torn down
+        _cluster(config, needs, folder) as cluster,
+        closing(tracker),
+        told_first(tracker),
+    ):
         say("starting actors (vLLM and DeepSpeed take some tens of seconds)")
         actors = _actors(config, needs, model, cluster, folder, checkpoint.step if checkpoint else 0)
         writers = [*actors.policy, *actors.critic]
@@ -118,7 +124,7 @@ def evaluate(config: Config, checkpoint: str) -> int:
             config, load_tokenizer(model, config.model.chat_template, config.model.trust_remote_code)
         )
     serving = Needs(policy_signals=False, reference=False, critic=False, groups_together=False)
-    with terminated_as_interrupt(), _cluster(config, serving, run_of(found)) as cluster:
+    with terminated_as_interrupt(), _cluster(config, serving, run_of(found)) as cluster, told_first():
         actors = start(config, cluster, serving_requests(config, model))
         report = _evaluator(config, actors, held_out, say).evaluate("evaluation")
     for name, value in sorted(report.metrics.items()):

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apportion import __version__
-from apportion.edges import system_errors, unsaved_sweeps
+from apportion.edges import system_errors, tell, unsaved_sweeps
 from apportion.platform.errors import ApportionError, ConfigError, nearest
+from apportion.platform.teardown import leave
 from apportion.saved import (
     chooses,
     no_such_run,
@@ -52,6 +53,10 @@ class Command:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return the exit code."""
+    return leave(_main(arguments))
+
+
+def _main(arguments: list[str] | None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     if not words or words[0] in ("-h", "--help", "help"):
         print(_usage())
@@ -99,13 +104,7 @@ def _usage() -> str:
 
 
 def _report(error: ApportionError) -> int:
-    """Print an error: its first line as the message, what follows (a traceback, log lines) below it."""
-    from apportion.platform.console import terminal_text
-
-    message, _, details = terminal_text(str(error)).partition("\n")
-    print(f"error: {message}", file=sys.stderr)
-    if details:
-        print(details, file=sys.stderr)
+    tell(error)
     return USAGE if isinstance(error, ConfigError) else FAILED
 
 

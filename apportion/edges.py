@@ -34,6 +34,33 @@ def closing(tracker: MultiTracker) -> Iterator[None]:
     tracker.close()
 
 
+@contextmanager
+def told_first(tracker: MultiTracker | None = None) -> Iterator[None]:
+    """Say what went wrong before anything is torn down: that takes its time, and where Ray hangs it may not return."""
+    try:
+        with row_errors():
+            yield
+    except ApportionError as error:
+        if tracker is not None:
+            tracker.close_console()
+        tell(error)
+        raise
+
+
+def tell(error: ApportionError) -> None:
+    """Print an error, once: its first line as the message, what follows (a traceback, log lines) below it."""
+    from apportion.platform.console import terminal_text
+
+    if error.told:
+        return
+    error.told = True
+    message, _, details = terminal_text(str(error)).partition("\n")
+    print(f"error: {message}", file=sys.stderr)
+    if details:
+        print(details, file=sys.stderr)
+    sys.stderr.flush()
+
+
 REFUSED_BY_SYSTEM = {
     getattr(errno, name)
     for name in ("ENOSPC", "EDQUOT", "EACCES", "EPERM", "EROFS", "EMFILE", "ENFILE", "ENAMETOOLONG", "EIO", "EFBIG",

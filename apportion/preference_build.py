@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from apportion.actors.preference import PreferenceSpec, PreferenceWorker
@@ -27,14 +28,14 @@ from apportion.data.pair_tokens import EncodedExample, ExampleEncoder, Preferenc
 from apportion.data.pairs import PairColumns, read_demonstration, read_pair, row_check
 from apportion.data.prompts import PromptEncoder, load_tokenizer, template_text
 from apportion.data.sources import load_sources
-from apportion.edges import closing, refusals, terminated_as_interrupt
+from apportion.edges import closing, refusals, terminated_as_interrupt, told_first
 from apportion.loop.resume import check_steps_left
 from apportion.platform.checkpoint import CheckpointStore
 from apportion.platform.cluster import Actor, ActorRequest, Cluster, gather
 from apportion.platform.console_lines import ConsoleLines
 from apportion.platform.plots import plot_run
 from apportion.platform.run_lock import held
-from apportion.platform.runs import find_checkpoint, make_run_folder, named_run, redacted, run_of
+from apportion.platform.runs import RunFolder, find_checkpoint, make_run_folder, named_run, redacted, run_of
 from apportion.platform.tracking import TrackedRun, open_trackers
 from apportion.preference_trainer import (
     PreferenceTrainer,
@@ -80,29 +81,30 @@ def _train(config: PreferenceConfig, resolved: dict[str, Any], locks: ExitStack)
             tracker.warn(line)
     _say(f"run folder: {folder.path}")
     _say(_sizes(len(examples), held_out, left_out, steps))
-    c = config.cluster
-    with terminated_as_interrupt(), closing(tracker):
-        cluster = Cluster(c.address, folder.name, c.policy_ranks, folder.path / "logs", c.object_store_gib)
-        try:
-            ranks = _ranks(config, cluster, _spec(config, objective, model, steps))
-            cluster.check_shared(ranks, folder.path, c.start_timeout_seconds)
-            store = CheckpointStore(folder.checkpoints, config.checkpoint.keep)
-            trainer = PreferenceTrainer(ranks, examples, held_out, settings, tracker, store)
-            trainer.prepare()
-            if checkpoint:
-                with refusals():
-                    trainer.restore(checkpoint.path, checkpoint.state)
-                folder.save_config(resolved)  # not before: a resume that is refused leaves the run as it was
-                _say(f"resumed from {checkpoint.path} at step {checkpoint.step}")
-            start = time.perf_counter()
-            progress = trainer.run()
-            summary = _summary(config, progress, left_out, time.perf_counter() - start) | {
-                "examples": len(examples),
-                "held_out_examples": len(held_out) if held_out else 0,
-                "peak_memory_mib": cluster.peak_memory_mib(),
-            }
-        finally:
-            cluster.shutdown()
+    with (
+        terminated_as_interrupt(),
+        closing(tracker),  # of a start that fails; otherwise they are closed before the cluster is torn down
+        _cluster(config, folder) as cluster,
+        closing(tracker),
+        told_first(tracker),
+    ):
+        ranks = _ranks(config, cluster, _spec(config, objective, model, steps))
+        cluster.check_shared(ranks, folder.path, config.cluster.start_timeout_seconds)
+        store = CheckpointStore(folder.checkpoints, config.checkpoint.keep)
+        trainer = PreferenceTrainer(ranks, examples, held_out, settings, tracker, store)
+        trainer.prepare()
+        if checkpoint:
+            with refusals():
+                trainer.restore(checkpoint.path, checkpoint.state)
+            folder.save_config(resolved)  # not before: a resume that is refused leaves the run as it was
+            _say(f"resumed from {checkpoint.path} at step {checkpoint.step}")
+        start = time.perf_counter()
+        progress = trainer.run()
+        summary = _summary(config, progress, left_out, time.perf_counter() - start) | {
+            "examples": len(examples),
+            "held_out_examples": len(held_out) if held_out else 0,
+            "peak_memory_mib": cluster.peak_memory_mib(),
+        }
         folder.write_summary(summary)
         tracker.log_summary(summary)
     if config.tracking.plots and config.tracking.jsonl:
@@ -110,6 +112,16 @@ def _train(config: PreferenceConfig, resolved: dict[str, Any], locks: ExitStack)
     _report(progress)
     _say(f"model: {folder.checkpoints / f'step-{progress.step:06d}' / 'model'}")
     return 0
+
+
+@contextmanager
+def _cluster(config: PreferenceConfig, folder: RunFolder) -> Iterator[Cluster]:
+    c = config.cluster
+    cluster = Cluster(c.address, folder.name, c.policy_ranks, folder.path / "logs", c.object_store_gib)
+    try:
+        yield cluster
+    finally:
+        cluster.shutdown()
 
 
 def _check_reference(config: DpoRunConfig, path: str) -> None:

@@ -18,9 +18,12 @@ import numpy as np
 from apportion.actors.preference import StepReport, StepShare
 from apportion.batch import Totals, pad_rows
 from apportion.data.pair_tokens import PreferenceData
+from apportion.loop.rescue import save_after_loss
 from apportion.loop.schedule import CheckpointSchedule
 from apportion.platform.checkpoint import CheckpointStore, RunState
 from apportion.platform.cluster import Actor, Call, gather, put
+from apportion.platform.errors import ClusterLost
+from apportion.platform.health import finishing
 from apportion.platform.tracking import Tracker
 
 Reduction = Callable[[Any], Any]  # mask [B, T] of a step to weights [B, T], as algorithms.interface.Reduction
@@ -196,12 +199,20 @@ class PreferenceTrainer:
             self.progress.before = self._evaluate()
             self.tracker.log(0, self.progress.before)
         last = self._finished()
-        while not last:
-            last = self.step()
-        if self.settings.checkpoint_final and self.progress.step != self.store.current:
-            self.checkpoint()
+        try:
+            while not last:
+                last = self.step()
+        except ClusterLost as lost:
+            if self.progress.step:
+                save_after_loss(lost, self._checkpoint_at_end, self.tracker.warn)
+            raise
+        self._checkpoint_at_end()
         self.progress.wall_seconds = self._elapsed()
         return self.progress
+
+    def _checkpoint_at_end(self) -> None:
+        if self.settings.checkpoint_final and self.progress.step != self.store.current:
+            self.checkpoint()
 
     def step(self) -> bool:
         """One optimiser step; its metrics are logged once, when it is whole. True if it was the stage's last."""
@@ -209,7 +220,8 @@ class PreferenceTrainer:
         examples = self.order.step(self.progress.step)
         shares = self._shares(examples)
         calls = [rank.call("update", share) for rank, share in zip(self.ranks, shares, strict=True)]
-        reports: list[StepReport] = self._gather(calls, f"update of step {self.progress.step + 1}")
+        with finishing():
+            reports: list[StepReport] = self._gather(calls, f"update of step {self.progress.step + 1}")
         update = time.perf_counter() - start
         p = self.progress
         p.step, p.examples = p.step + 1, p.examples + len(examples)

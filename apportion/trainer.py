@@ -21,13 +21,15 @@ from apportion.loop.calls import deal, longest, turns, with_refs
 from apportion.loop.evaluation import Evaluator
 from apportion.loop.failures import Failures
 from apportion.loop.metrics import StepReports, data_metrics, speed_metrics, step_metrics
+from apportion.loop.rescue import save_after_loss
 from apportion.loop.resume import kept, progress_of
 from apportion.loop.schedule import CheckpointSchedule
 from apportion.loop.state import Actors, Experience, LoopSettings, Progress, PromptSource
 from apportion.loop.sync_check import SyncCheck
 from apportion.platform.checkpoint import CheckpointStore, RunState
 from apportion.platform.cluster import Call, gather
-from apportion.platform.errors import DataError, RewardError
+from apportion.platform.errors import ClusterLost, DataError, RewardError
+from apportion.platform.health import finishing
 from apportion.platform.tracking import Tracker
 from apportion.platform.weights import SyncReceipt, prove
 
@@ -78,6 +80,10 @@ class Trainer:
             if self.progress.step:
                 self._checkpoint_at_end()
             raise
+        except ClusterLost as lost:
+            if self.progress.step:
+                save_after_loss(lost, self._checkpoint_at_end, self.tracker.warn)
+            raise
         self._checkpoint_at_end()
         self.progress.wall_seconds = self._elapsed()
         return self.progress
@@ -102,10 +108,11 @@ class Trainer:
         shards, cut = self._cut(experience)
         signals = self._signals(shards)
         shards, credit = self._credit(shards, signals)
-        updates, critic = self._update(shards, cut.minibatches)
-        self.progress.policy_version += 1
-        self._sync()
-        self.progress.step += 1
+        with finishing():  # until the step counts, the ranks hold weights of no step
+            updates, critic = self._update(shards, cut.minibatches)
+            self.progress.policy_version += 1
+            self._sync()
+            self.progress.step += 1
         self._position = self.prompts.state()
         self._timing["step"] = time.perf_counter() - start
         # Asked once: time that runs out during the evaluation or the checkpoint leaves room for a whole step more.
@@ -224,6 +231,8 @@ class Trainer:
         arguments = (wanted, shards, self.settings.minibatches, *experience.admitted)
         with self._timed("cut"):
             [(report, *refs)] = self._call_all([self.actors.credit.call("cut", *arguments, returns=shards + 1)])
+        if self.settings.selects:
+            experience.totals.add("rollout/groups_surplus", report.groups_surplus, 1)
         return refs, report
 
     def _signals(self, shards: list[Any]) -> list[Any]:

@@ -13,7 +13,7 @@ from apportion.data.errors import DataError
 from apportion.loop.resume import check_steps_left
 from apportion.loop.state import Actors, Experience, LoopSettings
 from apportion.platform.checkpoint import CheckpointStore, RunState
-from apportion.platform.errors import ConfigError, RewardError
+from apportion.platform.errors import ClusterLost, ConfigError, RewardError
 from apportion.platform.errors import DataError as ActorDataError
 from apportion.platform.metric_names import unknown_metrics
 from apportion.trainer import Trainer
@@ -319,6 +319,25 @@ def test_a_row_that_an_actor_finds_unusable_leaves_a_checkpoint_too(make, monkey
     with pytest.raises(ActorDataError, match="prompt 7 has NoneType"):
         loop.run()
     assert saved(loop).step == 2
+
+
+@pytest.mark.parametrize(("stage", "step"), [("_collect", 1), ("_credit", 1), ("_update", None)])
+def test_a_run_whose_ray_is_lost_saves_the_last_step_unless_an_update_is_under_way(make, monkeypatch, stage, step):
+    loop = make(steps=9)
+    whole = getattr(loop, stage)
+
+    def lost(*arguments):
+        if loop.progress.step == 1:
+            raise ClusterLost("Ray's control server (GCS) (pid 7) died")
+        return whole(*arguments)
+
+    monkeypatch.setattr(loop, stage, lost)
+    with pytest.raises(ClusterLost, match="pid 7"):
+        loop.run()
+    assert loop.store.steps() == ([] if step is None else [step])
+    assert [("saving" in said, "cannot be saved" in said) for said in loop.tracker.warnings] == [
+        (step is not None, step is None)
+    ]
 
 
 def test_held_out_rewards_that_fail_are_said_and_the_training_goes_on(make):

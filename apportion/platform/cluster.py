@@ -6,7 +6,6 @@ why it stopped, and its last log lines.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import secrets
@@ -15,17 +14,20 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from apportion.platform import errors, start
+from apportion.platform import errors, health, logs, start
 from apportion.platform.death import cause_of_death, lost_node, useful_words, witness
 from apportion.platform.errors import ActorError, ApportionError, CheckpointError, ConfigError
 from apportion.platform.process import ProcessInfo, tail
+from apportion.platform.session import MARK
+from apportion.platform.teardown import Remains
 
-POLL_SECONDS = 5.0
+POLL_SECONDS = 1.0
 STARTING = "start of actors"  # what is waited for, where cluster.start_timeout_seconds is the limit
 _OWN_ERROR = re.compile(r"^apportion\.platform\.errors\.(\w+Error): ", re.MULTILINE)
 
@@ -77,17 +79,31 @@ class Cluster:
         self, address: str | None, run_name: str, cpus: float, log_folder: Path, store_gib: float | None
     ) -> None:
         self._actors: list[Actor] = []
+        self._ended = False
         self.log_folder = log_folder
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # Ray would run its workers at nice 15, and so behind everything else on a machine that is also used otherwise.
         os.environ.setdefault("RAY_worker_niceness", "0")
+        # Ray would keep the last 100,000 calls in its GCS, for a dashboard that a run does not have: 4 KiB each.
+        os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
         self.joined = bool(address or os.environ.get("RAY_ADDRESS"))
         joins = (address or os.environ["RAY_ADDRESS"]) if self.joined else None
         folder = None if self.joined else start.session_folder(os.environ)
+        self._remains = Remains(folder)
+        try:
+            self._start(joins, run_name, cpus, store_gib, folder)
+        except BaseException as error:
+            self._remains.end([], failed=not isinstance(error, KeyboardInterrupt))
+            raise
+
+    def _start(
+        self, joins: str | None, run_name: str, cpus: float, store_gib: float | None, folder: Path | None
+    ) -> None:
         try:
             with _own_signals():
                 self._connect(joins, run_name, cpus, store_gib, folder)
+                self._remains.started()
         except Exception as error:  # Ray has no class of its own for a node that is late
             raise start.explained(error, joins, folder) from error
 
@@ -101,6 +117,7 @@ class Cluster:
             ray.init(address=joins, **common)
             return
         start.provide_token(os.environ)
+        os.environ.setdefault(health.RECONNECT, str(health.LOCAL_RECONNECT_SECONDS))
         memory = None if store_gib is None else int(store_gib * 2**30)
         # CPUs are Ray's accounting only: compute actors take turns on the cores.
         count = max(int(cpus) + 1, os.cpu_count() or 1)
@@ -119,7 +136,8 @@ class Cluster:
                 "APPORTION_MODULES": module_folders(),
                 **start.worker_variables(),
             }
-            variables = {"APPORTION_LOG": log, **paths, **(request.environment or {})}
+            marks = {"APPORTION_LOG": log, MARK: self._remains.mark}
+            variables = {**marks, **paths, **(request.environment or {})}
             options = {"num_cpus": request.cpus, "num_gpus": request.gpus, "runtime_env": {"env_vars": variables}}
             handle = ray.remote(request.cls).options(**options).remote(*request.arguments)
             actors.append(Actor(request.name, handle, log))
@@ -164,15 +182,14 @@ class Cluster:
         return {a.name: v for a, v in zip(self._actors, values, strict=True)}
 
     def shutdown(self) -> None:
-        """Leave nothing running; safe to call twice and after a failure."""
-        import ray
-
-        for actor in self._actors:
-            with contextlib.suppress(Exception):  # it may be gone already, and so may Ray
-                ray.kill(actor.handle)
+        """Leave nothing running, within a limit; safe to call twice and after a failure."""
+        if self._ended:
+            return
+        self._ended = True
+        self._remains.end([actor.handle for actor in self._actors])
         self._actors = []
         witness.forget()
-        ray.shutdown()
+        logs.shorten_all(self.log_folder)
 
 
 def put(value: Any) -> Any:
@@ -185,20 +202,22 @@ def gather(calls: Sequence[Call], timeout_seconds: float, what: str) -> list[Any
     """Results of the first reference of each call, in order. ActorError names who died, failed or is late."""
     import ray
 
-    deadline = time.monotonic() + timeout_seconds
+    deadline = time.monotonic() + min(timeout_seconds, health.seconds_left())
     for call in calls:
         witness.watch(call.actor.info)
-    pending = {call.ref: call for call in calls}
+    # Of a future the main thread waits in Python, not in a call into Ray, which may hang where Ray does.
+    pending = {call.ref.future(): call for call in calls}
     results: dict[Any, Any] = {}
     while pending:
+        health.check()
         left = deadline - time.monotonic()
         if left <= 0:
             raise ActorError(_late(list(pending.values()), timeout_seconds, what))
-        ready, _ = ray.wait(list(pending), num_returns=1, timeout=min(left, POLL_SECONDS))
-        for ref in ready:
-            call = pending.pop(ref)
+        ready, _ = wait(pending, timeout=min(left, POLL_SECONDS), return_when=FIRST_COMPLETED)
+        for future in ready:
+            call = pending.pop(future)
             try:
-                results[ref] = ray.get(ref)
+                results[call.ref] = future.result()
             except ray.exceptions.RayError as error:
                 raise explain(error, call, what) from None
     witness.all_well()

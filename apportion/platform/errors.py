@@ -9,6 +9,8 @@ from collections.abc import Iterable
 class ApportionError(Exception):
     """Base of every error that the command line shows as one line, without a traceback."""
 
+    told = False  # it has been printed
+
     def __reduce__(self) -> tuple:
         return (type(self), self.args)
 
@@ -27,6 +29,12 @@ class RewardError(ApportionError):
 
 class ActorError(ApportionError):
     """An actor died, failed or is late; the message names it, the cause and its last log lines."""
+
+
+class ClusterLost(ActorError):
+    """Ray itself died or hangs; actors may still answer for a while."""
+
+    between_steps = True  # the ranks hold the weights of a whole step, so a checkpoint may be written
 
 
 class WeightSyncError(ApportionError):

@@ -211,6 +211,12 @@ class MultiTracker:
         """`{tracker: its state}`; one that was given up keeps its last state, so that a resumed run tries it again."""
         return {**self._states, **{tracker.name: tracker.state() for tracker in self._trackers}}
 
+    def close_console(self) -> None:
+        """End the live table, so that what is printed next stays below it; the other trackers go on."""
+        for tracker in self._trackers:
+            if tracker.name == "console":
+                tracker.close()
+
     def close(self) -> None:
         for tracker in list(self._trackers):
             self._attempt(tracker, "close")
