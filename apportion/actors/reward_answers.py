@@ -139,7 +139,8 @@ def _problems_in_a_process(verifier: FunctionSource, different: Mapping[str, Map
         for start in range(0, len(keys), AT_ONCE):
             chunk = keys[start : start + AT_ONCE]
             texts = [""] * len(chunk)
-            said = source.score(RewardCall(texts, list(texts), {"answer": [waiting[key] for key in chunk]}, [], []))
+            ids: list[list[int]] = [[]] * len(chunk)
+            said = source.score(RewardCall(texts, texts, {"answer": [waiting[key] for key in chunk]}, ids, ids))
             found |= {key: _told(s, waiting[key]) for key, s in zip(chunk, said, strict=True) if isinstance(s, Failure)}
     finally:
         source.close()
