@@ -75,7 +75,7 @@ def test_rows_whose_answer_cannot_be_read_are_skipped_and_counted_where_bad_rows
 @pytest.mark.slow
 def test_mathematical_answers_are_read_in_a_process_that_an_endless_one_cannot_hold(tmp_path):
     functions = check_functions([{"function": "math_verify", "timeout_seconds": 8}], 60.0)
-    answers = ["2", r"\frac{x}{2}", "3 apples and 4 pears", "99999999!", r"\sqrt{2}", r"\sqrt{2}"]
+    answers = ["2", r"\frac{x}{2}", "3 apples and 4 pears", "9^{9^{9}}", r"\sqrt{2}", r"\sqrt{2}"]
     [source] = load_sources(file_of(tmp_path, *answers), on_bad_row="skip")
     start = time.monotonic()
     check_answers(functions, [source], "skip")

@@ -114,6 +114,12 @@ def test_the_last_number_is_never_a_part_of_something_else(text, number):
     assert last_number(text) == (None if number is None else Fraction(number))
 
 
+def test_the_last_number_of_a_long_text_is_found_wherever_it_is():
+    for words in (0, 100, 390, 400, 410, 5000):
+        assert last_number(f"It is $1,234.50 and {'more ' * words}") == Fraction("1234.5")
+        assert last_number(f"It is 7, by {'v2 ' * words}") == 7
+
+
 @pytest.mark.parametrize(
     ("text", "number"),
     [

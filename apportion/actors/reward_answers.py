@@ -27,6 +27,7 @@ from apportion.platform.errors import ConfigError
 
 FIRST_ROWS = 64
 COLUMN_ROWS = 8  # of each source: the columns of the data are theirs
+RESPONSE = r"\boxed{7919/7907}"  # compared with each mathematical answer, to see that this comes to an end
 AT_ONCE = 64  # answers of one call of a verifier in a process, which has the time limit of a call
 
 
@@ -140,8 +141,9 @@ def _problems_in_a_process(verifier: FunctionSource, different: Mapping[str, Map
             chunk = keys[start : start + AT_ONCE]
             texts = [""] * len(chunk)
             ids: list[list[int]] = [[]] * len(chunk)
-            said = source.score(RewardCall(texts, texts, {"answer": [waiting[key] for key in chunk]}, ids, ids))
-            found |= {key: _told(s, waiting[key]) for key, s in zip(chunk, said, strict=True) if isinstance(s, Failure)}
+            given = {"answer": [waiting[key] for key in chunk]}
+            said = source.score(RewardCall(texts, [RESPONSE] * len(chunk), given, ids, ids))
+            found |= {key: told for key, s in zip(chunk, said, strict=True) if (told := _told(s, waiting[key]))}
     finally:
         source.close()
     return found
@@ -151,8 +153,12 @@ def _is_number(answer: Any) -> bool:
     return not isinstance(answer, bool) and answer is not None and number_of(str(answer)) is not None
 
 
-def _told(failure: Failure, answer: Any) -> str:
-    line = failure.text.strip().splitlines()[-1]
-    if failure.reason == "raised":
-        return line.partition("DataError: ")[2] or f"answer: got {answer!r}, which cannot be read ({line})"
-    return f"answer: got {str(answer)[:60]!r}, which cannot be read in time ({line})"
+def _told(said: Any, answer: Any) -> str | None:
+    """What is wrong with an answer, by what its verifier said of `RESPONSE`; None where it could compare the two, or
+    refused to compare them, as a set with a number."""
+    if not isinstance(said, Failure):
+        return None
+    line = said.text.strip().splitlines()[-1]
+    if said.reason == "raised":
+        return line.partition("DataError: ")[2] or None
+    return f"answer: got {str(answer)[:60]!r}, which cannot be compared in time ({line})"

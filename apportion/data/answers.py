@@ -29,7 +29,8 @@ MOST_CHARACTERS = 500  # of one number; a longer one is a loop of digits
 _NUMBER = r"(?:(?:\d{1,3}(?:,\d{3})+(?![\d])|\d+)(?:\.\d+)?|(?<![\w.])\.\d+)"
 _POWER = r"(?:\{\s*[-+]?\d{1,4}\s*\}|\(\s*[-+]?\d{1,4}\s*\)|[-+]?\d{1,4})(?!\d)"
 _TOKEN = re.compile(
-    "|".join(
+    r"(?=[\d.])(?:"  # soon done with every other character
+    + "|".join(
         [
             # a time or ratio, a date, a version, and separators that English does not write
             r"(?P<other>\d+(?::\d+)+|\d+(?:/\d+){2,}|\d{4}-\d{1,2}-\d{1,2}(?!\d)|\d+(?:\.\d+){2,}(?:,\d+)?"
@@ -41,6 +42,7 @@ _TOKEN = re.compile(
             rf"(?P<single>{_NUMBER}(?:[eE][-+]?\d{{1,4}}(?!\d))?)",
         ]
     )
+    + ")"
 )
 _SCALE = re.compile(r"[ \t-]?(thousand|million|billion|trillion)s?\b", re.IGNORECASE)
 _SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
@@ -69,6 +71,7 @@ _WORD = re.compile(r"[^\W\d_]+")
 _ANOTHER = re.compile(r"\s*(?:or|to|and|vs\.?|[-,;:/|+*]|±|\\pm)\s*[-+]?\s*[$€£¥]?\s*[-+]?\.?\d", re.IGNORECASE)
 _SUM_BEFORE = re.compile(r"[-\d\s.,+*/()x÷$%]*=")
 MOST_UNIT_WORDS = 8
+TAIL_CHARACTERS = 600  # more than the longest number that is read, and what stands around it
 CONTEXT = 32  # characters before and after a number that say what it is
 
 
@@ -168,12 +171,22 @@ def last_number(text: str) -> Fraction | None:
     >>> [str(last_number(t)) for t in ("so 1,250 - 3 is $1,247.", "12-7", "x = -3.50", "they meet at 11:30", "none")]
     ['1247', '7', '-7/2', 'None', 'None']
     """
-    said = plain(text)
-    for token in reversed(list(_TOKEN.finditer(said))):
-        if _NAME_BEFORE.search(_before(said, token)) and not _CURRENCY_BEFORE.search(_before(said, token)):
-            continue
-        return _value(said, token)[0]
-    return None
+    characters = TAIL_CHARACTERS
+    while True:  # the end of a long text is enough where a number is well inside it
+        said = plain(text[-characters:])
+        for token in reversed(list(_TOKEN.finditer(said))):
+            if token.start() < 2 * CONTEXT and characters < len(text):
+                break
+            if not _is_name(_before(said, token)):
+                return _value(said, token)[0]
+        if characters >= len(text):
+            return None
+        characters *= 4
+
+
+def _is_name(before: str) -> bool:
+    """Whether a number with this before it is a part of a name, as in v2 and x_1; USD5 is none."""
+    return bool(_NAME_BEFORE.search(before)) and not _CURRENCY_BEFORE.search(before)
 
 
 def _joined_sign(text: str) -> str:
@@ -189,7 +202,7 @@ def _value(text: str, token: re.Match[str]) -> tuple[Fraction | None, int]:
     """What the token says, None where its surroundings make something else of it; and where it ends, a scale included."""
     value, end = _magnitude(token), token.end()
     before = _before(text, token)
-    if value is None or (_NAME_BEFORE.search(before) and not _CURRENCY_BEFORE.search(before)):
+    if value is None or _is_name(before):
         return None, end
     negative, rest = _sign(before)
     after = text[end : end + CONTEXT]

@@ -216,7 +216,8 @@ def plain(text: str) -> str:
         text, count = _WRAPPERS.subn(_unwrapped, text)
         if not count:
             break
-    return _UNIT_POWER.sub(r"\1", _FRAC.sub(_slash, repeating_decimals(text)))
+    text = _FRAC.sub(_slash, repeating_decimals(text)) if "frac" in text or "\\overline" in text else text
+    return _UNIT_POWER.sub(r"\1", text) if "^" in text else text
 
 
 def repeating_decimals(text: str) -> str:
@@ -225,7 +226,7 @@ def repeating_decimals(text: str) -> str:
     >>> repeating_decimals(r"0.\\overline{3} and 1.2\\overline{45}")
     '\\\\frac{1}{3} and \\\\frac{137}{110}'
     """
-    return _REPEATING.sub(_repeated, text)
+    return _REPEATING.sub(_repeated, text) if "\\overline" in text else text
 
 
 def _repeated(found: re.Match[str]) -> str:
