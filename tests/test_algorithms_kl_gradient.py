@@ -153,6 +153,17 @@ def test_the_returns_of_each_token_are_wrong_under_one_ratio_for_many(length, su
     assert gap < 1e-10 if alone else gap > 0.005
 
 
+@pytest.mark.parametrize(
+    ("n_gram", "weighting", "unbiased"),
+    [(1, "equal", True), (2, "equal", False), (2, "unit", False), (2, "position", False)],
+)
+def test_macro_values_that_read_states_inside_a_macro_action_are_no_unbiased_baseline(n_gram, weighting, unbiased):
+    world = World.of(3)
+    credit = {"name": "macro_actions", "n_gram": n_gram, "value_weighting": weighting, "gae_lambda": 1.0}
+    gap = (world.expected_gradient(credit, MACRO, "token") - world.true_gradient()).abs().max()
+    assert gap < 1e-10 if unbiased else gap > 0.005
+
+
 @pytest.mark.parametrize("surrogate", [SEQUENCE, GSPO])
 def test_rows_with_the_same_kl_at_different_tokens_push_every_token_alike(surrogate):
     mask = torch.ones(3, 4, dtype=torch.bool)

@@ -170,7 +170,7 @@ drawn from the true reward (log-odds {SHARPNESS:.0f} times the difference). From
 {BETA}, {EPOCHS} pass) and a reward model ({JUDGE_EPOCHS} passes, it learns slower), all by the preference stage's worker. Then {STEPS} steps of {SAMPLES}
 responses: RLHF is PPO on the reward model, with two strengths of the KL in the reward; AlignDistil samples as many and asks its two
 teachers; DPO goes on over as many responses of its pairs. RLHF and AlignDistil start from the supervised model, DPO's curve where
-its first pass ended. AlignDistil is the shipped recipe, whose scale of 30 is the paper's, and a tenth of that scale. One
+its first pass ended. AlignDistil is the shipped recipe, whose scale of 30 is the released script's 15 converted, and a tenth of that scale. One
 learning rate for all policies. Not equal: AlignDistil's teachers cost two DPO trainings, RLHF has a critic.
 
 *reward* is the true one, on fresh samples; *KL* the distance from the supervised model, nats a response.

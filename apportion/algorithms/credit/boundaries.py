@@ -110,7 +110,8 @@ def draw_sizes(sizes: Sequence[int], repeats: int, generator: random.Random) -> 
 
 @dataclass
 class RandomisedNGram:
-    """Macro actions of drawn lengths, counted from the start of each turn; the list goes on from turn to turn. What is
+    """Macro actions of drawn lengths, counted from the start of each turn; `sizes` are the paper's (the released code's
+    have 1 too); the list goes on from turn to turn. What is
     left of a turn when the list runs out is one macro action, as published; with `reshuffle` another list is drawn.
 
     The draw follows from `seed` and the response's own tokens (its row, where token ids are not known), so it does
@@ -286,7 +287,10 @@ def load_parser(path: str, parameters: dict[str, Any]) -> TreeParser:
 
 @dataclass
 class OneAction:
-    """The whole response (each turn of it) is one macro action: REINFORCE with the critic as baseline."""
+    """The whole response (each turn of it) is one macro action.
+
+    Close to REINFORCE with the critic as baseline; the macro value reads states inside the turn, so it has a bias.
+    """
 
     needs: ClassVar[frozenset[str]] = frozenset()
 

@@ -8,6 +8,8 @@ k critiques of a response name wrong steps and vote; with r the outcome of respo
 No critic. A group whose answers are all right still carries a signal where a step is wrong; without wrong steps this
 is GRPO with statistics pooled over tokens. Assumes W_whole > W_process: a right answer with a wrong step beats a wrong
 answer. A KL in the reward is added afterwards, as each token's returns-to-go.
+
+The rewards, the pool and the votes are the paper's; the standard deviation and epsilon are ours.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@
 
 for every token of the response. Where all rewards of a group are alike, so also in a group of one, A is exactly 0.
 Dense rewards count by their sum. A KL in the reward is added to A afterwards, as each token's returns-to-go, so that
-it is not divided by the group's spread (the form of OpenRLHF).
+it is not divided by the group's spread (the form of OpenRLHF). Under one ratio a response it is part of r, so it is
+divided too (the form of verl).
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ With s the influence of a token on the correct responses of its group (`apportio
     NTHR  A <- eta A  for tokens of wrong responses with s > tau
     tau = beta * min over correct responses of the mean of s;  eta = 2 |0.5 - share of correct responses|
 
+For THR the minimum, and that a response counts in its own s, are our reading of notes on the paper.
+
 Assumes right and wrong answers; a group with only one kind is left as it is. Works on the token advantages of any
 credit method, and with every surrogate that keeps them apart (the token form of GSPO, not the sequence form).
 """

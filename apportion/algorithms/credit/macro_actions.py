@@ -7,8 +7,12 @@ A response is cut into macro actions w_1..w_N (see `boundaries`). With t running
     A_w = GAE over macro actions         gamma and lambda count macro actions, not tokens
 
 and every token has the advantage and the return of its macro action. Assumes that what is rewarded hangs on runs of
-tokens more than on single ones; `n_gram: 1` is token-level PPO to the last bit, `termination: one` REINFORCE with the
-critic as baseline. The policy's ratio stays per token unless the surrogate uses the segments.
+tokens more than on single ones; `n_gram: 1` is token-level PPO to the last bit. The policy's ratio stays per token unless
+the surrogate uses the segments.
+
+V_w reads the critic at states inside the macro action (the paper's choice), after some of its tokens are chosen. So it is
+no unbiased baseline, also with `termination: one`, which otherwise is REINFORCE with the critic as baseline. `n_gram: 1`
+has no such bias.
 
 Any other estimator runs on macro actions too (`estimator`): it is handed the batch with macro actions for tokens. For
 one that reads critiques a macro action begins with each step too, so that a wrong one keeps its own credit.

@@ -4,7 +4,8 @@
     baseline group   A_t = whiten(r - mean_group + returns-to-go of the KL in the reward)
 
 whitened over all tokens of the batch. `none` reads token rewards, so dense ones too; `group` reads the outcome, is 0
-before whitening where a group's rewards are all alike, and discounts the KL only.
+before whitening where a group's rewards are all alike, and discounts the KL only; not that under one ratio a response,
+where the KL is part of r.
 """
 
 from __future__ import annotations

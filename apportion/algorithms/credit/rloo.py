@@ -3,7 +3,7 @@
     A_i = r_i - mean of the group's other rewards = n / (n - 1) * (r_i - mean_group)
 
 for every token. A group of one has no other member: A is 0, and the group is counted. A KL in the reward is added
-as each token's returns-to-go.
+as each token's returns-to-go, or under one ratio a response is part of r_i.
 """
 
 from __future__ import annotations
