@@ -21,6 +21,7 @@ from pathlib import Path
 
 from apportion.conf.devices import this_machine
 from apportion.data.builtin import cache_folder
+from apportion.platform import start
 
 GIB = 2**30
 INSTALL = "make test, or requirements/install.sh .venv"
@@ -65,6 +66,12 @@ def examine() -> list[Finding]:
         check_shared_memory(*disk_space(Path("/dev/shm"))),
         check_gpus(gpus, machine.gpus),
         check_ports(loopback_works(), os.environ),
+        *check_cluster(os.environ, answers(os.environ.get("RAY_ADDRESS", ""))),
+        check_temporary(
+            *(place := start.temporary_folder(os.environ)), start.problem(place[1]), runs_programs(place[1])
+        ),
+        check_home(home := start.home_folder(os.environ), start.problem(home)),
+        check_cache(cache_folder(), start.problem(cache_folder()), runs_programs(cache_folder())),
         check_open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
         *(check_disk(what, folder, disk_space(folder)[1]) for what, folder in folders().items()),
     ]
@@ -213,6 +220,58 @@ def check_ports(loopback: bool, environment: Mapping[str, str]) -> Finding:
     return Finding("ok", "ports", "free")
 
 
+def check_cluster(environment: Mapping[str, str], answered: bool) -> list[Finding]:
+    """The cluster that RAY_ADDRESS names, where it does."""
+    address = environment.get("RAY_ADDRESS")
+    if not address:
+        return []
+    if not answered:
+        mend = "start it (ray start --head), or unset RAY_ADDRESS for a Ray of the run's own"
+        return [Finding("fail", "Ray cluster", f"{address} does not answer", mend)]
+    token = any(map(environment.get, ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")))
+    token = token or (start.home_folder(environment) / ".ray" / "auth_token").is_file()
+    if environment.get("RAY_AUTH_MODE", "").lower() == "token" and not token:
+        mend = "set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file with the cluster's token (ray get-auth-token)"
+        return [Finding("fail", "Ray cluster", f"{address}, RAY_AUTH_MODE=token without a token", mend)]
+    return [Finding("ok", "Ray cluster", address)]
+
+
+def check_temporary(name: str, folder: Path, refused: str | None, executable: bool) -> Finding:
+    """Ray's session lies there, with sockets in it."""
+    what, size = "temporary folder", len(os.fsencode(folder.absolute()))
+    if refused is not None:
+        return Finding("fail", what, f"{name}={folder}, {refused}", f"set {name}=/tmp, or make that folder writable")
+    if size > start.LONGEST_FOLDER:
+        got = f"{name} has {size} bytes, too long for Unix sockets (at most {start.LONGEST_FOLDER})"
+        if name == "RAY_TMPDIR":
+            return Finding("fail", what, got, "set RAY_TMPDIR=/tmp")
+        return Finding("warn", what, got, "Ray's session goes to /tmp/ray instead; for another folder set RAY_TMPDIR")
+    if not executable:
+        mend = "compiled code cannot be loaded from there: set TMPDIR to a folder that is mounted without noexec"
+        return Finding("warn", what, f"{folder} is mounted noexec", mend)
+    return Finding("ok", what, str(folder))
+
+
+def check_home(folder: Path, refused: str | None) -> Finding:
+    """Ray's token and the settings and caches of vLLM and Hugging Face lie there."""
+    if refused is None:
+        return Finding("ok", "home folder", str(folder))
+    mend = "set HOME to a folder that you can write (or HF_HOME, VLLM_CACHE_ROOT and APPORTION_CACHE)"
+    return Finding("warn", "home folder", f"HOME={folder}, {refused}", mend)
+
+
+def check_cache(folder: Path, refused: str | None, executable: bool) -> Finding:
+    """Models that are made here and DeepSpeed's compiled parts lie there."""
+    if refused is not None:
+        return Finding("fail", "cache", f"{folder}, {refused}", "set APPORTION_CACHE to a folder that you can write")
+    if not executable:
+        mend = (
+            "DeepSpeed's compiled parts are loaded from there: set APPORTION_CACHE to a folder mounted without noexec"
+        )
+        return Finding("fail", "cache", f"{folder} is mounted noexec", mend)
+    return Finding("ok", "cache", str(folder))
+
+
 def check_open_files(limit: int) -> Finding:
     if 0 < limit < 4096:
         return Finding("warn", "open files", str(limit), "Ray wants more: ulimit -n 65536")
@@ -295,6 +354,26 @@ def loopback_works() -> bool:
     except OSError:
         return False
     return True
+
+
+def runs_programs(folder: Path) -> bool:
+    """Whether code may be loaded from a folder's file system."""
+    try:
+        return not os.statvfs(folder).f_flag & os.ST_NOEXEC
+    except OSError:  # it is not there, which `start.problem` says
+        return True
+
+
+def answers(address: str) -> bool:
+    """Whether a process listens at HOST:PORT; an address of another form is left to Ray."""
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if not colon or not port.isdigit():
+        return True
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), 2):
+            return True
+    except (OSError, OverflowError):
+        return False
 
 
 def folders() -> dict[str, Path]:

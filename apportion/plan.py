@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import ceil
+from pathlib import Path
 
 from apportion.actors.reward_check import check_functions, has_models
 from apportion.conf.before import stages
@@ -27,6 +28,7 @@ from apportion.conf.schema import CheckpointConfig, Config, EngineConfig
 from apportion.conf.sources import check_sources
 from apportion.conf.teachers import check_distillation
 from apportion.edges import refusals
+from apportion.platform import start
 from apportion.platform.errors import ConfigError
 
 GIB = 2**30
@@ -108,6 +110,7 @@ def make_plan(config: Config, machine: Machine | None = None) -> Plan:
     """
     joined = config.cluster.address is not None or bool(os.environ.get("RAY_ADDRESS"))
     here = None if joined else machine or this_machine()
+    session = None if joined else start.session_folder(os.environ)
     needs = check_parts(config.algorithm)
     model = read_model(config.model.path)
     check_own_tokenizer(config.model.path, chat_template=config.model.chat_template)
@@ -132,7 +135,7 @@ def make_plan(config: Config, machine: Machine | None = None) -> Plan:
         quantities=_quantities(config, "influences" in needs),
         actors=actors,
         needs=needs,
-        notes=_notes(config, needs, model, here, actors),
+        notes=_notes(config, needs, model, here, actors) + _session_notes(session),
     )
 
 
@@ -365,6 +368,13 @@ def _checkpoint_note(checkpoint: CheckpointConfig) -> str:
         times.append(f"after {checkpoint.every_minutes:g} min of training without one")
     times += ["at the end"] if checkpoint.final else []
     return f"checkpoints: {', '.join(times)}; the newest {checkpoint.keep} are kept" if times else "no checkpoints"
+
+
+def _session_notes(session: Path | None) -> list[str]:
+    name, folder = start.temporary_folder(os.environ)
+    if session is None or session == folder.absolute() / "ray":
+        return []
+    return [f"{name} is too long for Unix sockets: Ray's session goes to {session}"]
 
 
 def _cache_notes(config: Config, model: ModelFacts) -> list[str]:

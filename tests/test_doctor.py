@@ -1,6 +1,8 @@
 """Each check of `apportion doctor`, on machines that are described."""
 
+import socket
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -144,3 +146,42 @@ def test_the_real_machine_can_be_examined():
     findings = {finding.what: finding for finding in doctor.examine()}
     assert findings["Python"].got == ".".join(map(str, sys.version_info[:3]))
     assert findings["torch"].level in ("ok", "warn") and findings["ports"].level in ("ok", "warn")
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "refused", "executable", "level", "said"),
+    [
+        ("TMPDIR", "/tmp", None, True, "ok", "/tmp"),
+        ("TMPDIR", "/scratch/" + "x" * 60, None, True, "warn", "69 bytes, too long for Unix sockets (at most 39)"),
+        ("RAY_TMPDIR", "/scratch/" + "x" * 60, None, True, "fail", "RAY_TMPDIR has 69 bytes, too long"),
+        ("TMPDIR", "/sys", "where no file can be written (x)", True, "fail", "TMPDIR=/sys, where no file"),
+        ("TMPDIR", "/noexec", None, False, "warn", "/noexec is mounted noexec"),
+    ],
+)
+def test_the_temporary_folder_has_to_take_rays_session(name, folder, refused, executable, level, said):
+    finding = doctor.check_temporary(name, Path(folder), refused, executable)
+    assert finding.level == level and said in finding.got and bool(finding.mend) == (level != "ok")
+
+
+def test_home_and_cache_have_to_take_files():
+    refused = "where no file can be written (Read-only file system)"
+    assert doctor.check_home(Path("/home/me"), None).level == "ok"
+    assert doctor.check_home(Path("/home/me"), refused).got == f"HOME=/home/me, {refused}"
+    assert doctor.check_cache(Path("/c"), None, True).level == "ok"
+    assert doctor.check_cache(Path("/c"), refused, True).mend == "set APPORTION_CACHE to a folder that you can write"
+    assert doctor.check_cache(Path("/c"), None, False).got == "/c is mounted noexec"
+
+
+def test_the_cluster_of_the_environment_has_to_answer_and_to_know_the_token(tmp_path):
+    at = {"RAY_ADDRESS": "head:6379", "HOME": str(tmp_path)}
+    assert doctor.check_cluster({}, False) == []
+    assert doctor.check_cluster(at, True) == [Finding("ok", "Ray cluster", "head:6379")]
+    assert doctor.check_cluster(at, False)[0].got == "head:6379 does not answer"
+    assert "without a token" in doctor.check_cluster(at | {"RAY_AUTH_MODE": "token"}, True)[0].got
+    assert doctor.check_cluster(at | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "x"}, True)[0].level == "ok"
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        assert not doctor.answers(address) and not doctor.answers("127.0.0.1:99999")
+        server.listen()
+        assert doctor.answers(address) and doctor.answers("auto")

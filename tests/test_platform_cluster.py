@@ -4,6 +4,7 @@ import importlib
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 
@@ -44,6 +45,10 @@ class Patient(ActorBase):
 
     def imports(self, name: str) -> str:
         return str(importlib.import_module(name).__file__)
+
+    def unsafe_path(self) -> tuple[str | None, int]:
+        """What programs of the user's are started with, and how this process was."""
+        return os.environ.get("PYTHONSAFEPATH"), sys.flags.safe_path
 
     def programs(self) -> str:
         return os.environ["PATH"].split(os.pathsep)[0]
@@ -104,11 +109,50 @@ def test_an_actor_finds_the_programs_of_its_own_environment(actors):
 @pytest.mark.system
 def test_a_users_module_is_imported_and_hides_nothing_that_is_installed(cluster, tmp_path, monkeypatch):
     (tmp_path / "mine_alone.py").write_text("")
-    (tmp_path / "numpy.py").write_text("raise RuntimeError('a file of the user')")
+    (tmp_path / "datasets").mkdir()
+    for file in ("numpy.py", "tokenizers.py", "statistics.py", "queue.py", "datasets/__init__.py"):
+        (tmp_path / file).write_text("raise RuntimeError('a file of the user')")
     monkeypatch.chdir(tmp_path)
     [actor] = cluster.start([ActorRequest("importing-0", Patient)], 60)
-    mine, numpy = gather([actor.call("imports", "mine_alone"), actor.call("imports", "numpy")], 60, "a test")
-    assert mine == str(tmp_path / "mine_alone.py") and numpy.endswith("numpy/__init__.py")
+    names = ["mine_alone", "numpy", "tokenizers", "statistics", "queue", "datasets"]
+    mine, *installed = gather([actor.call("imports", name) for name in names], 60, "a test")
+    assert mine == str(tmp_path / "mine_alone.py")
+    assert [file for file in installed if file.startswith(str(tmp_path))] == []
+    assert gather([actor.call("unsafe_path")], 60, "a test") == [(None, True)]
+
+
+@pytest.mark.system
+def test_workers_do_not_see_the_working_folder_before_what_is_installed(tmp_path):
+    """Of a Ray that was started in that folder, as by a run."""
+    program = tmp_path / "program.py"
+    (tmp_path / "tokenizers.py").write_text("raise RuntimeError('a file of the user')")
+    (tmp_path / "patient.py").write_text(
+        "import importlib\n"
+        "from apportion.platform.process import ActorBase\n"
+        "class Patient(ActorBase):\n"
+        "    def imports(self, name):\n"
+        "        return importlib.import_module(name).__file__\n"
+    )
+    program.write_text(
+        "import sys\n"
+        "sys.path.remove(sys.path[0])\n"
+        f"sys.path.append({str(tmp_path)!r})\n"
+        "from pathlib import Path\n"
+        "from apportion.platform.cluster import ActorRequest, Cluster, gather\n"
+        "from patient import Patient\n"
+        "cluster = Cluster(None, 'folders', 1, Path('logs'), 0.1)\n"
+        "[actor] = cluster.start([ActorRequest('a', Patient)], 60)\n"
+        "print(gather([actor.call('imports', 'tokenizers')], 60, 'a test')[0])\n"
+        "cluster.shutdown()\n"
+    )
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    long = tmp_path / ("a_folder_of_a_job_scheduler_" * 3)
+    long.mkdir()
+    environment = os.environ | {"PYTHONPATH": root, "TMPDIR": str(long), "HOME": "/proc/nobody"}
+    ended = subprocess.run(
+        [sys.executable, str(program)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert ended.stdout.strip().endswith("site-packages/tokenizers/__init__.py"), ended.stderr
 
 
 def known_exit_statuses() -> bool:
