@@ -32,6 +32,25 @@ A value is set as `KEY=VALUE` on the command line, or in a recipe (a YAML file b
 `experiment/` of a folder of your own, given with `--config-dir FOLDER`). The command line goes before the recipe, the recipe before the default.
 A mapping on the command line is the whole value (`algorithm.credit={name: rloo}` leaves nothing of the recipe's credit), its key alone changes one
 of its values (`algorithm.credit.eps=1e-4`). `???` has to be given. A misspelt key, a wrong type or a combination that cannot run is refused in one line before anything starts.
+
+## Values on the command line
+
+The type of a key decides how its value is read. Put the whole argument in single quotes for the shell: `'rollout.stop=["\\n\\n"]'`.
+
+| typed | read as |
+|---|---|
+| `run_name=1e5`, `007`, `off`, `2026-11-28`; `model.path=/data/run=3/my model (v2)` | the text as typed, where the key takes text; `null` is no value, `'null'` the word |
+| `"a\\nb"` | escapes between double quotes: `\\n`, `\\t`, `\\r`, `\\"`, `\\\\` and `\\uXXXX`; every other backslash stays (`\\boxed`) |
+| `"\\theta"`, `"\\nu"`, `"\\right"` | LaTeX, with a warning: the backslash stays |
+| `'a\\nb'` | the text as it is, a backslash and an n; for the keys below with a warning |
+| `\\n` without quotes | an escape for `data.system_prompt`, `rollout.stop`, `reward.step_delimiter` and `judge.delimiter`; the text as it is for others |
+| `train.steps=1e3`, `policy.learning_rate=1E-6` | numbers; a whole number may be written as `1e3` |
+| `train.deterministic=off`, `on`, `yes`, `no` | false and true; in a mapping of free keys they are refused: write `true`, `false` or `'"off"'` |
+| `train.max_minutes=none` | no value, as `null`; refused where the key takes text |
+| `data.train=a,b` | refused: `[a,b]` is a list, `-m` sweeps, `'"a,b"'` is one name; a file of that name is taken as it is |
+| `~/m` | the home folder in every path |
+
+YAML has rules of its own in a recipe: quote `"1e5"` and `"off"` there.
 """
 
 PREFERENCE = """# Preference stages
