@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from apportion import __version__
 from apportion.edges import system_errors, tell, unsaved_sweeps
 from apportion.platform.errors import ApportionError, ConfigError, nearest
+from apportion.platform.process import working_folder_last
 from apportion.platform.teardown import leave
 from apportion.saved import (
     chooses,
@@ -64,9 +65,7 @@ def _main(arguments: list[str] | None) -> int:
     if words[0] in ("-V", "--version"):
         print(f"apportion {__version__}")
         return 0
-    # A method, reward or environment of one's own, beside where the command was started.
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+    working_folder_last()
     try:
         command = COMMANDS.get(words[0])
         if command is None:

@@ -12,7 +12,13 @@ import pytest
 
 from apportion.platform.cluster import Actor, ActorRequest, Call, Cluster, gather, module_folders, python_path
 from apportion.platform.errors import ActorError, ApportionError, CheckpointError, ConfigError, RewardError
-from apportion.platform.process import ActorBase, find_environment_programs, find_user_modules, tail
+from apportion.platform.process import (
+    ActorBase,
+    find_environment_programs,
+    find_user_modules,
+    tail,
+    working_folder_last,
+)
 
 
 class Patient(ActorBase):
@@ -230,6 +236,32 @@ def test_folders_of_the_users_modules_come_last_on_an_actors_path_once(tmp_path,
     find_user_modules()
     find_user_modules()
     assert sys.path == [*before, "/mine/more"]
+
+
+def test_the_working_folder_comes_last_unless_pythonpath_names_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"{os.pathsep}/given")  # the empty entry is the working folder, too
+    monkeypatch.setattr(sys, "path", ["", str(tmp_path), "/given", "/installed"])
+    working_folder_last()
+    working_folder_last()
+    assert sys.path == ["/given", "/installed", str(tmp_path)]
+    monkeypatch.setenv("PYTHONPATH", ".")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), "/installed"])
+    working_folder_last()
+    assert sys.path == [str(tmp_path), "/installed"]
+
+
+@pytest.mark.slow
+def test_files_of_the_working_folder_hide_nothing_from_the_command(tmp_path):
+    (tmp_path / "datasets").mkdir()
+    for name in ("yaml.py", "queue.py", "statistics.py", "omegaconf.py", "datasets/__init__.py"):
+        (tmp_path / name).write_text("raise RuntimeError('a file of the user')")
+    environment = os.environ | {"PYTHONPATH": os.path.dirname(os.path.dirname(os.path.abspath(__file__)))}
+    ended = subprocess.run(
+        [sys.executable, "-m", "apportion", "plan", "experiment=tiny_grpo"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert ended.returncode == 0 and "a file of the user" not in ended.stderr, ended.stderr
 
 
 def test_only_what_an_actors_class_needs_goes_before_what_is_installed(monkeypatch):

@@ -190,7 +190,8 @@ def _described(path: str, key: str) -> tuple[dict[str, Any], Path | None]:
 
 
 def _hub_snapshot(name: str) -> Path | None:
-    home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = Path(os.environ.get("HF_HOME") or f"{caches}/huggingface").expanduser()
     hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
     found = sorted(hub.glob(f"models--{name.replace('/', '--')}/snapshots/*/config.json"))
     return found[-1].parent if found else None

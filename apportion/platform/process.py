@@ -76,6 +76,15 @@ def find_user_modules() -> None:
             sys.path.append(folder)
 
 
+def working_folder_last() -> None:
+    """Put the working folder last on this process's path, for a method, reward or environment of the user's: it hides
+    nothing there. `python -m` and an empty entry of PYTHONPATH put it first; where PYTHONPATH names it, it stays."""
+    here = os.getcwd()
+    named = [os.path.abspath(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    if here not in named:
+        sys.path[:] = [*(entry for entry in sys.path if entry not in ("", here)), here]
+
+
 def log_to_file() -> None:
     """Send this process's output, that of its libraries and children included, to the file named in APPORTION_LOG."""
     path = os.environ.get("APPORTION_LOG")
