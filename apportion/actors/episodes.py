@@ -17,6 +17,7 @@ import numpy as np
 
 from apportion.actors.engines import Request, RolloutEngine, Sample, Sampling
 from apportion.actors.environment import Action, EpisodeStart, EpisodeState
+from apportion.actors.failure_kinds import first_of_each_kind
 from apportion.batch import Prompt, Trajectory
 from apportion.data.errors import DataError
 from apportion.data.prompts import PromptEncoder, load_tokenizer
@@ -72,6 +73,7 @@ class EpisodeReport:
     sampled_tokens: int = 0
     failures: int = 0  # episodes without a reward
     first_failure: str | None = None
+    kinds: dict[str, str] = field(default_factory=dict)  # the first text of each kind of failure
 
 
 @dataclass
@@ -148,6 +150,7 @@ class EpisodeRunner:
         self._environments.finish(cut)
         failed = [episode.failure for episode in episodes if episode.failure is not None]
         report.failures, report.first_failure = len(failed), failed[0] if failed else None
+        report.kinds = first_of_each_kind(failed)
         report.sampled_tokens = sum(int((turns >= 0).sum()) for e in episodes for turns in e.turns)
         return [self._trajectory(episode, seeds.version) for episode in episodes], report
 

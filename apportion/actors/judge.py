@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from apportion.actors.failure_kinds import MOST_KINDS, kind_of
 from apportion.actors.judge_cache import CritiqueCache, critique_key
 from apportion.actors.judge_client import (
     ANSWERED,
@@ -75,6 +76,7 @@ class JudgeReport:
     unjudged: int = 0  # responses with steps and no critique left: no penalty
     seconds: float = 0.0
     first_failure: str | None = None
+    kinds: dict[str, str] = field(default_factory=dict)  # the first text of each kind of failure
     cache_problem: str | None = None
 
     def totals(self) -> Totals:
@@ -167,10 +169,13 @@ def _count(report: JudgeReport, marks: Marks, cases: list[Case]) -> None:
         report.without_steps += not case.steps
         report.unjudged += bool(case.steps) and len(failures) == len(critiques)
         report.wrong_steps += len(wrong)
-        if failures and report.first_failure is None:
-            first = failures[0]
-            said = first.detail or f"the answer ends with {first.answer[-200:]!r}"
-            report.first_failure = f"a critique is {first.failure}, has no vote and is counted: {said}"
+        for failed in failures:
+            said = failed.detail or f"the answer ends with {failed.answer[-200:]!r}"
+            told = f"a critique is {failed.failure}, has no vote and is counted: {said}"
+            report.first_failure = report.first_failure or told
+            kind = f"{failed.failure} {kind_of(failed.detail)}"
+            if len(report.kinds) < MOST_KINDS:
+                report.kinds.setdefault(kind, told)
 
 
 def steps_of_response(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -35,6 +35,7 @@ class RolloutReport:
     environment_seconds: float = 0.0
     environment_failures: int = 0  # episodes without a reward
     first_failure: str | None = None
+    kinds: dict[str, str] = field(default_factory=dict)  # the first text of each kind of failure
 
 
 class RolloutWorker(ActorBase):
@@ -95,6 +96,7 @@ class RolloutWorker(ActorBase):
             played.environment_seconds,
             played.failures,
             played.first_failure,
+            played.kinds,
         )
         return report, Batch.from_trajectories(trajectories)
 

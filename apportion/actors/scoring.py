@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from apportion.actors.failure_kinds import first_of_each_kind
 from apportion.actors.reward_call import Failure, RewardCall
 from apportion.actors.reward_sources import (
     RESERVED,
@@ -47,6 +48,7 @@ class ScoreReport:
     failed_components: Counter[str] = field(default_factory=Counter)  # component -> samples
     no_opinion: int = 0  # every component said None: masked, but nothing went wrong
     first_traceback: str | None = None
+    kinds: dict[str, str] = field(default_factory=dict)  # the first text of each kind of failure
     component_sums: dict[str, float] = field(default_factory=dict)  # before weights and clipping
     component_counts: dict[str, int] = field(default_factory=dict)  # samples it gave a number or a list for
     hung_threads: int = 0  # calls given up that are still busy in this process
@@ -73,6 +75,7 @@ class ScoreReport:
             whole.failed_components += report.failed_components
             whole.no_opinion += report.no_opinion
             whole.first_traceback = whole.first_traceback or report.first_traceback
+            whole.kinds = report.kinds | whole.kinds
             for name, total in report.component_sums.items():
                 whole.component_sums[name] = whole.component_sums.get(name, 0.0) + total
                 whole.component_counts[name] = whole.component_counts.get(name, 0) + report.component_counts[name]
@@ -350,5 +353,7 @@ def _count(report: ScoreReport, judged: dict[str, list[Any]], rows: list[Any]) -
     failures = [row for row in rows if isinstance(row, Failure)]
     report.failed = Counter(failure.reason for failure in failures)
     report.first_traceback = failures[0].text if failures else None
+    # Why an environment failed is told by the engine that spoke to it.
+    report.kinds = first_of_each_kind(failure.text for failure in failures if failure.reason != ENVIRONMENT)
     report.no_opinion = sum(row is None for row in rows)
     report.scored = len(rows) - len(failures) - report.no_opinion

@@ -14,6 +14,7 @@ METRICS: dict[str, str] = {
     "reward/mean": "mean weighted reward of this step's trajectories, before shaping and KL; failed ones left out",
     "reward/std": "their standard deviation",
     "reward/failed_share": "share of trajectories whose reward raised, timed out or was malformed",
+    "reward/failed/<reason>": "share of trajectories whose reward failed for this reason (docs/rewards.md)",
     "reward/no_opinion_share": "share of trajectories that every reward function said None to",
     "reward/<component>": "mean of one reward function before its weight, by the function's name",
     "data/skipped": "training rows left out since the run began, each counted once (data.on_bad_row=skip)",
