@@ -41,7 +41,7 @@ class Part(ActorBase):
 
     def fork_and_leave(self):
         if os.fork() == 0:
-            time.sleep(60)
+            time.sleep(100)
         os._exit(3)
 
 
@@ -69,7 +69,7 @@ def run():
                 ray.put(bytes(2_000_000))
             try:
                 calls = {"fork": ("fork_and_leave",), "nothing": ("wait", 0.0)}
-                gather([one.call(*calls.get(name, ("wait", 60.0)))], 120, "update of step 1")
+                gather([one.call(*calls.get(name, ("wait", 100.0)))], 120, "update of step 1")
             except ApportionError as error:
                 say(error=type(error).__name__, saved=gather([two.call("save")], 30, "checkpoint"))
                 raise
@@ -100,10 +100,13 @@ class Driver:
             [sys.executable, str(program), breaks, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             text=True, cwd=folder, env=kept,
         )  # fmt: skip
-        self.first = json.loads(self.process.stdout.readline())
-        self.session, self.mark = Path(self.first["session"]), self.first["mark"]
 
-    def finished(self, seconds: float = 60) -> "Driver":
+    def begun(self) -> "Driver":
+        first = json.loads(self.process.stdout.readline())
+        self.session, self.mark = Path(first["session"]), first["mark"]
+        return self
+
+    def finished(self, seconds: float = 90) -> "Driver":
         out, self.err = self.process.communicate(timeout=seconds)
         self.said = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
         return self
@@ -113,16 +116,17 @@ class Driver:
         return [line for line in self.err.splitlines() if line.startswith("error: ")]
 
 
-@pytest.fixture
-def broken(tmp_path):
-    drivers: list[Driver] = []
+KINDS = ("gcs_server SIGKILL", "raylet SIGSTOP", "put", "fork", "nothing", "wait")
 
-    def start(breaks: str) -> Driver:
-        drivers.append(Driver(tmp_path, breaks))
-        return drivers[-1]
 
-    yield start
-    for driver in drivers:
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    """All at once: most of the time each waits."""
+    drivers = {kind: Driver(tmp_path_factory.mktemp("driver"), kind) for kind in KINDS}
+    for driver in drivers.values():
+        driver.begun()
+    yield drivers
+    for driver in drivers.values():
         driver.process.kill()
         driver.process.wait()
         end_marked(driver.mark)
@@ -144,7 +148,7 @@ def gone(driver: Driver, seconds: float) -> bool:
     ],
 )
 def test_a_ray_that_is_lost_is_told_and_torn_down_and_actors_still_answer(broken, breaks, said):
-    driver = broken(breaks).finished()
+    driver = broken[breaks].finished()
     assert driver.process.returncode == 1, driver.err
     lost, ended = driver.said
     assert (lost["error"], lost["saved"]) == ("ClusterLost", ["saved"]) and lost["seconds"] < 20
@@ -155,7 +159,7 @@ def test_a_ray_that_is_lost_is_told_and_torn_down_and_actors_still_answer(broken
 
 
 def test_a_call_into_ray_that_never_returns_does_not_keep_the_process(broken):
-    driver = broken("put").finished()
+    driver = broken["put"].finished()
     assert driver.process.returncode == 1, driver.err
     [error] = driver.errors
     assert "raylet" in error and error.endswith("this process hangs in a call into Ray and ends now")
@@ -163,20 +167,20 @@ def test_a_call_into_ray_that_never_returns_does_not_keep_the_process(broken):
 
 
 def test_an_actor_that_dies_while_its_forked_child_lives_is_noticed_in_seconds(broken):
-    driver = broken("fork").finished()
+    driver = broken["fork"].finished()
     lost, _ = driver.said
     assert lost["error"] == "ActorError" and lost["seconds"] < 10
     assert driver.errors[0].startswith("error: part-0 (pid ") and gone(driver, 5)
 
 
 def test_a_good_run_leaves_no_process_and_no_folder(broken):
-    driver = broken("nothing").finished()
+    driver = broken["nothing"].finished()
     assert driver.process.returncode == 0, driver.err
     assert gone(driver, 0) and not driver.session.exists()
 
 
 def test_a_killed_driver_leaves_no_process_and_no_folder_for_long(broken):
-    driver = broken("wait")
+    driver = broken["wait"]
     assert len(marked(driver.mark)) > 5  # the mark finds all of Ray's processes
     driver.process.kill()
     deadline = time.monotonic() + 15
