@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from apportion.platform.session import MARK, end_marked, marked, state_of
+from apportion.platform.start import session_folder
 
 pytestmark = pytest.mark.system
 
@@ -195,7 +196,7 @@ def test_an_interrupted_start_leaves_no_process_and_no_folder(tmp_path):
     program = tmp_path / "start.py"
     program.write_text(
         "import secrets, sys\nfrom pathlib import Path\nfrom apportion.platform.cluster import Cluster\n"
-        f"secrets.token_hex = lambda count: {mark!r}\n"
+        f"made = secrets.token_hex\nsecrets.token_hex = lambda count: {mark!r} if count == 8 else made(count)\n"
         "Cluster(None, 'start', 1, Path(sys.argv[1]), 0.1)\n"
     )
     driver = subprocess.Popen([sys.executable, str(program), str(tmp_path)], stderr=subprocess.PIPE, cwd=tmp_path)
@@ -208,10 +209,7 @@ def test_an_interrupted_start_leaves_no_process_and_no_folder(tmp_path):
         _, err = driver.communicate(timeout=60)
         assert err.decode().rstrip().endswith("KeyboardInterrupt")
         assert marked(mark) == []
-        assert (
-            list(Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp").glob(f"ray/*_{driver.pid}"))
-            == []
-        )
+        assert list(session_folder(os.environ).glob(f"session_*_{driver.pid}")) == []
     finally:
         driver.kill()
         end_marked(mark)

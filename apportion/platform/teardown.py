@@ -133,13 +133,6 @@ class Remains:
         os._exit(1)
 
 
-def ray_root() -> Path:
-    """Where Ray of this process keeps its sessions."""
-    import ray
-
-    return Path(ray._common.utils.get_default_ray_temp_dir())
-
-
 def _end_ray(handles: Sequence[Any]) -> None:
     import ray
 
