@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+from apportion.platform import session
 from apportion.platform.session import (
     FAILED_SESSIONS_KEPT,
     MARK,
@@ -83,6 +85,16 @@ def test_a_process_that_has_ended_is_no_longer_one(mark):
     assert state_of(child.pid) == "X"
 
 
+def wait_for_ignored(pid: int, number: int) -> None:
+    deadline = time.monotonic() + 10
+    while True:
+        [line] = [x for x in Path(f"/proc/{pid}/status").read_text().splitlines() if x.startswith("SigIgn:")]
+        if int(line.split()[1], 16) >> (number - 1) & 1:
+            return
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 @pytest.mark.parametrize("end", ["killed", "done"])
 def test_the_watcher_ends_what_a_killed_driver_leaves_and_nothing_of_one_that_tidied_up(tmp_path, mark, end):
     driver = subprocess.Popen(
@@ -90,6 +102,9 @@ def test_the_watcher_ends_what_a_killed_driver_leaves_and_nothing_of_one_that_ti
     )
     watcher = int(driver.stdout.readline())
     assert len(marked(mark)) == 1 and len(list(tmp_path.iterdir())) == 1
+    if end == "killed":  # a scheduler asks every process of a job to end: the watcher stays for the others
+        wait_for_ignored(watcher, signal.SIGTERM)
+        os.kill(watcher, signal.SIGTERM)
     driver.kill()
     driver.wait()
     deadline = time.monotonic() + 10
@@ -98,6 +113,14 @@ def test_the_watcher_ends_what_a_killed_driver_leaves_and_nothing_of_one_that_ti
     assert state_of(watcher) in "XZ"
     left = (len(marked(mark)), len(list(tmp_path.iterdir())))
     assert left == ((0, 0) if end == "killed" else (1, 1))
+
+
+def test_a_watcher_that_does_not_answer_does_not_keep_the_driver(tmp_path, mark, monkeypatch):
+    monkeypatch.setattr(session, "END_SECONDS", 0.2)
+    watcher = session.Watcher(mark, tmp_path)
+    os.kill(watcher.pid, signal.SIGSTOP)
+    watcher.dismiss()
+    assert state_of(watcher.pid) == "X"
 
 
 def test_sessions_of_dead_drivers_are_removed_and_all_others_stay(tmp_path, mark):
@@ -119,12 +142,12 @@ def test_sessions_of_dead_drivers_are_removed_and_all_others_stay(tmp_path, mark
 
 
 def test_an_owner_holds_its_session_until_it_lets_go(tmp_path):
-    session = tmp_path / "session_2026-01-01_1"
-    session.mkdir()
-    lock = own(session, "of nobody")
+    folder = tmp_path / "session_2026-01-01_1"
+    folder.mkdir()
+    lock = own(folder, "of nobody")
     assert remove_leftovers(tmp_path) == []
     lock.close()
-    assert remove_leftovers(tmp_path) == [session]
+    assert remove_leftovers(tmp_path) == [folder]
 
 
 def test_of_the_sessions_that_an_error_names_the_newest_stay(tmp_path):

@@ -173,8 +173,11 @@ class Watcher:
 
     def dismiss(self) -> None:
         """The driver has tidied up itself."""
-        with contextlib.suppress(BrokenPipeError):
+        try:
             self._process.communicate("done", timeout=END_SECONDS)
+        except subprocess.TimeoutExpired:  # it is stopped, say; there is nothing left for it to do
+            self._process.kill()
+            self._process.wait()
 
 
 def watch(driver: int, mark: str, root: Path, since: float) -> None:
@@ -195,5 +198,6 @@ def watch(driver: int, mark: str, root: Path, since: float) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a scheduler's are for every process of a job
+        signal.signal(number, signal.SIG_IGN)
     watch(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), time.time())
