@@ -227,6 +227,7 @@ def test_groups_that_selection_drops_are_made_up_for_by_a_further_round_with_gro
     assert (experience.groups, experience.sampled_tokens, trainer.progress.rollout_tokens) == (3, 16, 16)
     [shard], cut = trainer._cut(experience)
     assert shard.group_ids.tolist() == [1, 1, 2, 2] and cut.trajectories == 4  # two were wanted
+    assert experience.totals.sums["rollout/groups_surplus"] == 1
 
 
 def test_where_all_groups_are_alike_eight_rounds_are_made_and_the_run_stops(make):
