@@ -20,6 +20,7 @@ from apportion.conf.combinations import check_combinations, longest_sampled
 from apportion.conf.companions import check_companions, check_reward_models
 from apportion.conf.devices import Machine, this_machine
 from apportion.conf.environment import check_environment
+from apportion.conf.families import check_family
 from apportion.conf.judges import check_judge, own_model
 from apportion.conf.layout import check_resume
 from apportion.conf.models import VALUE_BYTES, ModelFacts, check_own_tokenizer, read_model
@@ -114,6 +115,7 @@ def make_plan(config: Config, machine: Machine | None = None) -> Plan:
     needs = check_parts(config.algorithm)
     model = read_model(config.model.path)
     check_own_tokenizer(config.model.path, chat_template=config.model.chat_template)
+    check_family(config.model.path, config.rollout.engine)
     stages(config)
     teachers = check_distillation(config)
     actors = _actors(config, needs, model)

@@ -31,7 +31,7 @@ from apportion.platform.cluster import Call, gather
 from apportion.platform.errors import ClusterLost, DataError, RewardError
 from apportion.platform.health import finishing
 from apportion.platform.tracking import Tracker
-from apportion.platform.weights import SyncReceipt, prove
+from apportion.platform.weights import SyncReceipt, proof_metrics, prove
 
 MAX_ROUNDS = 8  # of sampling for one step, when selection drops groups
 
@@ -275,9 +275,9 @@ class Trainer:
             else:
                 send, calls = [], [a.call("load_weights", bundle, check) for a in self.actors.rollout]
             receipts: list[SyncReceipt] = self._gather(send + calls, "sync")[len(send) :]
-            prove(receipts, entries, version)
+            prove(receipts, entries, version, self.settings.sync_unproved)
             self.sync_check.after_sync(self.progress)
-        self._weight_bytes = sum(e.size for e in entries)
+        self._weight_bytes, self._proof = sum(e.size for e in entries), proof_metrics(receipts, entries)
 
     # evaluation
 
@@ -389,7 +389,7 @@ class Trainer:
         metrics, p = step_metrics(reports) | data_metrics(self.prompts.skipped) | self.sync_check.taken(), self.progress
         metrics["policy/kl_coefficient"] = self.kl.coefficient
         metrics["weights/version"] = p.policy_version
-        metrics["weights/bytes"] = self._weight_bytes
+        metrics |= {"weights/bytes": self._weight_bytes, **self._proof}
         # While the critic learns alone the policy is its reference, which says nothing about the coefficient.
         if "policy/kl_reference" in metrics and p.step > self.settings.critic_only_steps:
             self.kl.update(metrics["policy/kl_reference"], reports.trajectories)

@@ -120,10 +120,10 @@ def test_several_sequences_in_a_row_are_refused_where_a_mask_does_not_keep_them_
 
 
 def test_weights_of_which_none_can_be_read_back_are_not_called_proved():
-    nothing = SyncReceipt("rollout-0", 1, {}, 0, [])
+    nothing = SyncReceipt("rollout-0", 1, {}, 0, [], [])
     with pytest.raises(
         WeightSyncError, match=r"rollout-0: none of the live model's parameters .* train.sync_check=false"
     ):
         _read_back(nothing, check=True)
     assert _read_back(nothing, check=False) is nothing
-    assert _read_back(SyncReceipt("rollout-0", 1, {}, 3, []), check=True).checked_live == 3
+    assert _read_back(SyncReceipt("rollout-0", 1, {}, 3, [], []), check=True).checked_live == 3

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from apportion.actors.engines import vllm_worker
-from apportion.actors.engines.vllm_worker import TURNS, compare_live
+from apportion.actors.engines import vllm_compare
+from apportion.actors.engines.vllm_compare import TURNS, compare_live
 
 
 class Packing:
@@ -36,18 +36,18 @@ SENT = {"layer.weight": WANT}
 
 def test_a_layer_that_kept_earlier_weights_is_found_whatever_the_turn():
     for turn in range(TURNS):
-        assert compare_live(model(WANT - 1), SENT, turn=turn) == (1, ["layer.weight"])
+        assert compare_live(model(WANT - 1), SENT, turn=turn)[:2] == (1, ["layer.weight"])
 
 
 def test_a_right_layer_is_right_in_every_turn(monkeypatch):
-    monkeypatch.setattr(vllm_worker, "COLUMNS_AT_A_TIME", 2)
+    monkeypatch.setattr(vllm_compare, "COLUMNS_AT_A_TIME", 2)
     for turn in [None, *range(TURNS)]:
-        assert compare_live(model(WANT), SENT, turn=turn) == (1, [])
+        assert compare_live(model(WANT), SENT, turn=turn)[:2] == (1, [])
 
 
 def test_one_wrong_number_is_found_in_its_columns_turn_and_without_turns():
     packed = WANT.clone()
     packed[2, 13] += 1
-    found = [turn for turn in range(TURNS) if compare_live(model(packed), SENT, turn=turn)[1]]
+    found = [turn for turn in range(TURNS) if compare_live(model(packed), SENT, turn=turn).wrong]
     assert found == [13 % TURNS]
-    assert compare_live(model(packed), SENT) == (1, ["layer.weight"])
+    assert compare_live(model(packed), SENT)[:2] == (1, ["layer.weight"])

@@ -2,7 +2,8 @@
 
 import torch
 
-from apportion.actors.engines.vllm_worker import compare_live, repack_shared
+from apportion.actors.engines.vllm_compare import compare_live
+from apportion.actors.engines.vllm_worker import repack_shared
 
 
 class Packing:
@@ -42,11 +43,11 @@ def reloaded():
 
 def test_a_tied_head_that_was_not_packed_anew_is_named():
     model, sent = reloaded()
-    assert compare_live(model, sent) == (2, ["embed.weight"])
+    assert compare_live(model, sent)[:2] == (2, ["embed.weight"])
 
 
 def test_packing_shared_weights_anew_makes_the_head_the_trainers():
     model, sent = reloaded()
     repack_shared(model)
-    assert compare_live(model, sent) == (2, [])
+    assert compare_live(model, sent)[:2] == (2, [])
     assert torch.equal(model.lm_head.quant_method.apply(model.lm_head, torch.eye(2), None), sent["embed.weight"].T)

@@ -29,10 +29,10 @@ class ScriptedEngine:
         return -0.5 * token_ids[1:].astype(np.float32)
 
     def load(self, bundle, name, check):
-        return SyncReceipt(name, bundle.version, {}, 0, [])
+        return SyncReceipt(name, bundle.version, {}, 0, [], None)
 
     def receive(self, entries, version, name, check):
-        return SyncReceipt(name, version, {}, 0, [])
+        return SyncReceipt(name, version, {}, 0, [], None)
 
 
 PROMPTS = [Prompt("a", np.array([5, 6], np.int32), "?"), Prompt("b", np.array([7], np.int32), "?")]

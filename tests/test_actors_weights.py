@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from apportion.actors.engines.vllm_compare import compare_live
 from apportion.actors.engines.vllm_engine import merge_receipts, thread_binding
-from apportion.actors.engines.vllm_worker import compare_live
+from apportion.actors.engines.vllm_worker import Answer
 from apportion.platform.weights import WeightBundle
 
 
@@ -52,7 +53,7 @@ def sent():
 
 def test_a_model_that_holds_what_was_sent_passes_in_all_its_parts(sent):
     # qkv, norm, embedding, and the tied head as one more form of the embedding
-    assert compare_live(Live(sent), sent) == (4, [])
+    assert compare_live(Live(sent), sent)[:2] == (4, [])
 
 
 def last_bit(tensor: torch.Tensor, row: int, column: int) -> None:
@@ -63,27 +64,27 @@ def last_bit(tensor: torch.Tensor, row: int, column: int) -> None:
 def test_one_bit_of_one_repacked_weight_is_found_and_its_part_named(sent):
     live = Live(sent)
     last_bit(live.layer.qkv_proj.hidden, 520 + 7, 300)
-    assert compare_live(live, sent) == (4, ["layer.k_proj.weight"])
+    assert compare_live(live, sent)[:2] == (4, ["layer.k_proj.weight"])
 
 
 def test_a_stale_packed_copy_of_tied_embeddings_is_found(sent):
     live = Live(sent)
     last_bit(live.lm_head.hidden, 60, 575)
-    assert compare_live(live, sent) == (4, ["embed.weight"])
+    assert compare_live(live, sent)[:2] == (4, ["embed.weight"])
 
 
 def test_one_bit_of_a_stored_parameter_is_found(sent):
     live = Live(sent)
     with torch.no_grad():
         live.layer.norm.weight[5] += 0.25
-    assert compare_live(live, sent) == (4, ["layer.norm.weight"])
+    assert compare_live(live, sent)[:2] == (4, ["layer.norm.weight"])
 
 
 def test_what_an_engine_pads_the_vocabulary_with_does_not_matter(sent):
     live = Live(sent)
     with torch.no_grad():
         live.embed.weight[61:] = 9.0
-    assert compare_live(live, sent) == (4, [])
+    assert compare_live(live, sent)[:2] == (4, [])
 
 
 def worker_of(sent: dict[str, torch.Tensor], place: int) -> nn.Module:
@@ -104,20 +105,22 @@ def worker_of(sent: dict[str, torch.Tensor], place: int) -> nn.Module:
 def test_a_workers_share_is_compared_where_layers_are_cut_evenly_and_left_to_the_checksums_elsewhere(sent, place):
     sent["layer.out.weight"] = torch.randn(96, 576).to(torch.bfloat16)
     model = worker_of(sent, place)
-    assert compare_live(model, sent, (place, 2)) == (2, [])
+    assert compare_live(model, sent, (place, 2))[:2] == (2, [])
     last_bit(model.layer.qkv_proj.hidden, 260 + 64, 3)  # the last row of this worker's k_proj
     last_bit(model.layer.out.hidden, 95, 287)
-    assert compare_live(model, sent, (place, 2)) == (2, ["layer.k_proj.weight", "layer.out.weight"])
+    assert compare_live(model, sent, (place, 2))[:2] == (2, ["layer.k_proj.weight", "layer.out.weight"])
 
 
 def test_receipts_of_workers_join_so_that_one_wrong_worker_shows():
     bundle = WeightBundle.pack([("a", torch.zeros(2)), ("b", torch.ones(2))], 4)
     right = {e.name: e.checksum for e in bundle.entries}
     wrong = right | {"b": "0" * 16}
-    for answers in ([(right, 2, []), (wrong, 2, ["a"])], [(wrong, 2, ["a"]), (right, 2, [])]):
-        receipt = merge_receipts(answers, bundle.entries, bundle.version, "rollout-1")
+    one, other = Answer(right, 2, [], ["a", "b"], 8, []), Answer(wrong, 2, ["a"], ["b"], 4, [])
+    for answers in ([one, other], [other, one]):
+        receipt = merge_receipts(answers, bundle.entries, bundle.version, "rollout-1", True)
         assert (receipt.engine, receipt.version, receipt.checked_live, receipt.wrong) == ("rollout-1", 4, 4, ["a"])
         assert receipt.checksums == wrong
+        assert (receipt.proved, receipt.read_bytes) == (["b"], 12)  # proved in one worker alone is not proved
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ GIVEN = {
     },
     "reference": {"model": "a-reference", "micro_batch_tokens": 777},
     "cluster": {"threads": 3, "call_timeout_seconds": 99.0},
-    "train": {"steps": 5, "prompts_per_step": 9, "max_minutes": 12.5, "sync_check": False},
+    "train": {"steps": 5, "prompts_per_step": 9, "max_minutes": 12.5, "sync_check": False, "sync_unproved": ["*.rotary"]},
     "evaluation": {
         "every_steps": 8, "before": False, "after": True, "greedy": False, "samples": 16, "k": [2, 10],
         "temperature": 0.6, "max_response_tokens": 32, "correct_at": 0.55, "show": 11,
@@ -215,6 +215,7 @@ def loop(**changes: Any) -> LoopSettings:
         selects=True,
         max_failed_share=0.35,
         sync_check=False,
+        sync_unproved=["*.rotary"],
         call_timeout_seconds=99.0,
         critic_only_steps=4,
         samples_shown=13,

@@ -54,7 +54,7 @@ LINES = [
     (
         ["train=3"],
         "train: got 3, expected its keys, one by one (steps, prompts_per_step, deterministic, max_minutes, sync_check, "
-        "max_sync_gap)",
+        "sync_unproved, max_sync_gap)",
     ),
     (["algorithm.credit=grpo"], "algorithm.credit: got 'grpo', expected a mapping {key: value}"),
     (

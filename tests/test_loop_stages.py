@@ -51,10 +51,11 @@ class InPlace:
 
 
 class Engine:
-    """Samples "a", "b", ... for every prompt; holds other checksums than the sent ones, or an older version, if told."""
+    """Samples "a", "b", ... for every prompt; holds other checksums than the sent ones or an older version, or leaves
+    tensors unproved, if told."""
 
-    def __init__(self, name, other=None, behind=0):
-        self.name, self.other, self.behind = name, other or {}, behind
+    def __init__(self, name, other=None, behind=0, unproved=()):
+        self.name, self.other, self.behind, self.unproved = name, other or {}, behind, unproved
 
     def generate(self, prompts, first_group, responses, sampling):
         rows = [
@@ -69,7 +70,15 @@ class Engine:
 
     def receive_weights(self, entries, version, check):
         held = {e.name: e.checksum for e in entries} | self.other
-        return SyncReceipt(self.name, version - self.behind, held, len(entries), [])
+        return SyncReceipt(
+            self.name,
+            version - self.behind,
+            held,
+            len(entries),
+            [],
+            [e.name for e in entries if e.name not in self.unproved],
+            10,
+        )
 
 
 class Scorer:
@@ -141,6 +150,7 @@ def make(tmp_path, monkeypatch):
         values = {
             "steps": 3, "prompts_per_step": 2, "responses_per_prompt": 2, "sampling": None, "minibatches": 1,
             "policy_signals": False, "selects": False, "max_failed_share": 0.1, "sync_check": True,
+            "sync_unproved": [],
             "call_timeout_seconds": 60.0, "critic_only_steps": 0, "samples_shown": 0, "max_minutes": None,
             "checkpoint_every": 0, "checkpoint_minutes": None, "checkpoint_final": False, "seeds": {"run": 0}, "ranks": {}, "max_failed_critiques": 1.0,
             "parts": 1,
@@ -188,6 +198,11 @@ def test_every_engine_gets_the_weights_of_the_version_and_is_told_whether_to_loo
             "the engine's samples would come from another policy",
         ),
         ({"behind": 1}, "rollout-1: holds weights version 0, expected 1"),
+        (
+            {"unproved": ["b.weight"]},
+            "rollout-1: 1 of 2 sent tensors were not compared with a live parameter in sync 1: b.weight; the engine may still "
+            "hold earlier weights. If you accept that, list their names or patterns in train.sync_unproved",
+        ),
     ],
 )
 def test_an_engine_without_the_trainers_weights_stops_the_run_before_it_samples(make, channel, odd, line):

@@ -90,7 +90,7 @@ class Loop(Trainer):
             self.clock.now += self.seconds_of.get(stage, 0.0)
 
     def _sync(self) -> None:
-        self._weight_bytes = 8
+        self._weight_bytes, self._proof = 8, {}
 
     def _collect(self) -> Experience:
         self.prompts.next_batch()
@@ -132,7 +132,7 @@ def make(tmp_path, monkeypatch):
         values.setdefault("checkpoint_final", True)
         settings = LoopSettings(
             prompts_per_step=1, responses_per_prompt=4, sampling=None, minibatches=1, policy_signals=False, selects=False,
-            max_failed_share=0.1, sync_check=True, call_timeout_seconds=1.0, critic_only_steps=0, samples_shown=0,
+            max_failed_share=0.1, sync_check=True, sync_unproved=[], call_timeout_seconds=1.0, critic_only_steps=0, samples_shown=0,
             seeds={"run": 0}, ranks={"policy": {"ranks": 2}}, max_failed_critiques=0.5, parts=1, **values,
         )  # fmt: skip
         actors, store = Actors([], [], None, []), CheckpointStore(tmp_path / "checkpoints")

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from apportion.platform.errors import WeightSyncError
-from apportion.platform.weights import SyncReceipt, WeightBundle, prove
+from apportion.platform.weights import SyncReceipt, WeightBundle, proof_metrics, prove
 
 TENSORS = {
     "a.weight": torch.arange(6, dtype=torch.float32).view(2, 3),
@@ -24,7 +24,16 @@ def bundle() -> WeightBundle:
 def receipt(bundle: WeightBundle, **changes) -> SyncReceipt:
     sums = {e.name: e.checksum for e in bundle.entries}
     return SyncReceipt(
-        **{"engine": "rollout-0", "version": 3, "checksums": sums, "checked_live": 3, "wrong": [], **changes}
+        **{
+            "engine": "rollout-0",
+            "version": 3,
+            "checksums": sums,
+            "checked_live": 3,
+            "wrong": [],
+            "proved": list(TENSORS),
+            "read_bytes": 20,
+            **changes,
+        }
     )
 
 
@@ -80,9 +89,34 @@ def test_what_the_engine_found_wrong_in_its_live_model_is_named(bundle):
 
 def test_of_many_wrong_tensors_eight_are_named():
     packed = WeightBundle.pack([(f"t{i:02d}", torch.tensor(float(i))) for i in range(12)], 0)
-    bad = SyncReceipt("rollout-0", 0, {}, 0, [])
+    bad = SyncReceipt("rollout-0", 0, {}, 0, [], [])
     with pytest.raises(WeightSyncError, match=r"12 of 12 .* t00, t01, .*, t07 and 4 more;"):
         prove([bad], packed.entries, 0)
+
+
+def test_a_sent_tensor_that_no_live_parameter_was_compared_with_is_named(bundle):
+    partly = receipt(bundle, engine="rollout-1", proved=["b.weight"])
+    with pytest.raises(
+        WeightSyncError,
+        match=r"^rollout-1: 2 of 3 sent tensors were not compared .* sync 3: a\.weight, c; .* train\.sync_unproved$",
+    ):
+        prove([receipt(bundle), partly], bundle.entries, 3)
+    with pytest.raises(WeightSyncError, match=r"1 of 3 sent tensors .* sync 3: c;"):
+        prove([partly], bundle.entries, 3, ["a.*"])
+    prove([receipt(bundle), partly], bundle.entries, 3, ["*.weight", "c"])
+
+
+def test_accepting_an_unproved_tensor_does_not_accept_a_wrong_one(bundle):
+    with pytest.raises(WeightSyncError, match=r"1 of 3 tensors are not the trainer's after sync 3: a\.weight;"):
+        prove([receipt(bundle, proved=[], wrong=["a.weight"])], bundle.entries, 3, ["*"])
+
+
+def test_the_figures_are_those_of_the_engine_that_proved_least(bundle):
+    receipts = [receipt(bundle), receipt(bundle, proved=["b.weight", "c"], read_bytes=9)]
+    assert proof_metrics(receipts, bundle.entries) == {
+        "sync/sent_bytes": 38, "sync/proved_bytes": 14, "sync/read_bytes": 9,
+    }  # fmt: skip
+    assert proof_metrics([receipt(bundle, proved=None)], bundle.entries) == {"sync/sent_bytes": 38}
 
 
 def test_equal_bytes_have_equal_checksums_whatever_made_them():

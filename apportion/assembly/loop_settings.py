@@ -29,6 +29,7 @@ def loop_settings(config: Config, needs: Needs) -> LoopSettings:
         selects=bool(config.algorithm.selection),
         max_failed_share=config.reward.max_failed_share,
         sync_check=t.sync_check,
+        sync_unproved=list(t.sync_unproved),
         call_timeout_seconds=config.cluster.call_timeout_seconds,
         critic_only_steps=config.critic.warmup_steps_without_policy if needs.critic else 0,
         samples_shown=config.tracking.samples_per_step,

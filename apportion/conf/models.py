@@ -107,6 +107,11 @@ def read_limits(path: str, key: str = "model.path") -> ModelLimits:
     return ModelLimits(config.get("vocab_size"), config.get("max_position_embeddings", config.get("n_positions")))
 
 
+def read_description(path: str, key: str = "model.path") -> dict[str, Any]:
+    """The model's configuration as its files say it (a vision model's language part); empty where nothing is known."""
+    return _described(path, key)[0]
+
+
 def check_targets(targets: list[str], path: str) -> None:
     """ConfigError for a LoRA target that is no layer of the model, as far as its files name its layers."""
     config, folder = _described(path, "model.path")
@@ -198,11 +203,11 @@ def _hub_snapshot(name: str) -> Path | None:
 
 
 def _configuration(folder: Path) -> dict[str, Any]:
-    config = read_json(folder / "config.json", "a model's configuration")
-    inner = config.get("text_config", config)  # a vision model's language part
-    config = inner if isinstance(inner, dict) else config
+    whole = read_json(folder / "config.json", "a model's configuration")
+    inner = whole.get("text_config", whole)  # a vision model's language part
+    config = inner if isinstance(inner, dict) else whole
     check_sizes(config, folder / "config.json")
-    return config
+    return config | {"architectures": whole.get("architectures")}  # those of the whole model
 
 
 def _counted(folder: Path | None) -> int | None:

@@ -92,6 +92,8 @@ class TrainConfig:
     deterministic: bool = False
     max_minutes: float | None = None  # stop cleanly, with a checkpoint, this long after the start or the resume
     sync_check: bool = True  # prove by checksums, and by sync/gap, that every engine holds the weights
+    # Names or glob patterns of tensors that a sync may leave unproved (docs/weights.md).
+    sync_unproved: list[str] = field(default_factory=list)
     # Largest sync/gap, in nats, before the run stops; null: the larger of 0.02 and 5 x sync/baseline
     max_sync_gap: float | None = None
 

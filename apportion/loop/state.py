@@ -43,6 +43,7 @@ class LoopSettings:
     selects: bool  # groups may be dropped, so sampling may take several rounds
     max_failed_share: float
     sync_check: bool
+    sync_unproved: list[str]  # tensors that need not be proved
     call_timeout_seconds: float
     critic_only_steps: int
     samples_shown: int

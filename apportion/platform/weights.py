@@ -6,8 +6,9 @@ Checksums are xxh3 of each tensor's bytes, made by the sender from its own tenso
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Protocol
 
 import numpy as np
@@ -105,13 +106,24 @@ def receive(channel: Channel, entries: list[TensorEntry]) -> np.ndarray:
 
 @dataclass
 class SyncReceipt:
-    """What one engine answers: the version it now holds, and its own checksums of what it loaded."""
+    """What one engine answers: the version it now holds, its own checksums of what it loaded, and what it compared."""
 
     engine: str
     version: int
     checksums: dict[str, str]
-    checked_live: int  # parameters of the live model held against the received ones
-    wrong: list[str]  # those that differ
+    checked_live: int  # parameters of the live model compared with the received ones
+    wrong: list[str]  # sent tensors that a live parameter differs from
+    proved: (
+        list[str] | None
+    )  # sent tensors that every worker compared with its live parameters; None: it was not asked to
+    read_bytes: int = 0  # of live parameters read back, in all workers
+
+    def unproved(self, entries: Iterable[TensorEntry], accepted: Iterable[str] = ()) -> list[str]:
+        """Sent tensors that were not compared and match none of the `accepted` names and glob patterns."""
+        if self.proved is None:
+            return []
+        proved, patterns = set(self.proved), list(accepted)
+        return [e.name for e in entries if e.name not in proved and not any(fnmatchcase(e.name, p) for p in patterns)]
 
 
 def as_bytes(tensor: Tensor) -> np.ndarray:
@@ -124,17 +136,43 @@ def checksum(raw: np.ndarray) -> str:
     return xxhash.xxh3_64_hexdigest(raw.data)
 
 
-def prove(receipts: Iterable[SyncReceipt], entries: Iterable[TensorEntry], version: int) -> None:
-    """Every engine holds exactly the sent tensors, or WeightSyncError naming the ones it does not."""
-    sent = {e.name: e.checksum for e in entries}
+def prove(
+    receipts: Iterable[SyncReceipt], entries: Sequence[TensorEntry], version: int, accepted: Iterable[str] = ()
+) -> None:
+    """Check that every engine holds exactly the sent tensors; WeightSyncError names those that it does not, or may not.
+
+    `accepted`: names or glob patterns of sent tensors that need not be compared with a live parameter.
+    """
+    sent, accepted = {e.name: e.checksum for e in entries}, list(accepted)
     for receipt in receipts:
         if receipt.version != version:
             raise WeightSyncError(f"{receipt.engine}: holds weights version {receipt.version}, expected {version}")
         differing = {n for n in sent.keys() | receipt.checksums.keys() if sent.get(n) != receipt.checksums.get(n)}
         wrong = sorted(differing | set(receipt.wrong))
         if wrong:
-            shown = ", ".join(wrong[:8]) + (f" and {len(wrong) - 8} more" if len(wrong) > 8 else "")
             raise WeightSyncError(
                 f"{receipt.engine}: {len(wrong)} of {len(sent)} tensors are not the trainer's after sync {version}: "
-                f"{shown}; the engine's samples would come from another policy"
+                f"{_shown(wrong)}; the engine's samples would come from another policy"
             )
+        unproved = receipt.unproved(entries, accepted)
+        if unproved:
+            raise WeightSyncError(
+                f"{receipt.engine}: {len(unproved)} of {len(sent)} sent tensors were not compared with a live parameter in "
+                f"sync {version}: {_shown(unproved)}; the engine may still hold earlier weights. If you accept that, list "
+                "their names or patterns in train.sync_unproved"
+            )
+
+
+def _shown(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def proof_metrics(receipts: Sequence[SyncReceipt], entries: Sequence[TensorEntry]) -> dict[str, float]:
+    """Bytes sent to one engine, and how many of them the engine that proved the fewest compared. Without a check only the
+    first is known."""
+    metrics = {"sync/sent_bytes": float(sum(e.size for e in entries))}
+    proved = [set(r.proved) for r in receipts if r.proved is not None]
+    if proved and len(proved) == len(receipts):
+        metrics["sync/proved_bytes"] = float(min(sum(e.size for e in entries if e.name in names) for names in proved))
+        metrics["sync/read_bytes"] = float(min(r.read_bytes for r in receipts))
+    return metrics

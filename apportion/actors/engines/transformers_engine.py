@@ -134,8 +134,12 @@ class TransformersEngine:
             for tensor_name, tensor in bundle.tensors():
                 if tensor_name in live:
                     live[tensor_name].copy_(tensor)
-        sums = {e.name: e.checksum for e in bundle.entries}
-        if check:
-            sums = {n: checksum(as_bytes(p)) for n, p in live.items()}
         homeless = [e.name for e in bundle.entries if e.name not in live]
-        return SyncReceipt(name, bundle.version, sums, len(live) if check else 0, homeless)
+        if not check:
+            sums = {e.name: e.checksum for e in bundle.entries}
+            return SyncReceipt(name, bundle.version, sums, 0, homeless, None)
+        sums = {n: checksum(as_bytes(p)) for n, p in live.items()}
+        proved = [e.name for e in bundle.entries if e.name in live]
+        return SyncReceipt(
+            name, bundle.version, sums, len(live), homeless, proved, sum(p.nbytes for p in live.values())
+        )

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from apportion.actors.engines import EngineSpec, Request, Sample, Sampling
-from apportion.actors.engines.vllm_worker import index_of
+from apportion.actors.engines.vllm_worker import Answer, index_of
 from apportion.data.response_text import ResponseText
 from apportion.platform.channel import ChannelAddress
 from apportion.platform.errors import WeightSyncError
@@ -98,7 +98,7 @@ class VllmEngine:
                     "apportion_load_file", args=(str(path), index_of(bundle.entries), bundle.version, check)
                 )
         self._llm.reset_prefix_cache()
-        return _read_back(merge_receipts(answers, bundle.entries, bundle.version, name), check)
+        return _read_back(merge_receipts(answers, bundle.entries, bundle.version, name, check), check)
 
     def join(self, address: ChannelAddress, first_member: int) -> None:
         self._llm.collective_rpc("apportion_join", args=(astuple(address), first_member))
@@ -106,7 +106,7 @@ class VllmEngine:
     def receive(self, entries: list[TensorEntry], version: int, name: str, check: bool) -> SyncReceipt:
         answers = self._llm.collective_rpc("apportion_receive", args=(index_of(entries), version, check))
         self._llm.reset_prefix_cache()
-        return _read_back(merge_receipts(answers, entries, version, name), check)
+        return _read_back(merge_receipts(answers, entries, version, name, check), check)
 
 
 def thread_binding(spec: EngineSpec, allowed: list[int]) -> str:
@@ -133,15 +133,24 @@ def _read_back(receipt: SyncReceipt, check: bool) -> SyncReceipt:
 
 
 def merge_receipts(
-    answers: list[tuple[dict[str, str], int, list[str]]], entries: list[TensorEntry], version: int, name: str
+    answers: list[Answer], entries: list[TensorEntry], version: int, name: str, check: bool
 ) -> SyncReceipt:
-    """One receipt for all tensor-parallel workers: a tensor is right only if it is right in each of them."""
+    """One receipt for all tensor-parallel workers: a tensor is right, or proved, only if it is so in each of them."""
+    errors = list(dict.fromkeys(error for answer in answers for error in answer.errors))
+    if errors:
+        raise WeightSyncError(
+            f"{name}: vLLM did not load all weights of sync {version}: {'; '.join(errors[:4])}; its samples would come from "
+            "another policy"
+        )
     checksums: dict[str, str] = {}
     sent = {e.name: e.checksum for e in entries}
-    for received, _, _ in answers:
-        checksums.update({n: c for n, c in received.items() if n not in checksums or sent.get(n) != c})
-    wrong = sorted({n for _, _, bad in answers for n in bad})
-    return SyncReceipt(name, version, checksums, sum(a[1] for a in answers), wrong)
+    for answer in answers:
+        checksums.update({n: c for n, c in answer.checksums.items() if n not in checksums or sent.get(n) != c})
+    wrong = sorted({n for answer in answers for n in answer.wrong})
+    in_each = set(sent).intersection(*(answer.proved for answer in answers))
+    proved = [n for n in sent if n in in_each] if check else None
+    checked, read_bytes = sum(a.checked for a in answers), sum(a.read_bytes for a in answers)
+    return SyncReceipt(name, version, checksums, checked, wrong, proved, read_bytes)
 
 
 def _sample(output: Any) -> Sample:
