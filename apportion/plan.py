@@ -137,7 +137,7 @@ def make_plan(config: Config, machine: Machine | None = None) -> Plan:
         quantities=_quantities(config, "influences" in needs),
         actors=actors,
         needs=needs,
-        notes=_notes(config, needs, model, here, actors) + _session_notes(session),
+        notes=_notes(config, needs, model, here, actors) + start.session_notes(session, os.environ),
     )
 
 
@@ -370,13 +370,6 @@ def _checkpoint_note(checkpoint: CheckpointConfig) -> str:
         times.append(f"after {checkpoint.every_minutes:g} min of training without one")
     times += ["at the end"] if checkpoint.final else []
     return f"checkpoints: {', '.join(times)}; the newest {checkpoint.keep} are kept" if times else "no checkpoints"
-
-
-def _session_notes(session: Path | None) -> list[str]:
-    name, folder = start.temporary_folder(os.environ)
-    if session is None or session == folder.absolute() / "ray":
-        return []
-    return [f"{name} is too long for Unix sockets: Ray's session goes to {session}"]
 
 
 def _cache_notes(config: Config, model: ModelFacts) -> list[str]:

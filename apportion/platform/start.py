@@ -80,6 +80,14 @@ def session_folder(environment: Mapping[str, str]) -> Path:
     return short / "ray"
 
 
+def session_notes(session: Path | None, environment: Mapping[str, str]) -> list[str]:
+    """A line where Ray's sessions go to another folder than the environment says; `session` as `session_folder` gives it."""
+    name, folder = temporary_folder(environment)
+    if session is None or session == folder.absolute() / "ray":
+        return []
+    return [f"{name} is too long for Unix sockets: Ray's session goes to {session}"]
+
+
 def problem(folder: Path) -> str | None:
     """Why a folder cannot take files, in words that follow "got FOLDER,"; None where it can. A folder that does not exist
     is made."""
