@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import ceil
-from pathlib import Path
 
 from apportion.actors.reward_check import check_functions, has_models
 from apportion.conf.before import stages

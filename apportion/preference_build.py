@@ -154,8 +154,9 @@ def _examples(config: PreferenceConfig, model: str) -> tuple[PreferenceData, Pre
     data = config.data
     tokenizer = load_tokenizer(model, config.model.chat_template, config.model.trust_remote_code)
     prompts = PromptEncoder(
-        tokenizer, data.system_prompt, data.chat, dict(data.chat_template_kwargs), data.max_prompt_tokens
-    )
+        tokenizer, data.system_prompt, data.chat, dict(data.chat_template_kwargs), data.max_prompt_tokens,
+        data.tools_column,
+    )  # fmt: skip
     encoder = ExampleEncoder(prompts, data.max_tokens, data.too_long)
     train, left_out = _encoded(config, encoder, "train")
     held_out: list[EncodedExample] = []
@@ -165,6 +166,11 @@ def _examples(config: PreferenceConfig, model: str) -> tuple[PreferenceData, Pre
     elif data.eval_share > 0:
         train, held_out = hold_out(train, data.eval_share, config.seed)
         held_out = held_out[: data.eval_limit]
+    if prompts.reasoning_left_out:
+        _say(
+            f"data: the chat template leaves out the reasoning of earlier turns in {prompts.reasoning_left_out} prompts; "
+            "nothing is learned from these turns"
+        )
     return pack(train), pack(held_out) if held_out else None, left_out
 
 
@@ -174,7 +180,7 @@ def _encoded(
     data = config.data
     columns = PairColumns(
         data.prompt_column, data.chosen_column, data.rejected_column, data.completion_column, data.messages_column,
-        data.margin_column,
+        data.margin_column, data.tools_column, data.label_column,
     )  # fmt: skip
     read = read_pair if config.pairs else read_demonstration
     given, limit = (data.train, data.limit) if split == "train" else (data.eval, data.eval_limit)

@@ -386,7 +386,7 @@ class Trainer:
 
     def _metrics(self, reports: StepReports) -> dict[str, float]:
         """The step's row; what is counted over the whole run and the KL's coefficient move on."""
-        metrics, p = step_metrics(reports) | data_metrics(self.prompts.skipped) | self.sync_check.taken(), self.progress
+        metrics, p = step_metrics(reports) | data_metrics(self.prompts) | self.sync_check.taken(), self.progress
         metrics["policy/kl_coefficient"] = self.kl.coefficient
         metrics["weights/version"] = p.policy_version
         metrics |= {"weights/bytes": self._weight_bytes, **self._proof}

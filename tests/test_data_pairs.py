@@ -289,7 +289,7 @@ def test_a_file_without_any_pair_is_an_error_that_counts(tokenizer, tmp_path):
         ({"prompt": "q \ud83d", "chosen": "a", "rejected": "b"}, "got half a character"),
         (
             {
-                "prompt": [assistant(None), user("q")],
+                "prompt": [{"role": "tool", "content": "t"}, user("q")],
                 "chosen": [assistant("a")],
                 "rejected": [assistant("b")],
             },
@@ -300,11 +300,22 @@ def test_a_file_without_any_pair_is_an_error_that_counts(tokenizer, tmp_path):
 def test_text_that_cannot_become_tokens_is_named_by_its_line_or_skipped_and_counted(row, told, tokenizer, tmp_path):
     path = write(tmp_path / "p.jsonl.gz", [ROWS[0], row])
     strict = copy.deepcopy(tokenizer)
-    strict.chat_template = "{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
+    strict.chat_template = (
+        "{% for m in messages %}{{ m['name'] + '' if m['role'] == 'tool' }}{{ m['content'] + eos_token }}{% endfor %}"
+    )
     with pytest.raises(DataError, match=rf"p\.jsonl\.gz:2: {told}"):
         encoded(path, strict, "error")
     examples, counts = encoded(path, strict, "skip")
     assert ([e.example_id for e in examples], dict(counts)) == (["p:0"], {"broken": 1})
+
+
+def test_content_that_is_null_is_a_bad_row_when_it_is_read():
+    row = {"prompt": [assistant(None), user("q")], "chosen": [assistant("a")], "rejected": [assistant("b")]}
+    assert row_check(read_pair, COLUMNS)(row, "prompt") == (
+        "broken",
+        "column 'prompt': message 1 (assistant): content is null, expected text (null is for the assistant beside "
+        "tool_calls)",
+    )
 
 
 def test_packed_pairs_lie_side_by_side(tokenizer, tmp_path):

@@ -189,12 +189,14 @@ def test_a_too_long_prompt_stops_the_stream_when_bad_rows_are_errors(tokenizer):
 
 
 NULL = [{"role": "user", "content": None}]
+NAMELESS = [{"role": "tool", "content": "sunny"}]
 
 
 @pytest.mark.parametrize(
     ("prompt", "told"),
     [
-        (NULL, "the chat template refuses these messages (unsupported operand type(s) for +"),
+        (NULL, "message 1 (user): content is null, expected text"),
+        (NAMELESS, "the chat template refuses these messages ('dict object' has no attribute 'name'"),
         ("half \ud83d", "got half a character ('\\ud83d') in the text, expected whole ones"),
         ([{"role": "user", "content": "half \ud83d"}], "got half a character ('\\ud83d') in the text"),
     ],
@@ -204,7 +206,9 @@ def test_text_that_template_or_tokenizer_cannot_take_is_named_by_its_line_or_ski
 ):
     encoder = PromptEncoder(tokenizer)
     encoder.tokenizer = copy.deepcopy(tokenizer)
-    encoder.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + '.' }}{% endfor %}"
+    encoder.tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['name'] + ': ' if m['role'] == 'tool' }}{{ m['content'] + '.' }}{% endfor %}"
+    )
     source = source_of(3, prompts={1: prompt})
     with pytest.raises(DataError) as caught:
         PromptStream([source], encoder, 3, shuffle=False).next_batch()

@@ -119,6 +119,7 @@ class Prompts:
     """A stream without an end."""
 
     skipped: dict[str, int] = {}
+    reasoning_left_out = 0
 
     def __init__(self):
         self.drawn = 0

@@ -55,13 +55,17 @@ class EpisodeSpec:
     chat: bool
     chat_template_kwargs: dict[str, Any]
     max_prompt_tokens: int
+    tools_column: str | None = "tools"
 
     def encoder(self) -> TurnEncoder:
         tokenizer = load_tokenizer(self.tokenizer, self.chat_template, self.trust_remote_code)
         return TurnEncoder(
-            PromptEncoder(tokenizer, self.system_prompt, self.chat, self.chat_template_kwargs, self.max_prompt_tokens),
+            PromptEncoder(
+                tokenizer, self.system_prompt, self.chat, self.chat_template_kwargs, self.max_prompt_tokens,
+                self.tools_column,
+            ),
             self.role,
-        )
+        )  # fmt: skip
 
 
 @dataclass
@@ -184,7 +188,9 @@ class EpisodeRunner:
         return episodes
 
     def _first_ids(self, prompt: Prompt, observation: str) -> np.ndarray:
-        token_ids, limit = self._encoder.first(prompt.prompt, observation), self._encoder.encoder.max_prompt_tokens
+        encoder = self._encoder.encoder
+        tools = prompt.columns.get(encoder.tools_column) if encoder.tools_column else None
+        token_ids, limit = self._encoder.first(prompt.prompt, observation, tools), encoder.max_prompt_tokens
         if len(token_ids) > limit:
             raise DataError(
                 f"prompt and first observation are {len(token_ids)} tokens, expected at most {limit}; "
@@ -240,6 +246,9 @@ class EpisodeRunner:
         last = turn + 1 == self._limits.max_turns
         for number, state in zip(live, states, strict=True):
             self._answer(episodes[number], state, last, max_tokens)
+        # Where the template does not show an observation, the environment waits for an action that never comes.
+        unseen = [n for n, s in zip(live, states, strict=True) if episodes[n].failure and not (s.failure or s.done)]
+        self._environments.finish(unseen)
 
     def _answer(self, episode: Episode, state: EpisodeState, last: bool, max_tokens: int) -> None:
         if state.failure is not None:
@@ -250,7 +259,11 @@ class EpisodeRunner:
             episode.end("length" if state.truncated else "stop", terminated=not state.truncated)
             if not state.truncated:
                 return
-        observation = self._between(episode, state.observation)
+        try:
+            observation = self._between(episode, state.observation)
+        except DataError as error:
+            episode.fail(f"step: {error}")
+            return
         # One token must be left to act with. An episode that a limit cuts keeps the observation where it fits: the
         # critic's value of what would follow is that of the state after it.
         fits = episode.tokens + len(observation) + (0 if last or state.done else 1) <= max_tokens

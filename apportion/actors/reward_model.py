@@ -13,7 +13,10 @@ import numpy as np
 from apportion.actors.reward_call import Failure, LimitedCaller, RewardCall, failure_of
 from apportion.actors.reward_sources import RewardEntry
 from apportion.data.builtin import resolve_model
+from apportion.data.errors import DataError
+from apportion.data.messages import as_messages
 from apportion.data.prompts import TokenizerPath
+from apportion.data.rendering import Renderer
 from apportion.platform.errors import ConfigError
 
 SETTINGS = ("dtype", "device", "trust_remote_code")
@@ -43,6 +46,7 @@ class ModelSource:
         self._batch_size, self._limit = entry.batch_size or 16, entry.timeout_seconds
         self._caller = LimitedCaller(self.name)
         self._model, self._tokenizer = _load(path, settings)
+        self._renderer = Renderer(self._tokenizer, {})
         if isinstance(policy_tokenizer, TokenizerPath):
             policy_tokenizer = policy_tokenizer.load()
         self._longest = getattr(self._model.config, "max_position_embeddings", None)
@@ -65,10 +69,17 @@ class ModelSource:
             return [failure_of(error, self.name)] * len(call)
 
     def _score(self, call: RewardCall) -> list[Any]:
-        sequences = [self._sequence(call, index) for index in range(len(call))]
         elements: list[Any] = [None] * len(call)
+        sequences: list[list[int]] = []
         fitting = []
-        for index, ids in enumerate(sequences):
+        for index in range(len(call)):
+            try:
+                ids = self._sequence(call, index)
+            except DataError as error:  # its own template does not show what was said: no score of something else
+                elements[index], ids = Failure("raised", f"{self.name}: {error}"), []
+            sequences.append(ids)
+            if isinstance(elements[index], Failure):
+                continue
             if self._longest is not None and len(ids) > self._longest:
                 text = f"{self.name}: got {len(ids)} tokens, the model takes {self._longest}"
                 elements[index] = Failure("too_long", text)
@@ -90,9 +101,9 @@ class ModelSource:
             if not isinstance(prompt, str):
                 raise ConfigError(f"{self.name}: got messages, but its tokenizer has no chat template")
             return list(self._tokenizer(prompt + answer)["input_ids"])
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        messages = [*messages, {"role": "assistant", "content": answer}]
-        return list(self._tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"])
+        messages = [*as_messages(prompt), {"role": "assistant", "content": answer}]
+        rendered = self._renderer.checked(messages, None, asks=False)
+        return list(self._tokenizer(rendered.text, add_special_tokens=False)["input_ids"])
 
     def _forward(self, sequences: list[list[int]]) -> list[float]:
         import torch

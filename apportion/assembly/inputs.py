@@ -32,6 +32,11 @@ def load_prompts(config: Config, tokenizer: Any) -> tuple[PromptStream, list[Pro
         held_out, skipped = every_prompt(_sources(config, "eval"), encoder, data.on_bad_row)
         left_out += skipped
     _say_left_out(left_out)
+    if encoder.reasoning_left_out:
+        say(
+            f"data: the chat template leaves out the reasoning of earlier turns in {encoder.reasoning_left_out} of the "
+            "prompts read so far"
+        )
     return stream, held_out
 
 
@@ -46,8 +51,9 @@ def load_held_out(config: Config, tokenizer: Any) -> list[Prompt]:
 def _encoder(config: Config, tokenizer: Any) -> PromptEncoder:
     data = config.data
     encoder = PromptEncoder(
-        tokenizer, data.system_prompt, data.chat, dict(data.chat_template_kwargs), data.max_prompt_tokens
-    )
+        tokenizer, data.system_prompt, data.chat, dict(data.chat_template_kwargs), data.max_prompt_tokens,
+        data.tools_column,
+    )  # fmt: skip
     if config.environment.cls is not None:
         TurnEncoder(encoder, config.environment.observation_role)  # refuses a chat template that cannot show turns
     return encoder

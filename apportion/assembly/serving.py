@@ -73,6 +73,7 @@ def _episodes(config: Config, model: str) -> EpisodeSpec | None:
         chat=d.chat,
         chat_template_kwargs=dict(d.chat_template_kwargs),
         max_prompt_tokens=d.max_prompt_tokens,
+        tools_column=d.tools_column,
     )
 
 

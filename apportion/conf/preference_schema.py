@@ -34,6 +34,8 @@ class PairDataConfig:
     completion_column: str | None = None  # null: completion, or else response
     messages_column: str = "messages"
     margin_column: str | None = None  # how far apart the two answers are; for the reward model
+    tools_column: str | None = "tools"  # what the chat template is given as tools, where a row has it; null: nothing
+    label_column: str | None = "label"  # whether a completion is a good one, where a row has it; null: not read
     system_prompt: str | None = None
     chat: bool = True  # render through the chat template
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)

@@ -21,6 +21,7 @@ class DataConfig:
     chat: bool = True  # render a text prompt as one user message through the chat template
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     max_prompt_tokens: int = 512
+    tools_column: str | None = "tools"  # what the chat template is given as tools, where a row has it; null: nothing
     on_bad_row: str = "error"
     shuffle: bool = True
     limit: int | None = None  # rows of each training source

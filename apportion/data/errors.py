@@ -14,6 +14,22 @@ class DataError(ValueError):
     """A source, row, prompt or built-in model that cannot be used: one line, with file and line where there is one."""
 
 
+class UnusableError(DataError):
+    """A row that cannot be used; `reason` is what it is counted under."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[UnusableError], tuple[str, str]]:
+        return type(self), (self.reason, str(self))
+
+
+def reason_of(error: DataError) -> str:
+    """What a row that raised `error` is counted under."""
+    return error.reason if isinstance(error, UnusableError) else "broken"
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """` (did you mean 'x'?)` or an empty string.
 

@@ -1,7 +1,8 @@
 """From examples to tokens, made once: the prompt exactly as reinforcement learning renders it, then the answer.
 
 The answer is tokenised apart from the prompt, so that the boundary between them lies where it lies in sampling. Its
-tokens go up to and including the one that ends it. Turns of others inside an answer carry no loss.
+tokens go up to and including the one that ends it. Turns of others inside an answer carry no loss, nor do turns that
+the row keeps from being learned (`weight: 0`, `train: false`).
 """
 
 from __future__ import annotations
@@ -16,10 +17,15 @@ import numpy as np
 
 from apportion.batch import Batch, Trajectory
 from apportion.data.digest import digest_arrays
-from apportion.data.errors import BadRows, DataError
-from apportion.data.pairs import Example, Message, PairColumns, Reader, UnusableError
-from apportion.data.prompts import PromptEncoder, check_characters, template_refusals
+from apportion.data.errors import BadRows, DataError, UnusableError, reason_of
+from apportion.data.find import find_message
+from apportion.data.messages import Message, as_messages, check_characters
+from apportion.data.pairs import Example, PairColumns, Reader
+from apportion.data.prompts import PromptEncoder
+from apportion.data.rendering import NOT_RENDERED, faithful, left_out
 from apportion.data.sources import Source
+from apportion.data.spans import Ends, find_answer, learned_characters, learned_tokens
+from apportion.data.turns import shared_start
 
 TOO_LONG = ("skip", "error", "truncate_prompt")
 
@@ -84,10 +90,15 @@ class ExampleEncoder:
             raise DataError(f"data.too_long: got {self.too_long!r}, expected one of {', '.join(TOO_LONG)}")
 
     def encode(self, example: Example, example_id: str) -> EncodedExample:
-        """UnusableError where the example is too long or its answers are the same tokens, DataError where it cannot be
-        rendered."""
-        prompt_ids = self.prompts.token_ids(example.prompt)
-        answers = [self._answer(example.prompt, answer) for answer in example.answers]
+        """UnusableError where the example is too long, its answers are the same tokens, or the rendering does not say
+        what the row says; DataError where it cannot be rendered."""
+        if self.prompts.chat:
+            check_characters(example.prompt)
+            asked = self.prompts.text(example.prompt, example.tools)
+            prompt_ids = np.asarray(self.prompts.plain_ids(asked), np.int32)
+        else:
+            asked, prompt_ids = "", self.prompts.token_ids(example.prompt, example.tools)
+        answers = [self._answer(example, answer, asked) for answer in example.answers]
         longest = max(len(answer.token_ids) for answer in answers)
         room = min(self.prompts.max_prompt_tokens, self.max_tokens - longest)
         if len(prompt_ids) > room:
@@ -103,63 +114,93 @@ class ExampleEncoder:
             raise UnusableError("equal", "both answers have the same tokens, expected two that differ")
         return EncodedExample(example_id, prompt_ids, answers, example.margin)
 
-    def _answer(self, prompt: str | list[Message], answer: str | list[Message]) -> Answer:
+    @cached_property
+    def _ends(self) -> Ends:
+        return Ends(self.prompts.tokenizer)
+
+    def _answer(self, example: Example, answer: str | list[Message], asked: str) -> Answer:
+        """The tokens of an answer after a prompt that is rendered as `asked`."""
+        check_characters(answer)
+        tokenizer = self.prompts.tokenizer
         if not self.prompts.chat:
             if not isinstance(answer, str):
                 raise UnusableError("broken", "got messages with data.chat=false, expected text or data.chat=true")
-            ids = [*self._tokens(answer), self.prompts.tokenizer.eos_token_id]
+            ids = self.prompts.plain_ids(answer)
+            ids += [] if ids[-1:] == [tokenizer.eos_token_id] else [tokenizer.eos_token_id]
             return Answer(np.array(ids, np.int32), np.zeros(len(ids), np.int32), answer)
-        before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        turns = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
-        ids, turn_ids = self._turns(before, turns)
-        return Answer(np.array(ids, np.int32), np.array(turn_ids, np.int32), str(turns[-1]["content"]))
+        before = self.prompts.with_system(as_messages(example.prompt))
+        turns = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else as_messages(answer)
+        learned = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and turn.get("train", True)]
+        if not learned:
+            raise UnusableError("not_learned", "every turn of the assistant has weight 0, expected one to learn from")
+        turns = turns[: learned[-1] + 1]
+        numbers = [len(before) + index for index in learned]
+        ids, turn_ids = faithful([*before, *turns], lambda form: self._turns(form, asked, numbers, example.tools))
+        return Answer(np.array(ids, np.int32), np.array(turn_ids, np.int32), turns[-1]["content"])
 
-    def _turns(self, before: list[Message], turns: list[Message]) -> tuple[list[int], list[int]]:
-        """Ids and turn ids of messages after a prompt, up to the end of the last answer."""
-        messages, ids, turn_ids = list(before), [], []
-        asked, turn, end = self._render(messages, asks=True), 0, 0
-        for message in turns:
-            if message["role"] == "assistant":
-                question = self._render(messages, asks=True)
-                gap = self._tokens(_after(asked, question)) if turn else []
-                answered = self._render([*messages, message], asks=False)
-                span = self._tokens(_after(question, answered))
-                own = self._own(span)
-                ids += gap + span
-                turn_ids += [-1] * len(gap) + [turn] * own + [-1] * (len(span) - own)
-                end = len(ids) - (len(span) - own)
-                asked, turn = answered, turn + 1
-            messages.append(message)
+    def _turns(
+        self, messages: list[Message], asked: str, learned: list[int], tools: list[dict[str, Any]] | None
+    ) -> tuple[list[int], list[int]]:
+        """Ids and turn ids of what follows `asked`, up to the end of the last answer."""
+        renderer = self.prompts.renderer
+        whole = renderer.text(messages, tools, asks=False)
+        place = len(asked)
+        ids: list[int] = []
+        turn_ids: list[int] = []
+        for turn, index in enumerate(learned):
+            question = self._question(whole, messages[: index + 1], tools)
+            if not question.startswith(asked):
+                raise UnusableError(NOT_RENDERED, "the chat template renders the prompt otherwise before an answer")
+            gap = self.prompts.plain_ids(whole[place : len(question)])
+            span = self._span(whole, question, messages[: index + 1], tools)
+            found = find_answer(span, question, messages[index])
+            if found is None:
+                bare = find_message(span, messages[index], 0)
+                raise left_out(messages[index], index, "the reasoning" if bare else None)
+            characters = learned_characters(span, found, messages[index], self._ends)
+            own, mask = learned_tokens(self.prompts.tokenizer, span, characters)
+            ids += gap + own
+            turn_ids += [-1] * len(gap) + [turn if said else -1 for said in mask]
+            place = len(question) + len(span)
+        renderer.check(whole, messages, tools, asks=False)
+        end = max(i for i, t in enumerate(turn_ids) if t >= 0) + 1
         return ids[:end], turn_ids[:end]
 
-    def _own(self, span: list[int]) -> int:
-        """How many tokens of a rendered answer the model has to write: those up to eos; a template that writes none
-        ends its answers otherwise, with tokens that all belong to the answer."""
-        eos = self.prompts.tokenizer.eos_token_id
-        return len(span) - span[::-1].index(eos) if eos in span else len(span)
+    def _span(self, whole: str, question: str, messages: list[Message], tools: Any) -> str:
+        """The last message as the whole conversation shows it, from the end of `question` to the end of its turn."""
+        answered = self.prompts.renderer.text(messages, tools, asks=False)
+        shared = self._ends.shared(answered, whole, len(question))
+        if shared is not None:
+            return shared[len(question) :]
+        # The template shows the message otherwise once the conversation goes on: its turn ends with the next eos.
+        found = find_message(whole, messages[-1], len(question))
+        if found is None:
+            raise left_out(messages[-1], len(messages) - 1)
+        at, length = self._ends.find(whole[found.end :])
+        return whole[len(question) : found.end + at + length]
 
-    def _tokens(self, text: str) -> list[int]:
-        check_characters(text)
-        return list(self.prompts.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def _render(self, messages: list[Message], asks: bool) -> str:
-        p = self.prompts
-        if p.system_prompt is not None and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": p.system_prompt}, *messages]
-        with template_refusals():
-            return p.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=asks, tokenize=False, **p.chat_template_kwargs
+    def _question(self, whole: str, messages: list[Message], tools: Any) -> str:
+        """What the conversation is up to where its last message begins, an answer; it has to begin `whole` as well."""
+        renderer = self.prompts.renderer
+        question = renderer.text(messages[:-1], tools, asks=True)
+        if whole.startswith(question):
+            return question
+        answered = renderer.text(messages, tools, asks=False)
+        if not answered.startswith(question):
+            same = len(shared_start(answered, question))
+            raise UnusableError(
+                NOT_RENDERED,
+                f"the chat template asks for the answer with {question[same:][:40]!r}, where the answer itself begins "
+                f"with {answered[same:][:20]!r}: it has to go on from there; set data.chat_template_kwargs or "
+                "model.chat_template so that it does, or give the answer the reasoning that it lacks",
             )
-
-
-def _after(beginning: str, whole: str) -> str:
-    if not whole.startswith(beginning):
+        same = len(shared_start(whole, question))
         raise UnusableError(
-            "broken",
-            "the chat template renders a longer conversation otherwise than its beginning, expected one that only "
-            "appends (templates that drop earlier reasoning cannot learn from several turns at once)",
+            NOT_RENDERED,
+            f"the chat template renders a longer conversation otherwise than its beginning (from "
+            f"{question[max(0, same - 20) : same + 20]!r} on), expected one that only appends; set model.chat_template to "
+            "one that does, or learn the last answer alone (columns prompt and completion)",
         )
-    return whole[len(beginning) :]
 
 
 def encode_sources(
@@ -179,7 +220,7 @@ def encode_sources(
             try:
                 encoded.append(encoder.encode(read(row.values, columns), f"{source.name}:{row.number}"))
             except DataError as error:
-                reason = error.reason if isinstance(error, UnusableError) else "broken"
+                reason = reason_of(error)
                 counted = reason == "too_long" and encoder.too_long == "skip"
                 (skips if counted else bad).reject(reason, f"{row.place}: {error}")
     counts = sum((source.skipped for source in sources), Counter()) + bad.counts + skips.counts

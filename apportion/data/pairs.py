@@ -6,9 +6,11 @@ A row is one of these; its columns say which, so that sources of several kinds c
     chosen, rejected              messages: two conversations that begin alike; the prompt is what they share
     chosen, rejected              text in the hh format ("\\n\\nHuman: ...\\n\\nAssistant: ..."): likewise
     prompt, completion            for supervised fine-tuning; `response` is as good a name
-    messages                      for supervised fine-tuning: every turn of the assistant is learned
+    messages, conversations       for supervised fine-tuning: every turn of the assistant is learned
 
-For supervised fine-tuning a row of a pair stands for its chosen answer. Tokens are made in `pair_tokens`.
+Messages may be of any form that `data.messages` reads; a `system` column beside a conversation is its first message, and
+a `tools` column goes with every form. For supervised fine-tuning a row of a pair stands for its chosen answer, and a row
+whose `label` says that its completion is a bad one is refused. Tokens are made in `pair_tokens`.
 """
 
 from __future__ import annotations
@@ -19,10 +21,10 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
-from apportion.data.errors import BadRows, DataError
+from apportion.data.errors import BadRows, DataError, UnusableError
+from apportion.data.messages import Message, clean_messages, clean_tools
 from apportion.data.readers import read_file
 
-Message = dict[str, Any]
 _HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 
@@ -37,6 +39,8 @@ class PairColumns:
     completion: str | None = None  # None: `completion`, or else `response`
     messages: str = "messages"
     margin: str | None = None  # how far apart the two are, for the reward model; None: not in the data
+    tools: str | None = "tools"  # None: rows have none
+    label: str | None = "label"  # whether a completion is a good one; None: rows do not say
 
 
 @dataclass
@@ -49,14 +53,11 @@ class Example:
     prompt: str | list[Message]
     answers: list[str | list[Message]]
     margin: float | None = None
+    tools: list[dict[str, Any]] | None = None
 
 
-class UnusableError(DataError):
-    """A row that gives no example; `reason` is what it is counted under."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
+GOOD_LABELS = (True, "true", "1", "yes", "good", "desirable", "chosen")
+BAD_LABELS = (False, -1, "false", "0", "-1", "no", "bad", "undesirable", "rejected")
 
 
 def read_pair(values: Mapping[str, Any], columns: PairColumns) -> Example:
@@ -73,7 +74,7 @@ def read_pair(values: Mapping[str, Any], columns: PairColumns) -> Example:
             f"no column {missing[0]!r}, got {', '.join(values)}; name the right one with data.chosen_column and "
             "data.rejected_column",
         )
-    chosen, rejected = values[columns.chosen], values[columns.rejected]
+    chosen, rejected = (_plain(values[name], name) for name in (columns.chosen, columns.rejected))
     prompt = values.get(columns.prompt)
     _refuse_empty({columns.chosen: chosen, columns.rejected: rejected})
     if _is_hh(chosen) and _is_hh(rejected):  # whole transcripts: a prompt beside them is in them
@@ -90,17 +91,26 @@ def read_pair(values: Mapping[str, Any], columns: PairColumns) -> Example:
         example = Example(_prompt(prompt, columns.prompt), [_answer(chosen, "chosen"), _answer(rejected, "rejected")])
     if example.answers[0] == example.answers[1]:
         raise UnusableError("equal", "the chosen answer equals the rejected one, expected two that differ")
-    return example if columns.margin is None else replace(example, margin=_margin(values, columns.margin))
+    margin = None if columns.margin is None else _margin(values, columns.margin)
+    return replace(example, margin=margin, tools=_tools(values, columns))
 
 
 def read_demonstration(values: Mapping[str, Any], columns: PairColumns) -> Example:
     """The demonstration of a row, or UnusableError.
 
     >>> read_demonstration({"prompt": "1 + 1?", "response": "2"}, PairColumns())
-    Example(prompt='1 + 1?', answers=['2'], margin=None)
+    Example(prompt='1 + 1?', answers=['2'], margin=None, tools=None)
     """
-    if columns.messages in values:
-        return _from_conversation(_messages(values[columns.messages], columns.messages))
+    return replace(_demonstration(values, columns), tools=_tools(values, columns))
+
+
+def _demonstration(values: Mapping[str, Any], columns: PairColumns) -> Example:
+    conversation = columns.messages
+    if conversation == PairColumns.messages and values.get(conversation) is None and "conversations" in values:
+        conversation = "conversations"
+    if conversation in values:
+        _refuse_bad_label(values, columns)
+        return _from_conversation(_with_system(_messages(values[conversation], conversation), values.get("system")))
     names = [columns.completion] if columns.completion else ["completion", "response"]
     completion = next((name for name in names if name in values), None)
     if completion is not None:
@@ -109,6 +119,7 @@ def read_demonstration(values: Mapping[str, Any], columns: PairColumns) -> Examp
                 "missing_column",
                 f"no column {columns.prompt!r}, got {', '.join(values)}; name it with data.prompt_column",
             )
+        _refuse_bad_label(values, columns)
         _refuse_empty({completion: values[completion]})
         return Example(_prompt(values[columns.prompt], columns.prompt), [_answer(values[completion], completion)])
     if columns.chosen not in values:
@@ -117,7 +128,7 @@ def read_demonstration(values: Mapping[str, Any], columns: PairColumns) -> Examp
             f"no column {columns.messages!r}, {names[0]!r} or {columns.chosen!r}, got {', '.join(values)}; name the "
             "right one with data.messages_column, data.completion_column or data.chosen_column",
         )
-    chosen = values[columns.chosen]
+    chosen = _plain(values[columns.chosen], columns.chosen)
     _refuse_empty({columns.chosen: chosen})
     if _is_hh(chosen):
         chosen = hh_messages(chosen)
@@ -168,12 +179,12 @@ def prompts_of(path: str) -> Iterator[dict[str, Any]]:
     seen: set[str] = set()
     for row in read_file(Path(path), BadRows("skip")):
         try:
-            prompt = read_pair(row.values, PairColumns()).prompt
+            pair = read_pair(row.values, PairColumns())
         except UnusableError:
             continue
-        if str(prompt) not in seen:
-            seen.add(str(prompt))
-            yield {"prompt": prompt}
+        if str(pair.prompt) not in seen:
+            seen.add(str(pair.prompt))
+            yield {"prompt": pair.prompt} | ({"tools": pair.tools} if pair.tools else {})
 
 
 def _refuse_empty(answers: Mapping[str, Any]) -> None:
@@ -192,14 +203,46 @@ def _is_conversation(value: Any) -> bool:
 
 
 def _messages(value: Any, column: str) -> list[Message]:
-    if not isinstance(value, list) or not value:
-        raise UnusableError("broken", f"column {column!r}: got {str(value)[:60]!r}, expected a list of messages")
-    for message in value:
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
-            raise UnusableError(
-                "broken", f"column {column!r}: got message {str(message)[:60]!r}, expected role and content"
-            )
-    return [dict(message) for message in value]
+    try:
+        return clean_messages(value)
+    except DataError as error:
+        raise UnusableError("broken", f"column {column!r}: {error}") from None
+
+
+def _plain(value: Any, column: str) -> Any:
+    """Messages in the one form; anything else as it is."""
+    return _messages(value, column) if isinstance(value, list) and value else value
+
+
+def _with_system(messages: list[Message], system: Any) -> list[Message]:
+    """With the text of a `system` column, unless the messages have such a message of their own."""
+    if not isinstance(system, str) or not system.strip() or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
+def _tools(values: Mapping[str, Any], columns: PairColumns) -> list[dict[str, Any]] | None:
+    try:
+        return clean_tools(values.get(columns.tools)) if columns.tools else None
+    except DataError as error:
+        raise UnusableError("broken", str(error)) from None
+
+
+def _refuse_bad_label(values: Mapping[str, Any], columns: PairColumns) -> None:
+    """UnusableError where the row says that its completion is no good one (KTO's form), or says what nobody knows."""
+    label = values.get(columns.label) if columns.label else None
+    if label is None:
+        return
+    said = label.strip().lower() if isinstance(label, str) else label
+    if said in BAD_LABELS:
+        raise UnusableError(
+            "label", f"column {columns.label!r}: got {label!r}, so this is a bad answer, which is not learned"
+        )
+    if said not in GOOD_LABELS:
+        raise UnusableError(
+            "label", f"column {columns.label!r}: got {label!r}, expected true or false (a good or a bad answer); "
+            "data.label_column=null leaves the column out",
+        )  # fmt: skip
 
 
 def _prompt(value: Any, column: str) -> str | list[Message]:
@@ -228,7 +271,7 @@ def _ending_with_an_answer(messages: list[Message]) -> list[Message]:
     """Up to the assistant's last turn; what nobody answered teaches nothing."""
     while messages and messages[-1]["role"] != "assistant":
         messages = messages[:-1]
-    if not messages or not str(messages[-1]["content"] or "").strip():
+    if not messages or not (messages[-1]["content"].strip() or "tool_calls" in messages[-1]):
         raise UnusableError("empty", "the assistant's last turn is empty or missing, expected an answer")
     return messages
 

@@ -5,11 +5,8 @@ Tokens are made when a prompt is drawn, so a large source costs nothing at the s
 
 from __future__ import annotations
 
-import json
-import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,11 +16,11 @@ import numpy as np
 
 from apportion.batch import Prompt
 from apportion.data.digest import digest_arrays
-from apportion.data.errors import BadRows, DataError
+from apportion.data.errors import BadRows, DataError, UnusableError, reason_of
+from apportion.data.messages import Message, as_messages, check_characters, clean_messages, clean_tools
+from apportion.data.rendering import Renderer
 from apportion.data.rows import Row
 from apportion.data.sources import Source
-
-_HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # of a pair that JSON writes for one character: no tokenizer takes it
 
 
 def load_tokenizer(path: str, chat_template: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -88,6 +85,8 @@ class PromptEncoder:
     chat: bool = True
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     max_prompt_tokens: int = 512
+    tools_column: str | None = "tools"  # of a row: what the template is given as tools; None: nothing
+    reasoning_left_out: int = 0  # prompts so far of which the template left out reasoning of earlier turns
 
     def __post_init__(self) -> None:
         if self.chat and not getattr(self.tokenizer, "chat_template", None):
@@ -97,71 +96,85 @@ class PromptEncoder:
             )
         if not self.chat and self.system_prompt is not None:
             raise DataError("data.system_prompt: got a value with data.chat=false, expected data.chat=true")
+        self._renderer = Renderer(self.tokenizer, self.chat_template_kwargs)
 
-    def token_ids(self, prompt: str | list[dict[str, Any]]) -> np.ndarray:
-        """[L] int32, the rendered prompt up to where the answer begins. DataError where it cannot be rendered."""
+    @property
+    def renderer(self) -> Renderer:
+        if self._renderer.tokenizer is not self.tokenizer:
+            self._renderer = Renderer(self.tokenizer, self.chat_template_kwargs)
+        return self._renderer
+
+    def token_ids(self, prompt: str | list[Message], tools: Any = None) -> np.ndarray:
+        """[L] int32, the rendered prompt up to where the answer begins.
+
+        DataError where it cannot be rendered, or where the rendering does not say what the messages say.
+        """
         check_characters(prompt)
+        known = clean_tools(tools)
         if not self.chat:
             if not isinstance(prompt, str):
                 raise DataError("got messages with data.chat=false, expected text or data.chat=true")
-            return np.asarray(self.tokenizer(prompt)["input_ids"], np.int32)
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
-        if self.system_prompt is not None and messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": self.system_prompt})
-        with template_refusals():
-            rendered = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=True, **self.chat_template_kwargs
-            )
-        return np.asarray(rendered["input_ids"], np.int32)
+            if known is not None:
+                raise DataError("got tools with data.chat=false, expected data.chat=true or data.tools_column=null")
+            return np.asarray(self._raw_ids(prompt), np.int32)
+        return np.asarray(self.plain_ids(self.text(prompt, known)), np.int32)
+
+    def text(self, prompt: str | list[Message], tools: list[dict[str, Any]] | None) -> str:
+        """What the chat template makes of a prompt, checked."""
+        rendered = self.renderer.checked(self.with_system(as_messages(prompt)), tools, asks=True)
+        self.reasoning_left_out += rendered.reasoning_left_out > 0
+        return rendered.text
+
+    def with_system(self, messages: list[Message]) -> list[Message]:
+        """The messages after the run's system prompt, unless they begin with one of their own."""
+        if self.system_prompt is None or messages[0]["role"] == "system":
+            return messages
+        return [{"role": "system", "content": self.system_prompt}, *messages]
+
+    def plain_ids(self, text: str) -> list[int]:
+        """The ids of a text, without what the tokenizer adds at a beginning or an end."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _raw_ids(self, text: str) -> list[int]:
+        """What the tokenizer adds before a text stays; what it adds behind would end the text before the answer."""
+        ids, plain = list(self.tokenizer(text)["input_ids"]), self.plain_ids(text)
+        for before in range(len(ids) - len(plain) + 1):
+            if ids[before : before + len(plain)] == plain:
+                return ids[: before + len(plain)]
+        eos = self.tokenizer.eos_token_id  # the addition changed other tokens: the end is all that may go
+        while ids and ids[-1] == eos and plain[-1:] != [eos]:
+            ids.pop()
+        return ids
 
     def prompt(self, source: Source, row: Row, epoch: int) -> Prompt:
-        """The prompt of a row, every other column kept. DataError with the row's place where it is too long."""
+        """The prompt of a row, every other column kept; messages in the one form that `clean_messages` gives.
+
+        UnusableError with the row's place where it is too long or cannot be rendered.
+        """
+        value = row.values[source.prompt_column]
         try:
-            token_ids = self.token_ids(row.values[source.prompt_column])
+            token_ids = self.token_ids(value, row.values.get(self.tools_column) if self.tools_column else None)
         except DataError as error:
-            raise DataError(f"{row.place}: {error}") from None
+            raise UnusableError(reason_of(error), f"{row.place}: {error}") from None
         if len(token_ids) > self.max_prompt_tokens:
-            raise TooLongError(
+            raise UnusableError(
+                "too_long",
                 f"{row.place}: got a prompt of {len(token_ids)} tokens, expected at most {self.max_prompt_tokens}; "
-                "raise data.max_prompt_tokens or set data.on_bad_row=skip"
+                "raise data.max_prompt_tokens or set data.on_bad_row=skip",
             )
         if not len(token_ids):
-            raise DataError(f"{row.place}: the prompt has no tokens")
+            raise UnusableError("empty", f"{row.place}: the prompt has no tokens")
         columns = {name: value for name, value in row.values.items() if name != source.prompt_column}
         prompt_id = f"{source.name}:{row.number}:{epoch}"
-        return Prompt(prompt_id, token_ids, row.values[source.prompt_column], columns, source.name)
-
-
-def check_characters(text: Any) -> None:
-    """DataError where a text, or one in messages, holds half a character (a lone surrogate)."""
-    whole = text if isinstance(text, str) else json.dumps(text, ensure_ascii=False, default=str)
-    found = _HALF_CHARACTER.search(whole)
-    if found:
-        raise DataError(f"got half a character ({found[0]!r}) in the text, expected whole ones")
-
-
-@contextmanager
-def template_refusals() -> Iterator[None]:
-    """What a chat template raises over messages, as a DataError. A template is a program: one that meets `content: null`
-    or a missing key fails as a program does, not with an error of its own."""
-    from jinja2 import TemplateError
-
-    try:
-        yield
-    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-        line = next(iter(str(error).splitlines()), type(error).__name__)
-        raise DataError(f"the chat template refuses these messages ({line})") from error
-
-
-class TooLongError(DataError):
-    """A prompt with more tokens than `max_prompt_tokens`."""
+        shown = value if isinstance(value, str) else clean_messages(value)
+        return Prompt(prompt_id, token_ids, shown, columns, source.name)
 
 
 def _encode(encoder: PromptEncoder, source: Source, row: Row, epoch: int, bad: BadRows) -> Prompt | None:
     try:
         return encoder.prompt(source, row, epoch)
     except DataError as error:
-        bad.reject("too_long" if isinstance(error, TooLongError) else "broken", str(error))
+        bad.reject(reason_of(error), str(error))
         return None
 
 
@@ -185,6 +198,7 @@ class _Position:
     epoch: int = 0
     place: int = 0  # rows of this epoch already passed, bad ones included
     skipped: Counter[str] = field(default_factory=Counter)  # of the first epoch, so each row once
+    reasoning_left_out: int = 0  # prompts of the first epoch
 
 
 class PromptStream:
@@ -224,6 +238,11 @@ class PromptStream:
             counts += source.skipped + position.skipped
         return dict(counts)
 
+    @property
+    def reasoning_left_out(self) -> int:
+        """Rows so far of which the chat template leaves out the reasoning of earlier turns; each counts once."""
+        return sum(position.reasoning_left_out for position in self._positions)
+
     def next_batch(self, prompts: int | None = None) -> list[Prompt]:
         """The next `prompts` prompts, or those of one step."""
         count = self._prompts_per_step if prompts is None else prompts
@@ -243,7 +262,10 @@ class PromptStream:
             row = source.rows[int(self._order(index)[position.place])]
             position.place += 1
             bad = BadRows(self._on_bad_row)
+            before = self._encoder.reasoning_left_out
             prompt = _encode(self._encoder, source, row, position.epoch, bad)
+            if prompt is not None and position.epoch == 0:
+                position.reasoning_left_out += self._encoder.reasoning_left_out - before
             if prompt is not None:
                 position.drawn += 1
                 return prompt
@@ -275,6 +297,7 @@ class PromptStream:
         for i, (source, position) in enumerate(zip(self._sources, self._positions, strict=True)):
             state |= {f"{i}.rows": len(source.rows), f"{i}.digest": source.digest, f"{i}.drawn": position.drawn}
             state |= {f"{i}.epoch": position.epoch, f"{i}.place": position.place}
+            state[f"{i}.reasoning_left_out"] = position.reasoning_left_out
             state |= {f"{i}.skipped.{reason}": count for reason, count in position.skipped.items()}
         return state
 
@@ -318,6 +341,7 @@ class PromptStream:
                 int(state[f"{i}.epoch"]),
                 int(state[f"{i}.place"]),
                 Counter({k.split(".", 2)[2]: int(v) for k, v in state.items() if k.startswith(f"{i}.skipped.")}),
+                int(state.get(f"{i}.reasoning_left_out", 0)),
             )
             for i in range(len(self._sources))
         ]

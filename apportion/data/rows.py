@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from apportion.data.errors import DataError
+from apportion.data.messages import clean_messages
 
 EXPECTED = (
     "a .jsonl, .json, .csv or .parquet file, a saved dataset's folder, hf:NAME, gym:TASK, function:NAME or arithmetic"
@@ -73,9 +74,12 @@ def prompt_problem(values: Mapping[str, Any], column: str) -> tuple[str, str] | 
         return "empty", f"column {column!r} is empty, expected text or messages"
     if not isinstance(prompt, list):
         return "broken", f"column {column!r}: got a {type(prompt).__name__}, expected text or a list of messages"
-    for message in prompt:
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
-            return "broken", f"column {column!r}: got message {str(message)[:60]!r}, expected role and content"
-    if prompt[-1]["role"] == "assistant":
+    try:
+        messages = clean_messages(prompt)
+    except DataError as error:
+        return "broken", f"column {column!r}: {error}"
+    if not any(message["content"].strip() or "tool_calls" in message for message in messages):
+        return "empty", f"column {column!r}: no message has text, expected one that asks for an answer"
+    if messages[-1]["role"] == "assistant":
         return "broken", f"column {column!r}: the last message is the assistant's, expected one that asks for an answer"
     return None

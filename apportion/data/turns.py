@@ -14,6 +14,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from apportion.data.errors import DataError
+from apportion.data.find import find_message
+from apportion.data.messages import as_messages
 from apportion.data.prompts import PromptEncoder
 from apportion.data.response_text import ResponseText
 
@@ -46,33 +48,38 @@ class TurnEncoder:
                 "set environment.observation_role, or model.chat_template to one that shows turns"
             )
 
-    def first(self, prompt: str | list[dict[str, Any]], observation: str) -> np.ndarray:
+    def first(self, prompt: str | list[dict[str, Any]], observation: str, tools: Any = None) -> np.ndarray:
         """[L] int32. An observation joins the prompt's last message where that is of `role`, else it is a message of
         its own; an empty one adds nothing."""
         if not observation:
-            return self.encoder.token_ids(prompt)
+            return self.encoder.token_ids(prompt, tools)
         if not self.encoder.chat:
-            return self.encoder.token_ids(f"{prompt}\n{observation}\n")
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
-        if messages and messages[-1]["role"] == self.role:
+            return self.encoder.token_ids(f"{prompt}\n{observation}\n", tools)
+        messages = as_messages(prompt)
+        if messages[-1]["role"] == self.role:
             messages[-1]["content"] = f"{messages[-1]['content']}\n\n{observation}"
         else:
             messages.append({"role": self.role, "content": observation})
-        return self.encoder.token_ids(messages)
+        return self.encoder.token_ids(messages, tools)
 
     def between(self, last_id: int | None, observation: str) -> np.ndarray:
         """[n] int32: the end of the policy's turn, the observation, and the beginning of the next turn.
 
-        `last_id` is the last id that was sampled: where it already is what ends a turn in the template, the end is not
+        DataError where the template does not show the observation. `last_id` is the last id that was sampled: where it already is what ends a turn in the template, the end is not
         repeated; where the turn was cut by a limit, it is added.
         """
         if not self.encoder.chat:
             return self._ids(f"\n{observation}\n")
         after = self._after_turn(observation)
+        if find_message(after, {"role": self.role, "content": observation}, 0) is None:
+            raise DataError(
+                f"the chat template leaves out or changes the observation {observation[:40]!r} as a message of role "
+                f"{self.role!r}; set environment.observation_role, or model.chat_template to one that shows it"
+            )
         ids = self._ids(after)
         if last_id in self._special:
             # The end may be several tokens (a line break before the end-of-turn token): all up to the sampled one goes.
-            end = len(self._ids(_shared_start(self._closing, after)))
+            end = len(self._ids(shared_start(self._closing, after)))
             places = np.flatnonzero(ids[:end] == last_id)
             ids = ids[places[0] + 1 :] if len(places) else ids
         return ids
@@ -103,5 +110,6 @@ class TurnEncoder:
         return self._spell(token_ids)
 
 
-def _shared_start(one: str, other: str) -> str:
+def shared_start(one: str, other: str) -> str:
+    """The longest text that both begin with."""
     return "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from apportion.actors.judge import COUNTED
 from apportion.actors.policy import UpdateReport
 from apportion.batch import Totals
+from apportion.loop.state import PromptSource
 
 _SUMS = (
     "rollout/trajectories", "rollout/prompts", "rollout/groups_dropped", "rollout/environment_failures",
@@ -62,13 +63,17 @@ def update_metrics(reports: list[UpdateReport], role: str) -> dict[str, float]:
     return metrics
 
 
-def data_metrics(skipped: dict[str, int]) -> dict[str, float]:
-    """Training rows left out since the run began, by reason, as they are drawn.
+def data_metrics(prompts: PromptSource) -> dict[str, float]:
+    """Training rows left out since the run began, by reason, and rows shown without earlier reasoning, as they are drawn.
 
-    >>> data_metrics({"too_long": 2, "empty": 1})
-    {'data/skipped': 3.0, 'data/skipped/too_long': 2.0, 'data/skipped/empty': 1.0}
+    >>> from types import SimpleNamespace
+    >>> data_metrics(SimpleNamespace(skipped={"too_long": 2, "empty": 1}, reasoning_left_out=4))
+    {'data/skipped': 3.0, 'data/reasoning_left_out': 4.0, 'data/skipped/too_long': 2.0, 'data/skipped/empty': 1.0}
     """
+    skipped = prompts.skipped
     whole = {"data/skipped": float(sum(skipped.values()))}
+    if prompts.reasoning_left_out:
+        whole["data/reasoning_left_out"] = float(prompts.reasoning_left_out)
     return whole | {f"data/skipped/{reason}": float(count) for reason, count in skipped.items()}
 
 

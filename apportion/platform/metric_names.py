@@ -19,6 +19,7 @@ METRICS: dict[str, str] = {
     "reward/<component>": "mean of one reward function before its weight, by the function's name",
     "data/skipped": "training rows left out since the run began, each counted once (data.on_bad_row=skip)",
     "data/skipped/<reason>": "those of one reason (docs/data.md)",
+    "data/reasoning_left_out": "training rows so far of which the chat template leaves out reasoning of earlier turns, each counted once",
     "judge/critiques": "critiques wanted in this step, k for each response that has steps",
     "judge/cached_share": "share of them known before, or asked for an equal response of the same call",
     "judge/failed_share": "share of them without a vote, whatever the reason",

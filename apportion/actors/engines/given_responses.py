@@ -9,6 +9,8 @@ import numpy as np
 
 from apportion.actors.engines import Sample, Sampling
 from apportion.batch import Prompt
+from apportion.data.errors import DataError as SourceError
+from apportion.data.messages import clean_messages
 from apportion.data.response_text import ResponseText
 from apportion.platform.errors import DataError
 
@@ -43,10 +45,18 @@ class GivenResponses:
 
 
 def _answer(prompt: Prompt, column: str) -> str:
-    """The column's text, or the content of its last message."""
+    """The column's text, or the content of its last message. DataError where that says more than its text."""
     value = prompt.columns.get(column)
     if isinstance(value, list) and value and isinstance(value[-1], dict):
-        value = value[-1].get("content")
+        try:
+            last = clean_messages(value)[-1]
+        except SourceError as error:
+            raise DataError(f"rollout.response_column: prompt {prompt.prompt_id}, column {column!r}: {error}") from None
+        if more := [key for key in ("tool_calls", "reasoning_content") if key in last]:
+            raise DataError(
+                f"rollout.response_column: prompt {prompt.prompt_id} has {more[0]} in {column!r}, expected text alone"
+            )
+        value = last["content"]
     if not isinstance(value, str):
         raise DataError(
             f"rollout.response_column: prompt {prompt.prompt_id} has {type(value).__name__} in {column!r}, expected text "
