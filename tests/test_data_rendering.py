@@ -194,7 +194,7 @@ def test_tools_are_a_list_or_its_json_text():
     assert clean_tools(tools) == clean_tools(json.dumps(tools)) == clean_tools([json.dumps(tools[0])]) == clean
     assert clean_tools(None) is clean_tools([]) is clean_tools("") is None
     for wrong in ("hammer, saw", ["hammer"], 3, [{"type": "function"}]):
-        with pytest.raises(DataError, match="tools: got .* expected a list of tools"):
+        with pytest.raises(DataError, match=r"tools: got .* expected a list of tools"):
             clean_tools(wrong)
 
 
@@ -321,7 +321,7 @@ def test_the_tools_of_a_row_reach_the_template_or_the_row_is_refused(encoder, as
         encoder(CHATML).prompt(source, source.rows[0], 0)
     left = encoder(CHATML, tools_column=None)
     assert left.prompt(source, source.rows[0], 0).columns == {"tools": json.dumps(TOOLS)}
-    with pytest.raises(DataError, match="got tools with data.chat=false"):
+    with pytest.raises(DataError, match=r"got tools with data\.chat=false"):
         encoder(chat=False).token_ids("hi", TOOLS)
 
 
