@@ -10,7 +10,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # A run has a dozen processes; without their bytecode each compiles the package, and the tests, anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help quickstart test unit check format bench bench-peer study clean
+.PHONY: help quickstart test unit check format bench bench-peer study families clean
 
 help:
 	@echo "make quickstart   train a small model on arithmetic and show what it learned (10 minutes)"
@@ -21,6 +21,7 @@ help:
 	@echo "make bench        speed against bare vLLM and bare torch, side by side"
 	@echo "make bench-peer   speed against TRL, in an environment of its own"
 	@echo "make study        what the five credit methods' papers claim, on models of a million parameters (an hour)"
+	@echo "make families     which families of models a weight sync is proved for, on tiny models (10 minutes)"
 	@echo "REQUIREMENTS=cuda make quickstart   the same with CUDA builds, on a machine with an NVIDIA GPU"
 	@echo "make clean        remove .venv and caches (not runs/)"
 
@@ -62,6 +63,9 @@ bench-peer: $(INSTALLED)
 
 study: $(INSTALLED)
 	$(BIN)/python -m benchmarks.credit.run
+
+families: $(INSTALLED)
+	$(BIN)/python -m benchmarks.families
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .coverage build

@@ -127,3 +127,31 @@ def test_weights_of_which_none_can_be_read_back_are_not_called_proved():
         _read_back(nothing, check=True)
     assert _read_back(nothing, check=False) is nothing
     assert _read_back(SyncReceipt("rollout-0", 1, {}, 3, [], []), check=True).checked_live == 3
+
+
+@pytest.mark.parametrize(
+    ("family", "more", "expert"),
+    [
+        (
+            "Mixtral",
+            {"num_local_experts": 3, "num_experts_per_tok": 2},
+            "model.layers.1.block_sparse_moe.experts.2.w2.weight",
+        ),
+        (
+            "Qwen3Moe",
+            {"num_experts": 3, "moe_intermediate_size": 8, "decoder_sparse_step": 1},
+            "model.layers.1.mlp.experts.2.down_proj.weight",
+        ),
+    ],
+)
+def test_a_trained_mixture_is_saved_under_its_checkpoints_names(tmp_path, family, more, expert):
+    base = made(family, tmp_path / "base", **SIZES, **more)
+    transformers.AutoTokenizer.from_pretrained(_tiny()).save_pretrained(base)
+    module = CausalLMLogprobs(load_causal_lm(base, "float32"), 8)
+    sent = {name: tensor.detach() + 0.5 for name, tensor in merged_weights(module.named_parameters(), None)}
+    save_huggingface(base, sent, tmp_path / "saved")
+    files = load_file(tmp_path / "saved" / "model.safetensors")
+    assert set(files) == set(load_file(tmp_path / "base" / "model.safetensors"))
+    assert torch.equal(files[expert], sent["model.layers.1.mlp.experts.down_proj"][2])
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    assert all(torch.equal(parameter, sent[name]) for name, parameter in again.named_parameters())

@@ -70,15 +70,8 @@ class Engine:
 
     def receive_weights(self, entries, version, check):
         held = {e.name: e.checksum for e in entries} | self.other
-        return SyncReceipt(
-            self.name,
-            version - self.behind,
-            held,
-            len(entries),
-            [],
-            [e.name for e in entries if e.name not in self.unproved],
-            10,
-        )
+        proved = [e.name for e in entries if e.name not in self.unproved] if check else None
+        return SyncReceipt(self.name, version - self.behind, held, len(entries), [], proved, 10)
 
 
 class Scorer:
@@ -187,6 +180,16 @@ def test_every_engine_gets_the_weights_of_the_version_and_is_told_whether_to_loo
     assert [rank.methods for rank in policy] == [["weights", "send_weights"] if channel else ["weights"], ["weights"]]
     assert [rank.arguments("weights") for rank in policy] == [[(7,)], [(7,)]]
     assert trainer._weight_bytes == 6 * 4 + 4 * 2
+    assert trainer._proof == {"sync/sent_bytes": 6 * 4 + 4 * 2}  # nothing was asked of the engines
+
+
+def test_a_tensor_that_the_user_accepts_may_stay_unproved_and_shows_in_the_figures(make):
+    actors = actors_of(engines=2, policy=[InPlace("policy-0", Rank())])
+    actors.rollout[1].target = Engine("rollout-1", unproved=["b.weight"])
+    trainer, _ = make(actors, sync_unproved=["b.*"])
+    trainer._sync()
+    proved = next(t.nbytes for n, t in TENSORS.items() if n != "b.weight")
+    assert trainer._proof == {"sync/sent_bytes": 32, "sync/proved_bytes": proved, "sync/read_bytes": 10}
 
 
 @pytest.mark.parametrize("channel", [False, True], ids=["object store", "channel"])

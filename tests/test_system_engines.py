@@ -48,7 +48,7 @@ class Engine(ActorBase):
     def load(self, bundle: WeightBundle, check: bool):
         return self.engine.load(bundle, f"{self.name}-0", check)
 
-    def compare(self, bundle: WeightBundle) -> list[tuple[int, list[str]]]:
+    def compare(self, bundle: WeightBundle) -> list:
         """The live model against a bundle that is not loaded."""
         return self.engine._llm.collective_rpc("apportion_compare", args=(bundle,))
 
@@ -334,7 +334,9 @@ def test_a_tensor_lost_on_its_way_stops_the_run_and_is_named(synced, bundle, tra
 
 
 def test_vllms_live_model_differs_in_exactly_the_tensors_whose_smallest_bit_was_changed(synced, bundle):
-    assert synced.call("vllm", "compare", bundle) == [(15, [])]
+    [right] = synced.call("vllm", "compare", bundle)
+    assert (right.checked, right.wrong) == (15, [])
+    assert set(right.proved) == {e.name for e in bundle.entries}
     names = [
         "model.embed_tokens.weight",
         "model.layers.0.mlp.down_proj.weight",
@@ -345,9 +347,9 @@ def test_vllms_live_model_differs_in_exactly_the_tensors_whose_smallest_bit_was_
     for entry in other.entries:
         if entry.name in names:
             other.data[entry.offset + 4 * 63] ^= 1  # the last bit of element 63
-    [(checked, wrong)] = synced.call("vllm", "compare", other)
-    assert checked == 15
-    assert sorted(wrong) == sorted(names)
+    [found] = synced.call("vllm", "compare", other)
+    assert found.checked == 15
+    assert sorted(found.wrong) == sorted(names)
 
 
 def test_a_prompt_keeps_its_ids_and_its_responses_their_version(synced, prompts, monkeypatch):
@@ -392,6 +394,7 @@ def test_an_engine_cut_over_two_workers_holds_its_shares_of_the_weights_and_samp
     prove([receipt], bundle.entries, 1)
     assert receipt.checked_live >= len(bundle.entries)  # both workers' parts; fused layers count once in each
     assert receipt.wrong == []
+    assert set(receipt.proved) == {e.name for e in bundle.entries}
     plain = Sampling(1.0, max_tokens=8)
     samples = engines.answers("parallel", [Request(p, seed=0) for p in prompts], plain)
     for sample, prompt in zip(samples, prompts, strict=True):
