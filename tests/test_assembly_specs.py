@@ -266,6 +266,9 @@ def test_a_sync_check_scores_what_engine_and_ranks_have_room_for(tiny):
     check = made()
     assert (check.actors, check.max_gap, check.call_timeout_seconds) == (actors, 0.4, 99.0)
     assert len(check.token_ids) == 64 and check.token_ids.max() < 264
+    assert check.smallest_bound == 0.02  # adapters, in float16
+    assert made(model={"dtype": "bfloat16"}).smallest_bound == 0.2
+    assert made(model={"dtype": "bfloat16"}, policy={"lora": None}).smallest_bound == 0.02
     short = {
         "data": {"max_prompt_tokens": 3},
         "rollout": {"max_response_tokens": 4},

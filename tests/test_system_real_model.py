@@ -40,7 +40,7 @@ def test_the_engine_samples_from_the_weights_that_the_trainer_holds(run):
     steps = [step for step in steps if "policy/loss" in step]
     assert [step["weights/version"] for step in steps] == [1, 2]
     for step in steps:
-        assert 0 < step["sync/gap"] < 0.05
+        assert 0 < step["sync/gap"] < 0.1
         assert 0 < step["mismatch/abs_logprob_diff"] < 0.05
         assert abs(step["mismatch/kl"]) < 0.02
 
