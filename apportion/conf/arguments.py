@@ -34,98 +34,13 @@ _FREE: Any = object()  # the type of a key in a mapping without a schema
 _LORA_VALUES = ("policy.lora.", "+policy.lora.", "++policy.lora.", "policy.lora={")
 _ESCAPE = re.compile(r'\\(?:(?P<sign>["\\])|u(?P<code>[0-9a-fA-F]{4})|(?P<letters>[ntr][A-Za-z]*))')
 _SIGNS = {"n": "\n", "t": "\t", "r": "\r"}
-_LATEX = frozenset(
-    [
-        "nabla",
-        "natural",
-        "ne",
-        "nearrow",
-        "neg",
-        "neq",
-        "nequiv",
-        "newcommand",
-        "newline",
-        "newpage",
-        "nexists",
-        "ngeq",
-        "ngtr",
-        "ni",
-        "nleftarrow",
-        "nleq",
-        "nmid",
-        "noindent",
-        "nolimits",
-        "nonumber",
-        "normalsize",
-        "not",
-        "notag",
-        "notin",
-        "nparallel",
-        "nprec",
-        "nrightarrow",
-        "nsim",
-        "nsubseteq",
-        "nsucc",
-        "nu",
-        "nwarrow",
-        "rangle",
-        "rbrace",
-        "rbrack",
-        "rceil",
-        "ref",
-        "relax",
-        "renewcommand",
-        "rfloor",
-        "rgroup",
-        "rho",
-        "right",
-        "rightarrow",
-        "rightharpoonup",
-        "rightleftharpoons",
-        "rm",
-        "root",
-        "rtimes",
-        "rVert",
-        "rvert",
-        "tableofcontents",
-        "tabular",
-        "tag",
-        "tan",
-        "tanh",
-        "tau",
-        "tbinom",
-        "text",
-        "textbf",
-        "textcolor",
-        "textit",
-        "textnormal",
-        "textrm",
-        "textsc",
-        "textsf",
-        "textstyle",
-        "textsuperscript",
-        "texttt",
-        "textwidth",
-        "tfrac",
-        "therefore",
-        "theta",
-        "thickapprox",
-        "thicksim",
-        "thinspace",
-        "tilde",
-        "times",
-        "tiny",
-        "title",
-        "to",
-        "top",
-        "triangle",
-        "triangledown",
-        "triangleleft",
-        "triangleq",
-        "triangleright",
-        "tt",
-        "twoheadrightarrow",
-    ]
+_LATEX = re.compile(  # commands that begin with n, r or t
+    r"nabla|natural|ne|nearrow|neg|neq|nequiv|newcommand|newline|newpage|nexists|ngeq|ngtr|ni|nleftarrow|nleq|nmid|noindent"
+    r"|nolimits|nonumber|normalsize|not|notag|notin|nparallel|nprec|nrightarrow|nsim|nsubseteq|nsucc|nu|nwarrow|rangle|rbrace"
+    r"|rbrack|rceil|ref|relax|renewcommand|rfloor|rgroup|rho|right|rightarrow|rightharpoonup|rightleftharpoons|rm|root|rtimes"
+    r"|rule|rvert|rVert|tableofcontents|tabular|tag|tan|tanh|tau|tbinom|text[bimrst][a-z]+|text|textcolor|textnormal|textwidth"
+    r"|textup|tfrac|therefore|theta|thickapprox|thicksim|thinspace|tilde|times|tiny|title|to|top|triangle|triangledown"
+    r"|triangleleft|triangleq|triangleright|tt|twoheadrightarrow"
 )
 _CALL = re.compile(r"[A-Za-z_]\w*\s*\(.*\)", re.DOTALL)  # a cast or a sweep of Hydra's
 _YAML_WORDS = ("off", "on", "yes", "no")
@@ -296,7 +211,7 @@ def _unescaped(key: str, text: str) -> str:
         if found["code"]:
             return chr(int(found["code"], 16))
         letters = found["letters"]
-        if letters in _LATEX:
+        if _LATEX.fullmatch(letters):
             _warn(f"{key}: \\{letters} is read as LaTeX, not as an escape; for a line break or a tab, type one")
             return found[0]
         return _SIGNS[letters[0]] + letters[1:]
