@@ -38,8 +38,8 @@ _LATEX = re.compile(  # commands that begin with n, r or t
     r"nabla|natural|ne|nearrow|neg|neq|nequiv|newcommand|newline|newpage|nexists|ngeq|ngtr|ni|nleftarrow|nleq|nmid|noindent"
     r"|nolimits|nonumber|normalsize|not|notag|notin|nparallel|nprec|nrightarrow|nsim|nsubseteq|nsucc|nu|nwarrow|rangle|rbrace"
     r"|rbrack|rceil|ref|relax|renewcommand|rfloor|rgroup|rho|right|rightarrow|rightharpoonup|rightleftharpoons|rm|root|rtimes"
-    r"|rule|rvert|rVert|tableofcontents|tabular|tag|tan|tanh|tau|tbinom|text[bimrst][a-z]+|text|textcolor|textnormal|textwidth"
-    r"|textup|tfrac|therefore|theta|thickapprox|thicksim|thinspace|tilde|times|tiny|title|to|top|triangle|triangledown"
+    r"|rule|rvert|rVert|tableofcontents|tabular|tag|tan|tanh|tau|tbinom|text(?:bf|color|it|normal|rm|sc|sf|sl|style|superscript|tt|up|width)?"
+    r"|tfrac|therefore|theta|thickapprox|thicksim|thinspace|tilde|times|tiny|title|to|top|triangle|triangledown"
     r"|triangleleft|triangleq|triangleright|tt|twoheadrightarrow"
 )
 _CALL = re.compile(r"[A-Za-z_]\w*\s*\(.*\)", re.DOTALL)  # a cast or a sweep of Hydra's
