@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import ceil
 
-from apportion.actors.reward_check import check_functions, has_models
+from apportion.actors.reward_check import check_functions, check_outages, has_models
 from apportion.conf.before import stages
 from apportion.conf.combinations import check_combinations, longest_sampled
 from apportion.conf.companions import check_companions, check_reward_models
@@ -126,7 +126,10 @@ def make_plan(config: Config, machine: Machine | None = None) -> Plan:
     if "critiques" in needs:
         check_judge(config, joined)
     check_environment(config, joined)
-    check_functions(config.reward.functions, config.reward.timeout_seconds)
+    reward = config.reward
+    check_functions(reward.functions, reward.timeout_seconds)
+    call_limit = config.cluster.call_timeout_seconds
+    check_outages(reward.functions, reward.timeout_seconds, reward.outage_seconds, call_limit)
     check_reward_models(config)
     with refusals():
         check_sources(config)

@@ -17,7 +17,7 @@ from apportion.actors.rollout import RolloutReport
 from apportion.algorithms.kl import KlCoefficient
 from apportion.batch import Prompt, Totals
 from apportion.data.errors import DataError as SourceError
-from apportion.loop.calls import deal, longest, turns, with_refs
+from apportion.loop.calls import deal, longest, start_judging, with_refs
 from apportion.loop.evaluation import Evaluator
 from apportion.loop.failures import Failures
 from apportion.loop.metrics import StepReports, data_metrics, speed_metrics, step_metrics
@@ -105,6 +105,8 @@ class Trainer:
         self.failures.new_step()
         start = time.perf_counter()
         experience = self._collect()
+        if not experience.groups:  # `check_groups` has said that the run goes on
+            return self._step_without_rewards(start)
         shards, cut = self._cut(experience)
         signals = self._signals(shards)
         shards, credit = self._credit(shards, signals)
@@ -129,6 +131,19 @@ class Trainer:
         if self._schedule.due(self.progress.step, time.perf_counter()):
             self.checkpoint()
         return last
+
+    def _step_without_rewards(self, start: float) -> bool:
+        """A step whose samples have no reward trains nothing; what is known of it is logged."""
+        p = self.progress
+        p.step += 1
+        self._position = self.prompts.state()
+        self.tracker.warn(f"step {p.step}: no sample has a reward, so nothing is trained")
+        known = self.failures.totals.means() | data_metrics(self.prompts.skipped)
+        p.metrics = known | {"weights/version": p.policy_version, "timing/step": time.perf_counter() - start}
+        self.tracker.log(p.step, p.metrics)
+        if self._schedule.due(p.step, time.perf_counter()):
+            self.checkpoint()
+        return self._finished()
 
     def _elapsed(self) -> float:
         """Seconds of the whole run, those before a resume included."""
@@ -169,7 +184,7 @@ class Trainer:
             arguments = (chunk, group, settings.responses_per_prompt, settings.sampling)
             calls.append(actor.call("generate", *arguments, returns=2))
             group += len(chunk)
-        experience.judging = self._start_judging(calls, chunks)
+        experience.judging = start_judging(self.actors.judge, calls, chunks)
         with self._timed("rollout"):
             answers = self._call_all(calls)
         reports: list[RolloutReport] = [report for report, _ in answers]
@@ -194,16 +209,6 @@ class Trainer:
         for report, _ in answers:
             self.failures.count_rewards(report)
         return [ref for _, ref in answers]
-
-    def _start_judging(self, sampled: list[Call], chunks: list[list[Prompt]]) -> list[list[Call]]:
-        """Critiques of each batch, begun as soon as it is sampled: beside other engines, this engine's next part, and
-        scoring."""
-        judges, out, turn = self.actors.judge, [list[Call]() for _ in sampled], turns(sampled)
-        # A judge's calls are answered in order, and one whose batch is still sampled holds up those behind it.
-        for place in sorted(range(len(sampled)), key=turn.__getitem__):
-            batch, prompts = sampled[place].refs[1], chunks[place]
-            out[place] = [j.call("judge", batch, prompts, i, len(judges), returns=2) for i, j in enumerate(judges)]
-        return out
 
     def _judged(self, experience: Experience) -> list[list[Any]]:
         """References to the marks of each batch of this round; none where nothing is judged."""

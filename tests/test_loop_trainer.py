@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 
 from apportion.actors.credit import CreditReport, CutReport, EvaluationReport
+from apportion.actors.scoring import ScoreReport
 from apportion.algorithms.kl import KlCoefficient
 from apportion.batch import Totals
 from apportion.data.errors import DataError
@@ -378,3 +380,33 @@ def test_a_coefficient_stays_where_no_reference_was_asked(make):
     loop.kl = KlCoefficient(0.1, target=1.0, horizon=10)
     loop.run()
     assert [loop.tracker.rows[step]["policy/kl_coefficient"] for step in (1, 2)] == [0.1, 0.1]
+
+
+def away(loop: Loop, steps: list[int], max_failed: float = 1.0) -> Loop:
+    """In `steps` the reward service is away and no sample has a reward."""
+    loop.failures.max_failed_rewards = max_failed
+    collect = loop._collect
+
+    def collected() -> Experience:
+        experience = collect()
+        if loop.progress.step + 1 in steps:
+            loop.failures.count_rewards(ScoreReport(samples=4, failed=Counter(away=4), first_traceback="s: http://h/r"))
+            experience.groups = 0
+            loop.failures.check()
+            loop.failures.check_groups(0, rewarded=0.0)
+        return experience
+
+    loop._collect = collected
+    return loop
+
+
+def test_a_step_whose_reward_service_is_away_trains_nothing_and_the_run_goes_on_if_all_may_fail(make):
+    loop = away(make(steps=3, checkpoint_every=1), [2])
+    progress = loop.run()
+    assert (progress.step, progress.policy_version, progress.samples) == (3, 2, 8)
+    row = loop.tracker.rows[2]
+    assert (row["reward/failed_share"], row["reward/failed/away"], row["weights/version"]) == (1.0, 1.0, 1)
+    assert "reward/mean" not in row and unknown_metrics(row) == [] and loop.store.steps() == [2, 3]
+    assert loop.tracker.warnings == ["step 2: no sample has a reward, so nothing is trained"]
+    with pytest.raises(RewardError, match=r"100% of this step's samples failed, .*the first failure:\ns: http://h/r$"):
+        away(make(steps=3), [2], 0.5).run()

@@ -29,8 +29,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from apportion.actors.engines import EngineSpec, Request, RolloutEngine, Sampling, make_engine, seed_of
+from apportion.actors.outage import Outage
 from apportion.actors.reward_call import LimitedCaller, failure_of
-from apportion.actors.reward_service import FIRST_PAUSE_SECONDS, RETRIED_STATUS, shown_url
+from apportion.actors.reward_service import FIRST_PAUSE_SECONDS, RETRIED_STATUS, shown_url, shown_urls
 from apportion.algorithms.steps import critique_prompt, parse_verdict
 from apportion.batch import Critique
 from apportion.data.columns import own_copy
@@ -243,6 +244,7 @@ class ServiceJudgeSpec:
     timeout_seconds: float  # of one critique, its retries included
     retries: int
     concurrency: int
+    outage_seconds: float = 0.0  # how long an address that is away is waited for
 
 
 class _Refused(Exception):
@@ -278,6 +280,9 @@ class ServiceJudge:
         self._client = httpx.Client(headers=headers, limits=limits, auth=httpx.Auth())
         self._turn = itertools.count()
         self._lock = threading.Lock()
+        self.outage = Outage(
+            f"judge {spec.model} at {shown_urls(spec.urls)}", "judge.outage_seconds", spec.outage_seconds
+        )
 
     def close(self) -> None:
         self._client.close()
@@ -289,8 +294,19 @@ class ServiceJudge:
         places = [(case, case.prompt()) for case in cases for _ in range(count)]
         if not places:
             return []
-        with ThreadPoolExecutor(max_workers=min(self._spec.concurrency, len(places))) as pool:
-            flat = list(pool.map(lambda place: self._critique(place[0], place[1], deadline), places))
+        while True:
+            begun = time.monotonic()
+            with ThreadPoolExecutor(max_workers=min(self._spec.concurrency, len(places))) as pool:
+                flat = list(pool.map(lambda place: self._critique(place[0], place[1], deadline), places))
+            away = [c for c in flat if c.failure in ("down", "slow")]
+            if any(c.failure in ANSWERED for c in flat):
+                self.outage.answered()
+                break
+            # Asked again as a whole: of those that are not away none had an answer either.
+            if not away or not self.outage.wait(
+                away[0].detail.partition("last: ")[2] or away[0].detail, begun, deadline
+            ):
+                break
         return [flat[start : start + count] for start in range(0, len(flat), count)]
 
     def _critique(self, case: Case, prompt: str, batch_deadline: float) -> Critique:

@@ -50,6 +50,22 @@ def _is_function(entry: RewardEntry) -> bool:
     return entry.function is not None
 
 
+def check_outages(functions: Any, timeout_seconds: float, outage_seconds: float, call_timeout_seconds: float) -> None:
+    """ConfigError where a call's limit would end the wait for a service that is away."""
+    for entry in parse_entries(functions, timeout_seconds):
+        waited = outage_seconds if entry.outage_seconds is None else entry.outage_seconds
+        if _is_service(entry) and waited and waited + 2 * entry.timeout_seconds >= call_timeout_seconds:
+            raise ConfigError(
+                f"reward.outage_seconds: got {waited:g} for the service at {_host(entry)}, with timeout_seconds="
+                f"{entry.timeout_seconds:g} before and after it, expected together less than "
+                f"cluster.call_timeout_seconds={call_timeout_seconds:g}, which stops the run; lower one or raise the other"
+            )
+
+
+def _is_service(entry: RewardEntry) -> bool:
+    return entry.urls is not None or str(entry.function).startswith(("http://", "https://"))
+
+
 def _host(entry: RewardEntry) -> str:
     """What a service is called that has no name; a reward model's is fixed and free."""
     url = entry.urls[0] if entry.urls else str(entry.function)

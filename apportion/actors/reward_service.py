@@ -14,11 +14,12 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from apportion.actors.outage import Outage
 from apportion.actors.reward_call import Failure, RewardCall
 from apportion.actors.reward_sources import RewardEntry
 from apportion.platform.errors import ConfigError
@@ -47,7 +48,7 @@ class ServiceSource:
 
         self.urls = list(entry.urls) if entry.urls is not None else [str(entry.function)]
         for url in self.urls:
-            if not _is_address(url):
+            if not is_address(url):
                 raise ConfigError("reward.functions: got an address that is not one, expected http://host:port/path")
         self.name = entry.name or (urlsplit(self.urls[0]).hostname or "service")
         self.weight = entry.weight
@@ -65,6 +66,16 @@ class ServiceSource:
         # The header of auth_env goes before what an address's user part would become.
         self._client = httpx.Client(headers=headers, auth=httpx.Auth() if entry.auth_env is not None else None)
         self._turn = itertools.count()
+        self._outage_seconds = entry.outage_seconds
+        self.outage = Outage(self._shown(), "reward.outage_seconds", entry.outage_seconds or 0.0)
+
+    def wait_by_default(self, seconds: float) -> None:
+        """How long an outage is waited for, where the entry does not say."""
+        if self._outage_seconds is None:
+            self.outage = Outage(self._shown(), "reward.outage_seconds", seconds)
+
+    def _shown(self) -> str:
+        return f"reward service {self.name} at {shown_urls(self.urls)}"
 
     @property
     def hung(self) -> int:
@@ -77,16 +88,46 @@ class ServiceSource:
         return [path for path in self._paths.values() if path not in columns]
 
     def score(self, call: RewardCall) -> list[Any]:
-        deadline = time.monotonic() + self._limit
         call = call.with_columns(self._paths)
         size = self._batch_size or -(-len(call) // len(self.urls))
         chunks = [list(range(start, min(start + size, len(call)))) for start in range(0, len(call), size)]
-        with ThreadPoolExecutor(max_workers=min(len(chunks), 4 * len(self.urls))) as pool:
-            answers = pool.map(lambda chunk: self._ask(call.select(chunk), next(self._turn), deadline), chunks)
-        return [element for answer in answers for element in answer]
+        calls = [call.select(chunk) for chunk in chunks]
+        answers = self._through_outages(calls)
+        filled = [[a] * len(c) if isinstance(a, Failure) else a for a, c in zip(answers, calls, strict=True)]
+        return [element for answer in filled for element in answer]
 
-    def _ask(self, call: RewardCall, turn: int, deadline: float) -> list[Any]:
-        """The elements of one request, failures if no attempt gave them in time."""
+    def _through_outages(self, calls: list[RewardCall]) -> list[list[Any] | Failure]:
+        """The answer to each request. Those that nobody answered are made again while the service is away."""
+        answers: list[list[Any] | Failure] = [Failure("service", f"{self.name}: not asked")] * len(calls)
+        waiting = list(range(len(calls)))
+        while True:
+            begun = time.monotonic()
+            for place, answer in zip(waiting, self._round([calls[i] for i in waiting]), strict=True):
+                answers[place] = answer
+            away = {i: a for i in waiting if isinstance(a := answers[i], Failure)}
+            answered = [i for i in waiting if i not in away]
+            if not away or self.outage.seconds <= 0:
+                break
+            # Where it still answers another request, what failed has failed for reasons of its own.
+            if answered and not isinstance(self._round([calls[answered[0]]])[0], Failure):
+                break
+            first = next(iter(away.values()))
+            if not self.outage.wait(first.text.partition("last: ")[2] or first.text, begun):
+                for place, failure in away.items():
+                    waited = f"{failure.text}; it was waited for as long as {self.outage.key} allows"
+                    answers[place] = Failure("away", waited)
+                return answers
+            waiting = list(away)
+        self.outage.answered()
+        return answers
+
+    def _round(self, calls: list[RewardCall]) -> list[list[Any] | Failure]:
+        deadline = time.monotonic() + self._limit
+        with ThreadPoolExecutor(max_workers=min(len(calls), 4 * len(self.urls))) as pool:
+            return list(pool.map(lambda call: self._ask(call, next(self._turn), deadline), calls))
+
+    def _ask(self, call: RewardCall, turn: int, deadline: float) -> list[Any] | Failure:
+        """The elements of one request; a list of failures where it was turned away, one Failure where nobody answered."""
         body = {"prompts": call.prompts, "completions": call.completions, "columns": _finite(call.columns)}
         try:
             content = json.dumps(body, default=_plain, allow_nan=False).encode()
@@ -97,7 +138,7 @@ class ServiceSource:
             url = self.urls[(turn + attempt) % len(self.urls)]
             left = deadline - time.monotonic()
             if left <= 0:
-                return self._failed(call, "timeout", f"no answer within {self._limit:g} s; last: {problem}")
+                return Failure("timeout", f"{self.name}: no answer within {self._limit:g} s; last: {problem}")
             try:
                 return self._attempt(url, content, len(call), time.monotonic() + left / self._sharing(attempt))
             except _Refused as error:
@@ -107,8 +148,8 @@ class ServiceSource:
             if attempt < self._retries:  # at most half of what is left, or the last attempts would never be made
                 time.sleep(max(0.0, min(FIRST_PAUSE_SECONDS * 2**attempt, (deadline - time.monotonic()) / 2)))
         late = time.monotonic() >= deadline
-        return self._failed(
-            call, "timeout" if late else "service", f"{self._retries + 1} attempts failed; last: {problem}"
+        return Failure(
+            "timeout" if late else "service", f"{self.name}: {self._retries + 1} attempts failed; last: {problem}"
         )
 
     def _sharing(self, attempt: int) -> int:
@@ -164,14 +205,22 @@ def shown_url(url: str) -> str:
     return f"{parts.scheme}://{parts.hostname}{port}{parts.path}"
 
 
-def _is_address(url: str) -> bool:
+def shown_urls(urls: Sequence[str]) -> str:
+    """Addresses as `shown_url` shows them; of one that is none, nothing."""
+    return ", ".join(shown_url(url) if is_address(url) else "no address" for url in urls)
+
+
+def is_address(url: str) -> bool:
     import httpx
 
     try:
         parts = httpx.URL(url)
     except (httpx.InvalidURL, TypeError):
         return False
-    return parts.scheme in ("http", "https") and bool(parts.host)
+    try:
+        return parts.scheme in ("http", "https") and bool(parts.host) and urlsplit(url).port != 0
+    except ValueError:  # a port that is none
+        return False
 
 
 def _finite(value: Any) -> Any:

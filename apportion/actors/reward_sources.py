@@ -66,6 +66,9 @@ class RewardEntry:
     batch_size: int | None = None  # services: samples of a request; models: sequences of a forward pass
     retries: int = 3  # services: further attempts of a request
     auth_env: str | None = None  # services: environment variable that holds the Authorization header
+    outage_seconds: float | None = (
+        None  # services: how long one that is away is waited for; null: reward.outage_seconds
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.urls, str):
@@ -130,6 +133,7 @@ _EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "one_by_one": (lambda v: isinstance(v, bool), "true or false"),
     "batch_size": (lambda v: v is None or _is_whole(v, 1), "at least 1 (a whole number)"),
     "retries": (lambda v: _is_whole(v, 0), "at least 0 (a whole number)"),
+    "outage_seconds": (lambda v: v is None or (_is_number(v) and v >= 0), "at least 0 (a number of seconds)"),
     "auth_env": (_is_text, "an environment variable's name"),
 }
 

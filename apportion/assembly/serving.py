@@ -34,7 +34,8 @@ def serving_requests(
         for i in range(c.rollout_engines)
     ]  # fmt: skip
     tokenizer = TokenizerPath(model, config.model.trust_remote_code)
-    arguments = (reward.functions, reward.timeout_seconds, reward.clip, tokenizer, reward.step_delimiter)
+    limits = (reward.step_delimiter, reward.outage_seconds)
+    arguments = (reward.functions, reward.timeout_seconds, reward.clip, tokenizer, *limits)
     rewards = [
         ActorRequest(f"reward-{i}", RewardWorker, arguments, 0, c.gpus_per_reward_worker,
                      device_environment(c.gpus_per_reward_worker))

@@ -76,6 +76,12 @@ def check_judge(config: Config, joined: bool) -> None:
             f"judge.batch_timeout_seconds: got {judge.batch_timeout_seconds:g}, expected less than "
             f"cluster.call_timeout_seconds={config.cluster.call_timeout_seconds:g}, which stops the run"
         )
+    if urls and judge.outage_seconds and judge.outage_seconds + judge.timeout_seconds > judge.batch_timeout_seconds:
+        raise ConfigError(
+            f"judge.outage_seconds: got {judge.outage_seconds:g}, expected at most "
+            f"{max(0.0, judge.batch_timeout_seconds - judge.timeout_seconds):g} = judge.batch_timeout_seconds - "
+            "judge.timeout_seconds, or the time for a batch ends the wait"
+        )
     if judge.function is not None:
         _check_function(judge.function)
     if own_model(judge) is not None:
@@ -147,7 +153,7 @@ def judge_spec(config: Config, tokenizer: str, run_folder: Path, threads: int) -
     if urls:
         service = ServiceJudgeSpec(
             urls, str(judge.model), judge.api_key_env, judge.temperature, judge.max_tokens, judge.context_tokens,
-            judge.timeout_seconds, judge.retries, judge.concurrency,
+            judge.timeout_seconds, judge.retries, judge.concurrency, judge.outage_seconds,
         )  # fmt: skip
     return JudgeSpec(
         credit=dict(config.algorithm.credit),

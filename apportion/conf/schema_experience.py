@@ -104,6 +104,7 @@ class RewardConfig:
     functions: Any = MISSING
     workers: int = 1
     timeout_seconds: float = 60.0  # of one call, unless the entry says otherwise
+    outage_seconds: float = 600.0  # a service that is away is waited for so long; 0: its samples fail at once
     max_failed_share: float = 0.1
     clip: float | None = None  # rewards are clamped to [-clip, clip]
     step_delimiter: str = "\n\n"  # what separates two steps, where a reward is a list with one number a step
@@ -112,6 +113,7 @@ class RewardConfig:
         at_least("reward.workers", self.workers, 1)
         between("reward.max_failed_share", self.max_failed_share, 0.0, 1.0)
         at_least("reward.clip", self.clip, 0)
+        at_least("reward.outage_seconds", self.outage_seconds, 0)
         if self.timeout_seconds <= 0:
             raise ConfigError(f"reward.timeout_seconds: got {self.timeout_seconds}, expected above 0")
         if not self.step_delimiter:
@@ -136,6 +138,7 @@ class JudgeConfig:
     context_tokens: int = 8192  # a longer prompt and critique is not asked and counted as too_long
     timeout_seconds: float = 120.0  # of one critique
     batch_timeout_seconds: float = 900.0  # of all critiques of a batch; what is late has failed
+    outage_seconds: float = 600.0  # an address that is away is waited for so long; 0: its critiques fail at once
     retries: int = 2  # of an address
     concurrency: int = 16  # critiques under way at a time, in each worker
     workers: int = 1
@@ -155,7 +158,7 @@ class JudgeConfig:
         one_of("judge.dtype", self.dtype, ("bfloat16", "float32", "float16"))
         for name in ("critiques", "max_tokens", "concurrency", "workers", "parts", "tensor_parallel_size"):
             at_least(f"judge.{name}", getattr(self, name), 1)
-        for name in ("temperature", "retries"):
+        for name in ("temperature", "retries", "outage_seconds"):
             at_least(f"judge.{name}", getattr(self, name), 0)
         between("judge.max_failed_share", self.max_failed_share, 0.0, 1.0)
         between("judge.gpu_memory_utilization", self.gpu_memory_utilization, 0.05, 0.98)

@@ -7,7 +7,7 @@ from collections import Counter
 from typing import Any
 
 from apportion.batch import Prompt
-from apportion.platform.cluster import Call
+from apportion.platform.cluster import Actor, Call
 
 
 def with_refs(reports: list[Any], calls: list[Call]) -> list[tuple]:
@@ -22,6 +22,17 @@ def turns(calls: list[Call]) -> list[int]:
     for call in calls:
         out.append(before[call.actor.name])
         before[call.actor.name] += 1
+    return out
+
+
+def start_judging(judges: list[Actor], sampled: list[Call], chunks: list[list[Prompt]]) -> list[list[Call]]:
+    """Critiques of each batch, begun as soon as it is sampled: beside other engines, this engine's next part, and
+    scoring."""
+    out, turn = [list[Call]() for _ in sampled], turns(sampled)
+    # A judge's calls are answered in order, and one whose batch is still sampled holds up those behind it.
+    for place in sorted(range(len(sampled)), key=turn.__getitem__):
+        batch, prompts = sampled[place].refs[1], chunks[place]
+        out[place] = [j.call("judge", batch, prompts, i, len(judges), returns=2) for i, j in enumerate(judges)]
     return out
 
 

@@ -79,7 +79,7 @@ class Failures:
 
     def check_groups(self, groups: int, rewarded: float) -> None:
         """Stop, and say why, when no group of the step is left to train on; `rewarded` of its samples had a reward."""
-        if groups:
+        if groups or self.nothing_to_learn(rewarded):
             return
         if rewarded:
             raise RewardError(
@@ -92,6 +92,10 @@ class Failures:
             f"{shares['reward/failed_share']:.0%} failed), expected some; let reward.functions return a number, or leave "
             "rows out that they say None to" + (f"; the first failure:\n{self._traceback}" if self._traceback else "")
         )
+
+    def nothing_to_learn(self, rewarded: float) -> bool:
+        """Whether a reward service was away, no sample has a reward, and the run is to go on all the same."""
+        return not rewarded and "away" in self._reasons and self.max_failed_rewards >= 1
 
     def _tell(self, kind: str, line: str) -> None:
         """Say each kind of failure once in the run, up to `MOST_KINDS` of them."""

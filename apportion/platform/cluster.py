@@ -23,6 +23,7 @@ from typing import Any
 from apportion.platform import errors, health, logs, start
 from apportion.platform.death import cause_of_death, lost_node, useful_words, witness
 from apportion.platform.errors import ActorError, ApportionError, CheckpointError, ConfigError
+from apportion.platform.notices import notices
 from apportion.platform.process import ProcessInfo, tail
 from apportion.platform.session import MARK
 from apportion.platform.teardown import Remains
@@ -81,6 +82,7 @@ class Cluster:
         self._actors: list[Actor] = []
         self._ended = False
         self.log_folder = log_folder
+        notices.follow(log_folder)
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # Ray would run its workers at nice 15, and so behind everything else on a machine that is also used otherwise.
@@ -214,6 +216,7 @@ def gather(calls: Sequence[Call], timeout_seconds: float, what: str) -> list[Any
         if left <= 0:
             raise ActorError(_late(list(pending.values()), timeout_seconds, what))
         ready, _ = wait(pending, timeout=min(left, POLL_SECONDS), return_when=FIRST_COMPLETED)
+        notices.tell()
         for future in ready:
             call = pending.pop(future)
             try:

@@ -1,0 +1,50 @@
+"""Lines that an actor wants a person to see while its call is still under way.
+
+An actor appends them to a file beside its log; whoever waits for it prints what is new. Without a log they go to stderr.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+NOTICES_FILE = "notices.txt"
+
+
+def notify(line: str) -> None:
+    log = os.environ.get("APPORTION_LOG")
+    text = " ".join(line.split()) + "\n"
+    print(text, end="", file=sys.stderr, flush=True)
+    if log:
+        with open(Path(log).parent / NOTICES_FILE, "a", encoding="utf-8") as file:
+            file.write(text)
+
+
+class Notices:
+    """Of the actors of one run; `follow` it, and `tell` what is new."""
+
+    def __init__(self, say: Callable[[str], None] | None = None) -> None:
+        self._say = say or (lambda line: print(line, file=sys.stderr, flush=True))
+        self._file: Path | None = None
+        self._read = 0
+
+    def follow(self, folder: Path) -> None:
+        """From now on the notices of actors that log into `folder`; older ones are left."""
+        self._file = folder / NOTICES_FILE
+        self._read = self._file.stat().st_size if self._file.is_file() else 0
+
+    def tell(self) -> None:
+        if self._file is None or not self._file.is_file() or self._file.stat().st_size <= self._read:
+            return
+        with open(self._file, "rb") as file:
+            file.seek(self._read)
+            new = file.read()
+        whole = new[: new.rfind(b"\n") + 1]
+        self._read += len(whole)
+        for line in whole.decode("utf-8", "replace").splitlines():
+            self._say(line)
+
+
+notices = Notices()
