@@ -145,7 +145,7 @@ def test_weights_of_a_step_that_did_not_end_are_not_saved():
     assert said == ["Ray's raylet died; an update was under way, so what the ranks hold now cannot be saved"]
 
 
-def test_an_error_is_told_before_the_tear_down_and_once(capsys):
+def test_an_error_is_printed_before_the_tear_down_and_once(capsys):
     seen: list[str] = []
 
     def tear_down() -> None:

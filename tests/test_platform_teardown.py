@@ -148,7 +148,7 @@ def gone(driver: Driver, seconds: float) -> bool:
         ("raylet SIGSTOP", r"Ray's raylet \(pid \d+\) is stopped"),
     ],
 )
-def test_a_ray_that_is_lost_is_told_and_torn_down_and_actors_still_answer(broken, breaks, said):
+def test_a_lost_ray_is_reported_and_torn_down_while_actors_still_answer(broken, breaks, said):
     driver = broken[breaks].finished()
     assert driver.process.returncode == 1, driver.err
     lost, ended = driver.said
