@@ -456,3 +456,11 @@ def test_a_model_whose_sizes_are_in_other_words_is_held_to_its_context_all_the_s
         f"reference.model: got {tmp_path} with a context of 100 tokens, expected at least 120 = data.max_prompt_tokens=96 "
         "+ rollout.max_response_tokens=24, or shorter responses"
     )
+
+
+def test_a_mixture_of_experts_for_which_syncs_are_not_proved_is_refused_by_name(tmp_path):
+    config = {"architectures": ["GptOssForCausalLM"], "num_local_experts": 32, "vocab_size": 264}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert refusal(f"model.path={tmp_path}").startswith(
+        f"model.path: got {tmp_path} (GptOssForCausalLM), a mixture of experts for which weight syncs to vLLM are not proved; "
+    )
