@@ -128,8 +128,7 @@ def make_plan(config: Config, machine: Machine | None = None) -> Plan:
     check_environment(config, joined)
     reward = config.reward
     check_functions(reward.functions, reward.timeout_seconds)
-    call_limit = config.cluster.call_timeout_seconds
-    check_outages(reward.functions, reward.timeout_seconds, reward.outage_seconds, call_limit)
+    check_outages(reward.functions, reward.timeout_seconds, reward.outage_seconds, config.cluster.call_timeout_seconds)
     check_reward_models(config)
     with refusals():
         check_sources(config)

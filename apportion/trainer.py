@@ -95,8 +95,8 @@ class Trainer:
             report = self._evaluate(self.evaluator)
             self.progress.accuracy_before = report.metrics.get("eval/greedy_accuracy")
             self.progress.answers_before = report.answers
-            metrics = report.metrics | self.sync_check.taken()
-            self.tracker.log(0, metrics | {"timing/evaluate": self._timing["evaluate"]})
+            timing = {"timing/evaluate": self._timing["evaluate"]}
+            self.tracker.log(0, report.metrics | self.sync_check.taken() | timing)
         self._timing = {}
 
     def step(self) -> bool:
@@ -138,7 +138,7 @@ class Trainer:
         p.step += 1
         self._position = self.prompts.state()
         self.tracker.warn(f"step {p.step}: no sample has a reward, so nothing is trained")
-        known = self.failures.totals.means() | data_metrics(self.prompts.skipped)
+        known = self.failures.totals.means() | data_metrics(self.prompts)
         p.metrics = known | {"weights/version": p.policy_version, "timing/step": time.perf_counter() - start}
         self.tracker.log(p.step, p.metrics)
         if self._schedule.due(p.step, time.perf_counter()):
@@ -282,7 +282,7 @@ class Trainer:
             receipts: list[SyncReceipt] = self._gather(send + calls, "sync")[len(send) :]
             prove(receipts, entries, version, self.settings.sync_unproved)
             self.sync_check.after_sync(self.progress)
-        self._weight_bytes, self._proof = sum(e.size for e in entries), proof_metrics(receipts, entries)
+        self._sent = {"weights/bytes": sum(e.size for e in entries), **proof_metrics(receipts, entries)}
 
     # evaluation
 
@@ -349,8 +349,7 @@ class Trainer:
         self.prompts.load_state(state.data)
         if state.kl is not None:
             self.kl.load_state_dict(state.kl)
-        self.progress = progress
-        self.store.current = state.step
+        self.progress, self.store.current = progress, state.step
 
     # waiting and counting
 
@@ -382,19 +381,16 @@ class Trainer:
         policy: list[UpdateReport],
         critic: list[UpdateReport],
     ) -> StepReports:
-        totals = experience.totals
-        totals.merge(self.failures.totals)
         e = experience
+        e.totals.merge(self.failures.totals)
         return StepReports(
-            totals, credit.metrics, cut.trajectories, e.seconds_sampling, e.sampled_tokens, policy, critic
+            e.totals, credit.metrics, cut.trajectories, e.seconds_sampling, e.sampled_tokens, policy, critic
         )
 
     def _metrics(self, reports: StepReports) -> dict[str, float]:
         """The step's row; what is counted over the whole run and the KL's coefficient move on."""
         metrics, p = step_metrics(reports) | data_metrics(self.prompts) | self.sync_check.taken(), self.progress
-        metrics["policy/kl_coefficient"] = self.kl.coefficient
-        metrics["weights/version"] = p.policy_version
-        metrics |= {"weights/bytes": self._weight_bytes, **self._proof}
+        metrics |= {"policy/kl_coefficient": self.kl.coefficient, "weights/version": p.policy_version, **self._sent}
         # While the critic learns alone the policy is its reference, which says nothing about the coefficient.
         if "policy/kl_reference" in metrics and p.step > self.settings.critic_only_steps:
             self.kl.update(metrics["policy/kl_reference"], reports.trajectories)

@@ -179,8 +179,8 @@ def test_every_engine_gets_the_weights_of_the_version_and_is_told_whether_to_loo
             assert (given[0].entries, given[0].version, given[1]) == (sent.entries, 7, False)
     assert [rank.methods for rank in policy] == [["weights", "send_weights"] if channel else ["weights"], ["weights"]]
     assert [rank.arguments("weights") for rank in policy] == [[(7,)], [(7,)]]
-    assert trainer._weight_bytes == 6 * 4 + 4 * 2
-    assert trainer._proof == {"sync/sent_bytes": 6 * 4 + 4 * 2}  # nothing was asked of the engines
+    size = 6 * 4 + 4 * 2
+    assert trainer._sent == {"weights/bytes": size, "sync/sent_bytes": size}  # nothing was asked of the engines
 
 
 def test_a_tensor_that_the_user_accepts_may_stay_unproved_and_shows_in_the_figures(make):
@@ -189,7 +189,12 @@ def test_a_tensor_that_the_user_accepts_may_stay_unproved_and_shows_in_the_figur
     trainer, _ = make(actors, sync_unproved=["b.*"])
     trainer._sync()
     proved = next(t.nbytes for n, t in TENSORS.items() if n != "b.weight")
-    assert trainer._proof == {"sync/sent_bytes": 32, "sync/proved_bytes": proved, "sync/read_bytes": 10}
+    assert trainer._sent == {
+        "weights/bytes": 32,
+        "sync/sent_bytes": 32,
+        "sync/proved_bytes": proved,
+        "sync/read_bytes": 10,
+    }
 
 
 @pytest.mark.parametrize("channel", [False, True], ids=["object store", "channel"])

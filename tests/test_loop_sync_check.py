@@ -234,6 +234,7 @@ class InPlace:
 
 class Prompts:
     skipped: dict[str, int] = {}
+    reasoning_left_out = 0
 
     def state(self):
         return {}

@@ -26,6 +26,7 @@ class Prompts:
 
     def __init__(self, bad: int | None = None) -> None:
         self.drawn, self.bad, self.skipped = 0, bad, {"too_long": 2, "empty": 1}
+        self.reasoning_left_out = 0
 
     def next_batch(self, prompts: int | None = None) -> list:
         self.drawn += 1
@@ -92,7 +93,7 @@ class Loop(Trainer):
             self.clock.now += self.seconds_of.get(stage, 0.0)
 
     def _sync(self) -> None:
-        self._weight_bytes, self._proof = 8, {}
+        self._sent = {"weights/bytes": 8}
 
     def _collect(self) -> Experience:
         self.prompts.next_batch()
