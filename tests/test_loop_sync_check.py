@@ -204,7 +204,8 @@ class Engine:
         value = pickle.loads(sent)
         version = int(value)
         self.value = value if version <= self.stuck_after else self.value
-        return SyncReceipt("rollout-0", version, {e.name: e.checksum for e in _entries(value)}, 1, [])
+        sums = {e.name: e.checksum for e in _entries(value)}
+        return SyncReceipt("rollout-0", version, sums, 1, [], list(sums))
 
     def score(self, token_ids):
         return _logprobs(self.value, token_ids) + np.float32(self.noise)
@@ -285,8 +286,8 @@ def make(tmp_path):
     def make(steps, noise=0.0, stuck_after=10**9, **changes):
         settings = LoopSettings(
             steps=steps, prompts_per_step=1, responses_per_prompt=1, sampling=None, minibatches=1, policy_signals=False,
-            selects=False, max_failed_share=0.1, sync_check=True, call_timeout_seconds=1.0, critic_only_steps=0,
-            samples_shown=0, max_minutes=None, checkpoint_every=0, checkpoint_final=True, seeds={"run": 0},
+            selects=False, max_failed_share=0.1, sync_check=True, sync_unproved=[], call_timeout_seconds=1.0, critic_only_steps=0,
+            samples_shown=0, max_minutes=None, checkpoint_every=0, checkpoint_minutes=None, checkpoint_final=True, seeds={"run": 0}, ranks={},
             max_failed_critiques=0.5, parts=1,
         )  # fmt: skip
         actors = Actors([InPlace("rollout-0", Engine(noise, stuck_after))], [], None, [InPlace("policy-0", Rank())])

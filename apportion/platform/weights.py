@@ -113,9 +113,8 @@ class SyncReceipt:
     checksums: dict[str, str]
     checked_live: int  # parameters of the live model compared with the received ones
     wrong: list[str]  # sent tensors that a live parameter differs from
-    proved: (
-        list[str] | None
-    )  # sent tensors that every worker compared with its live parameters; None: it was not asked to
+    # Sent tensors that every worker compared with its live parameters; None: it was not asked to.
+    proved: list[str] | None
     read_bytes: int = 0  # of live parameters read back, in all workers
 
     def unproved(self, entries: Iterable[TensorEntry], accepted: Iterable[str] = ()) -> list[str]:
