@@ -491,7 +491,7 @@ def test_a_call_that_loses_an_argument_is_refused_and_escapes_are_none_lost(lear
     row = {"messages": [user("q"), assistant("So:", tool_calls=[call(arguments=arguments), call("other")])]}
     for written in ("tojson", "tojson(ensure_ascii=true)", "tojson | replace('<', '\\\\u003c')"):
         said = learn(row, QWEN3_LIKE.replace("arguments | tojson", f"arguments | {written}"))[1]
-        assert said.startswith("So:\n<tool_call>") and '"other"' in said and "None" not in said
+        assert said.startswith("So:<tool_call>") and '"other"' in said and "None" not in said
 
 
 def test_a_row_that_ends_with_a_call_is_a_demonstration_and_tools_reach_it(learn):

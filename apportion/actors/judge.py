@@ -6,9 +6,10 @@ share a batch by rows. A response is never tokenised again: steps are found by d
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -214,12 +215,21 @@ def question_text(prompt: Any) -> str:
 
     >>> question_text([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}])
     'system: Be brief.\\n\\nuser: 1+1?'
+    >>> call = {"function": {"name": "add", "arguments": {"a": 1}}}
+    >>> question_text([{"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "1"}])
+    'assistant: {"name": "add", "arguments": {"a": 1}}\\n\\ntool: 1'
     """
     if isinstance(prompt, str):
         return prompt
     if len(prompt) == 1:
         return str(prompt[0]["content"])
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+    return "\n\n".join(f"{message['role']}: {_said(message)}" for message in prompt)
+
+
+def _said(message: Mapping[str, Any]) -> str:
+    """The text of a message, and its tool calls as JSON."""
+    calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ())]
+    return "\n".join([text for text in (str(message["content"]),) if text or not calls] + calls)
 
 
 def make_source(spec: JudgeSpec, count_tokens: Callable[[str], int]) -> JudgeSource:
