@@ -97,9 +97,9 @@ class EnvironmentConfig:
 @dataclass
 class RewardConfig:
     """Rewards are the weighted sum of `functions`. One entry is a dotted path, `file.py:function`, a ready-made
-    verifier's name, or a mapping with `function`, `weight`, `timeout_seconds` and `params`; `model:PATH` is a reward
-    model and `http://...` (or a list of addresses under `urls`) a service. With an environment, whose rewards are added
-    with weight 1, `functions` may be null."""
+    verifier's name, or a mapping with `function`, `weight`, `timeout_seconds`, `params` and `columns`; `model:PATH` is a
+    reward model and `http://...` (or a list of addresses under `urls`) a service. With an environment, whose rewards are
+    added with weight 1, `functions` may be null."""
 
     functions: Any = MISSING
     workers: int = 1
