@@ -159,7 +159,7 @@ class Scorer:
         for index, prompt_id in enumerate(batch.prompt_ids):
             if prompt_id not in known:
                 prompt = batch.sequence(index)[: batch.prompt_lengths[index]]
-                known[prompt_id] = prompt_ending(self._steps.tokenizer, prompt)
+                known[prompt_id] = prompt_ending(self._steps.tokenizer, prompt.tolist())
         return [known[prompt_id] for prompt_id in batch.prompt_ids]
 
     def _ask(self, call: RewardCall) -> dict[str, list[Any]]:

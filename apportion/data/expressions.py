@@ -25,9 +25,8 @@ _COMMAND = re.compile(
     r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox|operatorname)\s*\{[^{}]*\}|\\[A-Za-z]+"
 )
 _ENVIRONMENT = re.compile(r"\\(?:begin|end)\s*\{[a-z]+\*?\}(?:\{[clr|]+\})?")
-_FUNCTIONS = ("arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "sin", "cos", "tan", "cot", "sec", "csc", "log")
-_FUNCTIONS += ("ln", "exp", "max", "min", "gcd", "lcm", "det")
-_BARE_FUNCTION = re.compile(rf"(?<![\\A-Za-z])({'|'.join(_FUNCTIONS)}|pi)(?![A-Za-z])")
+_FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp|max|min|gcd|lcm|det"
+_BARE_FUNCTION = re.compile(rf"(?<![\\A-Za-z])({_FUNCTIONS}|pi)(?![A-Za-z])")
 _BARE_ROOT = re.compile(r"(?<![\\A-Za-z])sqrt\s*(?:\(([^()]*)\)|\{([^{}]*)\})|√\s*(?:\(([^()]*)\)|(\d+|[A-Za-z]))")
 _PHRASE = re.compile(r"\(?([^\W\d_]+(?:[\s'’-]+[^\W\d_]+)*)\)?\.?")
 _WORDS = re.compile(r"[A-Za-z]{3,}|\b(?:or|to|of|is|no|an|if|at|by)\b")
