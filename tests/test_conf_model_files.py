@@ -74,6 +74,30 @@ def test_a_token_without_an_embedding_is_refused_where_something_writes_it(model
     assert "(its padding token '<|turn|>' has id 264)" in refusal(model)
 
 
+def test_a_token_that_the_tokenizer_puts_around_a_text_needs_an_embedding(model, tmp_path):
+    add_token(model, "<|begin|>")
+    single = [{"SpecialToken": {"id": "<|begin|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    edit(model / "tokenizer.json", post_processor={"type": "TemplateProcessing", "single": single})
+    template = tmp_path / "plain.jinja"
+    template.write_text("{{ messages }}")
+    assert "(it puts around a text '<|begin|>', id 264)" in refusal(model, str(template))
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("tokenizer.json", "[]"),
+        ("tokenizer.json", '{"model": {"vocab": {"a": null}}}'),
+        ("tokenizer.json", '{"model": {"vocab": {}}, "added_tokens": [{"id": 3}]}'),
+        ("tokenizer_config.json", "null"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "a"}}}'),
+    ],
+)
+def test_a_damaged_tokenizer_is_refused_in_one_line(model, file, text):
+    (model / file).write_text(text)
+    assert "expected " in refusal(model)
+
+
 @pytest.mark.parametrize("role", ["eos_token", "pad_token"])
 def test_a_role_whose_token_is_added_when_the_tokenizer_is_loaded_is_refused(model, role):
     edit(model / "tokenizer_config.json", **{role: {"content": "[NEW]", "special": True}})

@@ -115,7 +115,8 @@ class _Tokenizer:
     vocabulary: int  # one above the highest id of the ordinary tokens
     added: Mapping[str, int]
     roles: Mapping[str, str]  # eos_token and the like: its text
-    template: str  # with which it renders a chat, and the tokens that it puts around any text
+    template: str  # with which it renders a chat
+    around: str  # the tokens that it puts around any text
 
     @property
     def size(self) -> int:
@@ -128,7 +129,7 @@ def check_tokenizer(folder: Path, path: str, key: str, chat_template: str | None
 
     An added token that neither the template nor a role uses is allowed: some published models have one.
     """
-    if vocabulary is None:
+    if not isinstance(vocabulary, int):
         return
     _check_ids(folder, path, key, vocabulary)
     tokenizer = _read_tokenizer(folder)
@@ -140,10 +141,14 @@ def check_tokenizer(folder: Path, path: str, key: str, chat_template: str | None
     for role, text in tokenizer.roles.items():
         if tokenizer.added.get(text, 0) >= vocabulary:
             used = used or f"its {_ROLES[role]} token {text!r} has id {tokenizer.added[text]}"
-    template = tokenizer.template if chat_template is None else chat_template
+    places = {
+        "its chat template writes": tokenizer.template if chat_template is None else chat_template,
+        "it puts around a text": tokenizer.around,
+    }
     for text, number in tokenizer.added.items():
-        if number >= vocabulary and text in template:
-            used = used or f"its chat template writes {text!r}, id {number}"
+        for place, written in places.items():
+            if number >= vocabulary and text in written:
+                used = used or f"{place} {text!r}, id {number}"
     if used is not None:
         raise ConfigError(
             f"{key}: got {path}, whose tokenizer has {tokenizer.size} tokens and whose embeddings are {vocabulary} ({used}), "
@@ -158,7 +163,8 @@ def _check_ids(folder: Path, path: str, key: str, vocabulary: int) -> None:
         if not file.is_file():
             continue
         read = read_json(file, "a model's settings")
-        read = {**(read.get("text_config") or {}), **read}
+        inner = read.get("text_config")
+        read = {**(inner if isinstance(inner, dict) else {}), **read}
         for name in ("eos_token_id", "pad_token_id"):
             ids = read.get(name)
             for number in ids if isinstance(ids, list) else [ids]:
@@ -174,13 +180,18 @@ def _read_tokenizer(folder: Path) -> _Tokenizer | None:
     """None where the files are of another kind than tokenizer.json or vocab.json."""
     files = [folder / name for name in ("tokenizer.json", "vocab.json", "tokenizer_config.json", "chat_template.jinja")]
     stamps = tuple((str(file), file.stat().st_mtime_ns) for file in files if file.is_file())
-    return _tokenizer_of(folder, stamps)
+    try:
+        return _tokenizer_of(folder, stamps)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise ConfigError(
+            f"{folder}: got tokenizer files that are damaged ({type(error).__name__}: {_plain(error)}), expected those of a "
+            "Hugging Face tokenizer: fetch them again"
+        ) from error
 
 
 @functools.lru_cache(maxsize=8)
 def _tokenizer_of(folder: Path, stamps: tuple[tuple[str, int], ...]) -> _Tokenizer | None:
     """`stamps` are of the files that it is read from: some have many megabytes."""
-    ordinary: list[int]
     added: dict[str, int] = {}
     around = ""
     if (folder / "tokenizer.json").is_file():
@@ -209,8 +220,7 @@ def _tokenizer_of(folder: Path, stamps: tuple[tuple[str, int], ...]) -> _Tokeniz
         if text not in ids and text not in added:
             added[text] = max([*ids.values(), *added.values(), -1]) + 1
         added.setdefault(text, ids.get(text, 0))
-    template = "".join([_template(folder, settings), around])
-    return _Tokenizer(max([*ordinary, -1]) + 1, added, roles, template)
+    return _Tokenizer(max([*ordinary, -1]) + 1, added, roles, _template(folder, settings), around)
 
 
 def _roles(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
