@@ -307,7 +307,7 @@ def resumed(loop, state=None):
 
 def measured(loop):
     return {
-        step: {name: round(value, 4) for name, value in row.items() if name.startswith("sync/")}
+        step: {name: round(value, 4) for name, value in row.items() if name in ("sync/gap", "sync/baseline")}
         for step, row in loop.tracker.rows.items()
     }
 
