@@ -134,7 +134,8 @@ class Judge:
         columns = dict(prompt.columns)
         column = self._spec.answer_column
         answer = value_at(columns, column) if column is not None else None
-        columns.pop(column, None)
+        if column is not None:
+            columns.pop(column, None)
         return Case(question_text(prompt.prompt), steps, None if answer is None else str(answer), columns)
 
     def _critiques(self, cases: list[Case], report: JudgeReport, deadline: float) -> list[list[Critique]]:

@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 ENDING_TOKENS = 48  # of a prompt: more than a template writes of a response
 
 _TAG = re.compile(r"<(/?)([A-Za-z][\w-]*)>|\[(/?)(THINK)\]")
@@ -31,7 +33,7 @@ class ResponseText:
         """Whether decoding without special tokens would lose a tag."""
         return bool(self._tags)
 
-    def __call__(self, token_ids: Sequence[int]) -> str:
+    def __call__(self, token_ids: Sequence[int] | np.ndarray) -> str:
         if not self._tags:
             return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
         kept = [int(i) for i in token_ids if int(i) not in self._dropped]
