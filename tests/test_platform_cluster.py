@@ -132,7 +132,8 @@ def test_workers_do_not_see_the_working_folder_before_what_is_installed(tmp_path
     """Of a Ray that was started in that folder, as by a run."""
     program = tmp_path / "program.py"
     (tmp_path / "tokenizers.py").write_text("raise RuntimeError('a file of the user')")
-    (tmp_path / "patient.py").write_text(
+    (tmp_path / "code").mkdir()  # a worker has the folder of its class first
+    (tmp_path / "code" / "patient.py").write_text(
         "import importlib\n"
         "from apportion.platform.process import ActorBase\n"
         "class Patient(ActorBase):\n"
@@ -142,7 +143,7 @@ def test_workers_do_not_see_the_working_folder_before_what_is_installed(tmp_path
     program.write_text(
         "import sys\n"
         "sys.path.remove(sys.path[0])\n"
-        f"sys.path.append({str(tmp_path)!r})\n"
+        f"sys.path.append({str(tmp_path / 'code')!r})\n"
         "from pathlib import Path\n"
         "from apportion.platform.cluster import ActorRequest, Cluster, gather\n"
         "from patient import Patient\n"
