@@ -1,5 +1,7 @@
 """Multi-turn rollouts on a scripted engine: tokens, masks, turns, limits, failures, and what becomes of the rewards."""
 
+import copy
+
 import numpy as np
 import pytest
 
@@ -98,6 +100,16 @@ def play(
 
 def shown(tokenizer, trajectory):
     return tokenizer.decode(trajectory.token_ids)
+
+
+def test_an_observation_that_the_template_cuts_fails_its_episode_alone_and_ends_its_environment(tokenizer):
+    cuts = copy.deepcopy(tokenizer)
+    cuts.chat_template = TINY_CHAT_TEMPLATE.replace("message['content']", "message['content'][:16]")
+    [long], report, _ = play(cuts, "a long action")
+    assert long.failure.startswith("step: the chat template leaves out or changes the observation 'saw a long action'")
+    assert report.failures == 1
+    [short], report, _ = play(cuts, "hi")
+    assert (short.failure, report.failures) == (None, 0)
 
 
 def test_an_episode_is_one_conversation_whose_own_tokens_are_the_policy_s_alone(tokenizer):

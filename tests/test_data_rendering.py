@@ -360,6 +360,13 @@ def test_what_a_tokenizer_adds_behind_a_raw_prompt_is_taken_away_and_the_beginni
     assert appends.decode(PromptEncoder(appends).token_ids("hi")) == "<|user|>hi<|end|><|assistant|>"
 
 
+def test_a_template_that_ends_the_answer_before_it_begins_is_refused(ask):
+    with refused("not_rendered", "asks for an answer and then ends it"):
+        ask([user("hi")], CHATML + "{{ eos_token }}")
+    turns_end_so = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    assert ask([user("hi")], turns_end_so) == "hi<|end|>"
+
+
 # answers
 
 
@@ -411,6 +418,8 @@ def test_a_generation_prompt_that_opens_a_thought_is_gone_on_from_or_refused(lea
     opens = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
     prompt, said, _ = learn({"prompt": "17+5?", "completion": THOUGHT}, opens)
     assert prompt.endswith("<think>\n") and said == THOUGHT.removeprefix("<think>\n") + "<|end|>"
+    with refused("not_rendered", "the reasoning of message 2"):
+        learn({"prompt": "17+5?", "completion": THOUGHT}, R1_LIKE)
     with refused("not_rendered", r"asks for the answer with '<think>\\n', where the answer itself begins with 'It is"):
         learn({"prompt": "17+5?", "completion": "It is 22."}, opens)
 

@@ -32,7 +32,7 @@ def find_message(text: str, message: Message, position: int, keeps_reasoning: bo
 
     >>> answer = {"role": "assistant", "content": "<think>1 and 1</think> 2"}
     >>> find_message("a: <think>\\n1 and 1\\n</think>\\n\\n2;", answer, 0)
-    Place(start=3, end=31, reasoning_left_out=False)
+    Place(start=3, end=30, reasoning_left_out=False)
     >>> find_message("a: 2;", answer, 0)
     Place(start=3, end=4, reasoning_left_out=True)
     """

@@ -188,6 +188,9 @@ class ExampleEncoder:
         answered = renderer.text(messages, tools, asks=False)
         if not answered.startswith(question):
             same = len(shared_start(answered, question))
+            found = find_message(answered, messages[-1], same)
+            if found is not None and found.reasoning_left_out:
+                raise left_out(messages[-1], len(messages) - 1, "the reasoning")
             raise UnusableError(
                 NOT_RENDERED,
                 f"the chat template asks for the answer with {question[same:][:40]!r}, where the answer itself begins "

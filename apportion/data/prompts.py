@@ -18,7 +18,7 @@ from apportion.batch import Prompt
 from apportion.data.digest import digest_arrays
 from apportion.data.errors import BadRows, DataError, UnusableError, reason_of
 from apportion.data.messages import Message, as_messages, check_characters, clean_messages, clean_tools
-from apportion.data.rendering import Renderer
+from apportion.data.rendering import NOT_RENDERED, Renderer
 from apportion.data.rows import Row
 from apportion.data.sources import Source
 
@@ -122,8 +122,17 @@ class PromptEncoder:
     def text(self, prompt: str | list[Message], tools: list[dict[str, Any]] | None) -> str:
         """What the chat template makes of a prompt, checked."""
         rendered = self.renderer.checked(self.with_system(as_messages(prompt)), tools, asks=True)
+        text = rendered.text
+        ends = text.rstrip().endswith(str(self.tokenizer.eos_token))
+        # Templates without a beginning for answers may end every turn so; after such a beginning it ends the answer.
+        if ends and text != self.renderer.text(rendered.messages, tools, asks=False):
+            raise UnusableError(
+                NOT_RENDERED,
+                f"the chat template asks for an answer and then ends it ({text[-40:]!r}): the end-of-sequence token "
+                "belongs behind the answer; set model.chat_template to one without it",
+            )
         self.reasoning_left_out += rendered.reasoning_left_out > 0
-        return rendered.text
+        return text
 
     def with_system(self, messages: list[Message]) -> list[Message]:
         """The messages after the run's system prompt, unless they begin with one of their own."""
