@@ -131,10 +131,10 @@ class Judge:
         return report, marks
 
     def _case(self, prompt: Prompt, steps: list[str]) -> Case:
-        columns = dict(prompt.columns)
+        columns, answer = dict(prompt.columns), None
         column = self._spec.answer_column
-        answer = value_at(columns, column) if column is not None else None
         if column is not None:
+            answer = value_at(columns, column)
             columns.pop(column, None)
         return Case(question_text(prompt.prompt), steps, None if answer is None else str(answer), columns)
 

@@ -296,10 +296,10 @@ class FunctionSource:
 
     def _arguments(self, call: RewardCall) -> dict[str, Any]:
         given = dict(call.with_columns(self.paths).columns)
-        prompts: Sequence[Any] = call.prompts
+        prompts = call.prompts
         if self.verifier is not None:
             given = {name: values for name, values in given.items() if name in COLUMNS[self.verifier]}
-            prompts = call.prompts if call.prompt_endings is None else call.prompt_endings
+            prompts = call.prompts if call.prompt_endings is None else list(call.prompt_endings)
         given |= {"prompts": prompts, "completions": call.completions}
         given |= {"prompt_ids": call.prompt_ids, "completion_ids": call.completion_ids} | self.params
         if not self._takes_all:

@@ -118,7 +118,8 @@ def remove_leftovers(root: Path) -> list[Path]:
     A folder without an owner file is not ours. One that another user owns, whose driver lives (it holds the lock) or of
     which a process still runs stays.
     """
-    removed, failed = [], []
+    removed: list[Path] = []
+    failed: list[Path] = []
     for folder in sorted(root.glob("session_*"), reverse=True):  # their names begin with the time
         owner = _dead_owner(folder)
         if owner is None:

@@ -68,13 +68,13 @@ class Remains:
         node = ray._private.worker._global_node
         if node is None:  # Ray's client mode: a proxy holds the connection to the cluster
             return
-        ends_after = health.RAYS_RECONNECT_SECONDS if self._root is None else health.LOCAL_RECONNECT_SECONDS
+        default = health.RAYS_RECONNECT_SECONDS if self._root is None else health.LOCAL_RECONNECT_SECONDS
         if self._root is not None:
             self._session = Path(node.get_session_dir_path())
             with contextlib.suppress(OSError):  # a file system without locks: then nobody removes it but we
                 self._lock = own(self._session, self.mark)
             remove_leftovers(self._session.parent)
-        ends_after = float(os.environ.get(health.RECONNECT, ends_after))
+        ends_after = float(os.environ.get(health.RECONNECT, default))
         health.watch(health.Watch(health.ray_probe(joined=self._root is None), ends_after, self._give_up))
 
     def end(self, handles: Sequence[Any], failed: bool = False) -> None:
