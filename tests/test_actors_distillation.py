@@ -302,6 +302,17 @@ def test_a_response_of_the_data_is_tokens_of_the_policys_tokenizer_and_its_eos(v
     assert np.isnan(sample.logprobs).all()
 
 
+def test_a_response_in_parts_or_in_sharegpts_form_is_its_text_and_one_with_calls_is_refused():
+    for last in (
+        {"role": "assistant", "content": [{"type": "text", "text": "good"}]},
+        {"from": "gpt", "value": "good"},
+    ):
+        assert given("chosen", {"chosen": [last]})[0].text == "good"
+    call = {"function": {"name": "f", "arguments": {}}}
+    with pytest.raises(DataError, match="prompt p has tool_calls in 'chosen', expected text alone"):
+        given("chosen", {"chosen": [{"role": "assistant", "content": None, "tool_calls": [call]}]})
+
+
 def test_a_response_of_the_data_is_cut_at_the_limit():
     sample, _ = given("chosen", {"chosen": "good answer"}, max_tokens=4)
     assert (sample.text, sample.finish_reason, len(sample.token_ids)) == ("good", "length", 4)

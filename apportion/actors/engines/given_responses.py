@@ -49,7 +49,7 @@ def _answer(prompt: Prompt, column: str) -> str:
     value = prompt.columns.get(column)
     if isinstance(value, list) and value and isinstance(value[-1], dict):
         try:
-            last = clean_messages(value)[-1]
+            last = clean_messages(value[-1:])[0]
         except SourceError as error:
             raise DataError(f"rollout.response_column: prompt {prompt.prompt_id}, column {column!r}: {error}") from None
         if more := [key for key in ("tool_calls", "reasoning_content") if key in last]:
