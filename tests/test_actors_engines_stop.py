@@ -8,6 +8,7 @@ import torch
 
 from apportion.actors.engines import EngineSpec, Request, Sampling, make_engine
 from apportion.actors.engines.transformers_engine import TransformersEngine
+from apportion.data.response_text import ResponseText
 
 END, PAD = 2, 0
 
@@ -17,6 +18,8 @@ class Letters:
 
     def __init__(self, pad):
         self.pad_token_id, self.eos_token_id = pad, END
+        self.eos_token = self.bos_token = self.pad_token = self.unk_token = None
+        self.added_tokens_decoder, self.all_special_ids = {}, [0, 1, 2]
 
     def decode(self, ids, skip_special_tokens):
         return "".join(chr(i) if i > 2 else f"<{i}>" for i in ids if i > 2 or not skip_special_tokens)
@@ -25,6 +28,7 @@ class Letters:
 def cut(pad, ids, stop=()):
     engine = object.__new__(TransformersEngine)
     engine._tokenizer = Letters(pad)
+    engine._spell = ResponseText(engine._tokenizer)
     engine._model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[END]))
     logprobs = -torch.arange(1.0, len(ids) + 1)
     sample = engine._cut(torch.tensor(ids), logprobs, Sampling(stop=list(stop)))

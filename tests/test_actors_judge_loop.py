@@ -124,7 +124,7 @@ def loop(monkeypatch, source, limit=1.0, parts=1):
         judge=[InPlace(f"judge-{i}", JudgeActor(source)) for i in range(2)],
     )
     settings = LoopSettings(
-        1, 2, 2, None, 1, False, True, 0.1, True, 60.0, 0, 2, None, 0, False, {"run": 0},
+        1, 2, 2, None, 1, False, True, 0.1, True, [], 60.0, 0, 2, None, 0, None, False, {"run": 0}, {},
         max_failed_critiques=limit, parts=parts,
     )  # fmt: skip
     prompts = SimpleNamespace(next_batch=lambda count: [prompt(name=f"p{next(names)}") for _ in range(count)])

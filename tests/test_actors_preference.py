@@ -206,7 +206,7 @@ def test_a_steps_gradient_is_the_same_however_it_is_cut(objective, tiny):
 
 def shares_of(data, reduction, ranks, examples):
     settings = StageSettings(
-        "sft", 1.0, None, len(examples), 0, False, False, reduction, 0, False, False, 60, None, 0, False
+        "sft", 1.0, None, len(examples), 0, False, False, reduction, 0, False, False, 60, None, 0, None, False, {}
     )  # fmt: skip
     trainer = PreferenceTrainer([None] * ranks, data, None, settings, None, None)
     return trainer._shares(np.array(examples))
@@ -353,7 +353,7 @@ def test_epochs_visit_every_example_once_and_differ_in_order():
 
 def test_epochs_end_exactly_and_steps_win_over_epochs():
     def settings(epochs, steps):
-        return StageSettings("x", epochs, steps, 4, 0, True, False, None, 0, False, False, 60, None, 0, False)
+        return StageSettings("x", epochs, steps, 4, 0, True, False, None, 0, False, False, 60, None, 0, None, False, {})
 
     by_epochs = make_order(settings(1.5, None), 10)
     assert (by_epochs.steps, len(by_epochs.step(3))) == (4, 3)

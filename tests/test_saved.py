@@ -14,7 +14,7 @@ def run(tmp_path, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     resolved = to_config(compose_config(["experiment=quickstart"]))[1]
     resolved["reward"]["functions"] = [{"function": "mine.py:reward", "params": {"api_key": "<redacted>"}}]
-    (tmp_path / "mine.py").write_text("def reward(response, api_key):\n    return 0.0\n")
+    (tmp_path / "mine.py").write_text("def reward(completions, api_key, **columns):\n    return 0.0\n")
     resolved["before"] = ["dpo run_name=a +data.token=<redacted>"]
     folder = tmp_path / "runs" / "first"
     (folder / "checkpoints" / "step-000010" / "model").mkdir(parents=True)
