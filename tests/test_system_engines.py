@@ -187,7 +187,7 @@ def test_scoring_changes_nothing_of_what_is_sampled_next(synced, prompts, name, 
 class Trained:
     """A policy rank that scores with a model of this process."""
 
-    name = "policy-0"
+    name, info = "policy-0", None
 
     def __init__(self, model) -> None:
         self.model = model
