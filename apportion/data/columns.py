@@ -6,8 +6,6 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 _IMMUTABLE = (str, int, float, bool, bytes, type(None))
 # Where data sets keep the reference answer when they do not call it `answer`.
 ANSWER_NAMES = ("ground_truth", "answer", "label", "solution", "target", "reference")
@@ -72,4 +70,4 @@ def own_copy(value: Any) -> Any:
         return value.copy() if all(isinstance(v, _IMMUTABLE) for v in value) else [own_copy(v) for v in value]
     if type(value) is dict:
         return {key: own_copy(v) for key, v in value.items()}
-    return value.copy() if type(value) is np.ndarray and value.dtype != object else copy.deepcopy(value)
+    return copy.deepcopy(value)
