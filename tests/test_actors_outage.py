@@ -74,6 +74,7 @@ class Source(ServiceSource):
         self.asked.append(prompts)
         reply = self.reply(prompts)
         if isinstance(reply, str):
+            reward_service.check_status(int(reply.partition("status ")[2] or 200), "http://h/r")
             raise ConnectionError(f"http://h/r: {reply}")
         return reply
 
@@ -123,10 +124,25 @@ def test_a_service_that_answers_others_is_not_away(scored, clock):
     begun = clock.now
     found = scored(lambda prompts: "status 500", "a", outage_seconds=0.0)
     assert found.report.failed == {"service": 1} and found.said == []
-    count, replies = iter(range(9)), {0: [1.0], 1: "status 500", 2: [2.0]}  # the third is the probe
+    count, replies = iter(range(9)), {0: [1.0], 1: "status 503", 2: [2.0]}  # the third is the probe
     found = scored(lambda prompts: replies[next(count)], "a", "b", batch_size=1)
     assert np.isnan(found.rewards).sum() == 1 and np.nansum(found.rewards) == 1.0
     assert found.report.failed == {"service": 1} and found.said == [] and clock.now == begun
+
+
+def test_a_service_that_fails_on_a_request_is_not_waited_for(scored, clock):
+    begun = clock.now
+    found = scored(lambda prompts: "status 500", "a")  # the only request of the call
+    assert found.report.failed == {"service": 1} and found.said == [] and clock.now == begun
+    assert found.report.first_traceback == "s: 1 attempts failed; last: http://h/r: status 500"
+    found = scored(lambda prompts: "status 500" if prompts == ["q1"] else [1.0], "a", "b", "c", batch_size=1)
+    np.testing.assert_array_equal(found.rewards, [1.0, np.nan, 1.0])
+    assert found.report.failed == {"service": 1} and found.said == [] and clock.now == begun
+    source = found.scorer.components["s"]
+    source._retries, replies = 2, iter(["ConnectError", "status 500", "status 503"])  # one of two addresses is there
+    source.reply = lambda prompts: next(replies)
+    _, report = found.scorer.score(*batch_of("a"))
+    assert report.failed == {"service": 1} and found.said == [] and clock.now < begun + 1
 
 
 def test_a_service_that_leaves_in_the_middle_of_a_call_is_waited_for(scored, clock):
@@ -162,6 +178,16 @@ def test_a_judge_that_is_away_is_waited_for_within_its_batchs_time(clock, monkey
     begun = clock.now + 1e6
     [[critique]] = judge.ask(cases, 1, clock.now + 1e9)
     assert critique.failure == "down" and "is still away after 40 s" in said[3]
+
+
+def test_a_judge_that_fails_on_a_request_is_not_waited_for(clock, monkeypatch):
+    judge, said = ServiceJudge(ServiceJudgeSpec(["http://h/v1"], "j", None, 0.5, 16, 999, 5.0, 0, 2, 40.0), len), []
+    judge.outage._say = said.append
+    monkeypatch.setattr(judge, "_attempt", lambda url, content, deadline: reward_service.check_status(500, "http://h/v1"))
+    begun = clock.now
+    [[critique]] = judge.ask([Case("q", ["a"], None)], 1, clock.now + 1e9)
+    assert critique.failure == "refused" and critique.detail == "no critique; last: http://h/v1: status 500"
+    assert said == [] and clock.now == begun
 
 
 def test_a_calls_limit_that_would_end_the_wait_is_refused():

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from apportion.actors.engines import EngineSpec, Request, RolloutEngine, Sampling, make_engine, seed_of
 from apportion.actors.outage import Outage
 from apportion.actors.reward_call import LimitedCaller, failure_of
-from apportion.actors.reward_service import FIRST_PAUSE_SECONDS, RETRIED_STATUS, shown_url, shown_urls
+from apportion.actors.reward_service import FIRST_PAUSE_SECONDS, FailedOnRequest, check_status, shown_url, shown_urls
 from apportion.algorithms.steps import critique_prompt, parse_verdict
 from apportion.batch import Critique
 from apportion.data.columns import own_copy
@@ -333,7 +333,7 @@ class ServiceJudge:
         """Text and finish reason of the first attempt that gives one; _Refused with the reason where none does."""
         with self._lock:
             turn = next(self._turn)
-        problem = "it was not asked in the time for this batch"
+        problem, there = "it was not asked in the time for this batch", False
         for attempt in range(self._spec.retries + 1):
             if time.monotonic() >= deadline:
                 break
@@ -341,10 +341,11 @@ class ServiceJudge:
             try:
                 return self._attempt(url, content, deadline)
             except ConnectionError as error:
-                problem = str(error)
+                problem, there = str(error), there or isinstance(error, FailedOnRequest)
             if attempt < self._spec.retries:
                 time.sleep(max(0.0, min(FIRST_PAUSE_SECONDS * 2**attempt, deadline - time.monotonic())))
-        raise _Refused("slow" if time.monotonic() >= deadline else "down", f"no critique; last: {problem}")
+        late = time.monotonic() >= deadline
+        raise _Refused("refused" if there else "slow" if late else "down", f"no critique; last: {problem}")
 
     def _attempt(self, url: str, content: bytes, deadline: float) -> tuple[str, str]:
         """One request. ConnectionError where another may help, _Refused where not."""
@@ -359,8 +360,7 @@ class ServiceJudge:
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:  # its text may name the address in full
             raise ConnectionError(f"{shown}: {type(error).__name__}") from None
         status = response.status_code
-        if status in RETRIED_STATUS:
-            raise ConnectionError(f"{shown}: status {status}")
+        check_status(status, shown)
         if status != 200:
             long = status in (400, 413, 422) and b"context" in answer.lower()
             raise _Refused("too_long" if long else "refused", f"{shown}: status {status}, expected 200")

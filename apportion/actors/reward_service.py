@@ -29,10 +29,21 @@ if TYPE_CHECKING:
 
 FIRST_PAUSE_SECONDS = 0.25  # before the first retry; doubles with each
 RETRIED_STATUS = (408, 425, 429, 500, 502, 503, 504)
+FAILS_ON_REQUEST = 500  # the one of these that a service gives which is there, and cannot do with this request
 
 
 class _Refused(Exception):
     """The service answered in a way that asking again will not change."""
+
+
+class FailedOnRequest(ConnectionError):
+    """The service answered that it failed on this request. Another attempt may help; waiting for the service does not."""
+
+
+def check_status(status: int, shown: str) -> None:
+    """ConnectionError for a status after which a request is made again."""
+    if status in RETRIED_STATUS:
+        raise (FailedOnRequest if status == FAILS_ON_REQUEST else ConnectionError)(f"{shown}: status {status}")
 
 
 class ServiceSource:
@@ -127,30 +138,32 @@ class ServiceSource:
             return list(pool.map(lambda call: self._ask(call, next(self._turn), deadline), calls))
 
     def _ask(self, call: RewardCall, turn: int, deadline: float) -> list[Any] | Failure:
-        """The elements of one request; a list of failures where it was turned away, one Failure where nobody answered."""
+        """The elements of one request; a list of failures where it was turned away or the service failed on it, one Failure
+        where nobody answered."""
         body = {"prompts": call.prompts, "completions": call.completions, "columns": _finite(call.columns)}
         try:
             content = json.dumps(body, default=_plain, allow_nan=False).encode()
         except (TypeError, ValueError) as error:
             return self._failed(call, "service", f"the samples cannot be written as JSON ({error})")
-        problem = "no attempt was made"
+        problem, there = "no attempt was made", False
         for attempt in range(self._retries + 1):
             url = self.urls[(turn + attempt) % len(self.urls)]
             left = deadline - time.monotonic()
             if left <= 0:
-                return Failure("timeout", f"{self.name}: no answer within {self._limit:g} s; last: {problem}")
+                text = f"no answer within {self._limit:g} s; last: {problem}"
+                return self._failed(call, "service", text) if there else self._nobody("timeout", text)
             try:
                 return self._attempt(url, content, len(call), time.monotonic() + left / self._sharing(attempt))
             except _Refused as error:
                 return self._failed(call, "service", str(error))
             except ConnectionError as error:
-                problem = str(error)
+                problem, there = str(error), there or isinstance(error, FailedOnRequest)
             if attempt < self._retries:  # at most half of what is left, or the last attempts would never be made
                 time.sleep(max(0.0, min(FIRST_PAUSE_SECONDS * 2**attempt, (deadline - time.monotonic()) / 2)))
-        late = time.monotonic() >= deadline
-        return Failure(
-            "timeout" if late else "service", f"{self.name}: {self._retries + 1} attempts failed; last: {problem}"
-        )
+        text = f"{self._retries + 1} attempts failed; last: {problem}"
+        if there:
+            return self._failed(call, "service", text)
+        return self._nobody("timeout" if time.monotonic() >= deadline else "service", text)
 
     def _sharing(self, attempt: int) -> int:
         """How many attempts share the time that is left before this one: as many as there are addresses to try first."""
@@ -167,8 +180,7 @@ class ServiceSource:
                 answer = _read(response, deadline)
         except httpx.HTTPError as error:  # its text may name the address in full
             raise ConnectionError(f"{shown}: {type(error).__name__}") from None
-        if response.status_code in RETRIED_STATUS:
-            raise ConnectionError(f"{shown}: status {response.status_code}")
+        check_status(response.status_code, shown)
         if response.status_code != 200:
             raise _Refused(f"{shown}: status {response.status_code}, expected 200")
         try:
@@ -181,7 +193,10 @@ class ServiceSource:
         return rewards
 
     def _failed(self, call: RewardCall, reason: str, text: str) -> list[Any]:
-        return [Failure(reason, f"{self.name}: {text}")] * len(call)
+        return [self._nobody(reason, text)] * len(call)
+
+    def _nobody(self, reason: str, text: str) -> Failure:
+        return Failure(reason, f"{self.name}: {text}")
 
 
 def _read(response: httpx.Response, deadline: float) -> bytes:
