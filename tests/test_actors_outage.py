@@ -183,7 +183,9 @@ def test_a_judge_that_is_away_is_waited_for_within_its_batchs_time(clock, monkey
 def test_a_judge_that_fails_on_a_request_is_not_waited_for(clock, monkeypatch):
     judge, said = ServiceJudge(ServiceJudgeSpec(["http://h/v1"], "j", None, 0.5, 16, 999, 5.0, 0, 2, 40.0), len), []
     judge.outage._say = said.append
-    monkeypatch.setattr(judge, "_attempt", lambda url, content, deadline: reward_service.check_status(500, "http://h/v1"))
+    monkeypatch.setattr(
+        judge, "_attempt", lambda url, content, deadline: reward_service.check_status(500, "http://h/v1")
+    )
     begun = clock.now
     [[critique]] = judge.ask([Case("q", ["a"], None)], 1, clock.now + 1e9)
     assert critique.failure == "refused" and critique.detail == "no critique; last: http://h/v1: status 500"
