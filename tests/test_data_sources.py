@@ -351,7 +351,7 @@ def test_a_module_or_function_that_leaves_the_process_is_refused_in_one_line(tmp
         load_sources(f"function:{leaving}:rows")
 
 
-def test_saved_datasets_are_read_by_split_and_checked(tmp_path):
+def test_saved_datasets_are_read_by_split_and_checked(tmp_path, monkeypatch):
     import datasets
 
     train = datasets.Dataset.from_list([*ROWS, {"prompt": "", "answer": 0, "tags": []}])
@@ -361,7 +361,9 @@ def test_saved_datasets_are_read_by_split_and_checked(tmp_path):
     assert refusal(folder) == f"{folder}: row 3: column 'prompt' is empty, expected text or messages"
     [source] = load_sources(folder, on_bad_row="skip")
     assert ([row.values for row in source.rows], source.skipped) == (ROWS, {"empty": 1})
-    [evaluation] = load_sources(f"hf:{folder}", split="eval")
-    assert [row.values["answer"] for row in evaluation.rows] == [6]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in (f"hf:{folder}", "hf:~/both", "~/both"):
+        [evaluation] = load_sources(name, split="eval")
+        assert [row.values["answer"] for row in evaluation.rows] == [6]
     assert "got splits train, test, expected dev" in refusal({"source": folder, "split": "dev"})
     assert "no column 'question', got prompt, answer, tags" in refusal(folder, prompt_column="question")

@@ -80,6 +80,8 @@ def load_hub(
 ) -> Sequence[Row]:
     """Rows of `NAME[:SPLIT]` on the hub (or a local folder of that name); `config` names a configuration of it."""
     name, _, named_split = name.partition(":")
+    if name.startswith("~"):
+        name = str(Path(name).expanduser())
     if saved_by_datasets(Path(name)):
         return load_saved(_with_split(spec, named_split), Path(name), split, column, bad, check)
     import datasets
