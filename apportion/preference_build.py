@@ -14,6 +14,7 @@ from apportion.algorithms.preference import Dpo, Objective, RewardModel, Sft
 from apportion.assembly.hosts import cores_environment, device_environment, thread_count
 from apportion.assembly.starting import join
 from apportion.conf.layout import check_layout, layout_of
+from apportion.conf.models import read_limits
 from apportion.conf.preference_schema import (
     DpoRunConfig,
     PreferenceConfig,
@@ -155,7 +156,7 @@ def _examples(config: PreferenceConfig, model: str) -> tuple[PreferenceData, Pre
     tokenizer = load_tokenizer(model, config.model.chat_template, config.model.trust_remote_code)
     prompts = PromptEncoder(
         tokenizer, data.system_prompt, data.chat, dict(data.chat_template_kwargs), data.max_prompt_tokens,
-        data.tools_column,
+        data.tools_column, read_limits(config.model.path).vocabulary,
     )  # fmt: skip
     encoder = ExampleEncoder(prompts, data.max_tokens, data.too_long)
     train, left_out = _encoded(config, encoder, "train")

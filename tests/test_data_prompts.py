@@ -6,9 +6,12 @@ from collections import Counter
 import pytest
 
 from apportion.data.errors import DataError
+from apportion.data.pair_tokens import ExampleEncoder
+from apportion.data.pairs import PairColumns, read_demonstration
 from apportion.data.prompts import PromptEncoder, PromptStream, every_prompt, load_tokenizer
 from apportion.data.rows import Row
 from apportion.data.sources import Source
+from apportion.data.turns import TurnEncoder
 from apportion.edges import row_errors
 from apportion.platform.errors import DataError as ShownError
 
@@ -31,6 +34,30 @@ def source_of(count: int, name: str = "rows", weight: float = 1.0, prompts: dict
 
 def ids(prompts) -> list[str]:
     return [prompt.prompt_id for prompt in prompts]
+
+
+def test_a_token_without_an_embedding_makes_a_bad_row(tokenizer):
+    larger = copy.deepcopy(tokenizer)
+    larger.add_tokens(["<|extra|>"])  # id 264 of a model with ids 0 to 263
+    known = {"vocabulary": len(tokenizer)}
+    source = source_of(3, prompts={1: "a<|extra|>b"})
+    said = r"the token '<\|extra\|>', id 264, which the model has no embedding for \(264 tokens\)"
+    for chat in (True, False):
+        encoder = PromptEncoder(larger, chat=chat, **known)
+        with pytest.raises(DataError, match=rf"^rows.jsonl:2: got {said}"):
+            every_prompt([source], encoder)
+        prompts, skipped = every_prompt([source], encoder, "skip")
+        assert ids(prompts) == ["rows:0:0", "rows:2:0"] and skipped == Counter(unknown_token=1)
+        assert 264 in PromptEncoder(larger, chat=chat).token_ids("a<|extra|>b")  # not known how many the model has
+        for row in ({"prompt": "a<|extra|>", "completion": "b"}, {"prompt": "a", "completion": "b<|extra|>"}):
+            with pytest.raises(DataError, match=said):
+                ExampleEncoder(encoder, 64).encode(read_demonstration(row, PairColumns()), "x")
+        with pytest.raises(DataError, match=said):
+            TurnEncoder(encoder).between(None, "seen: <|extra|>")
+    pieces = copy.deepcopy(larger)  # the template writes the token from two texts
+    pieces.chat_template = "{% for m in messages %}{{ '<|ex' + 'tra|>' }}{{ m.content }}{% endfor %}"
+    with pytest.raises(DataError, match=said):
+        PromptEncoder(pieces, **known).token_ids("hi")
 
 
 def test_text_becomes_one_user_message_that_asks_for_an_answer(tokenizer):

@@ -56,13 +56,14 @@ class EpisodeSpec:
     chat_template_kwargs: dict[str, Any]
     max_prompt_tokens: int
     tools_column: str | None = "tools"
+    vocabulary: int | None = None  # tokens of the model; None: not known
 
     def encoder(self) -> TurnEncoder:
         tokenizer = load_tokenizer(self.tokenizer, self.chat_template, self.trust_remote_code)
         return TurnEncoder(
             PromptEncoder(
                 tokenizer, self.system_prompt, self.chat, self.chat_template_kwargs, self.max_prompt_tokens,
-                self.tools_column,
+                self.tools_column, self.vocabulary,
             ),
             self.role,
         )  # fmt: skip

@@ -10,6 +10,7 @@ from apportion.actors.reward_check import check_functions
 from apportion.actors.reward_sources import FunctionSource
 from apportion.assembly.report import say
 from apportion.batch import Prompt
+from apportion.conf.models import read_limits
 from apportion.conf.schema import Config
 from apportion.data.prompts import PromptEncoder, PromptStream, every_prompt
 from apportion.data.sources import Source, load_sources
@@ -52,7 +53,7 @@ def _encoder(config: Config, tokenizer: Any) -> PromptEncoder:
     data = config.data
     encoder = PromptEncoder(
         tokenizer, data.system_prompt, data.chat, dict(data.chat_template_kwargs), data.max_prompt_tokens,
-        data.tools_column,
+        data.tools_column, read_limits(config.model.path).vocabulary,
     )  # fmt: skip
     if config.environment.cls is not None:
         TurnEncoder(encoder, config.environment.observation_role)  # refuses a chat template that cannot show turns

@@ -12,6 +12,7 @@ from apportion.actors.rollout import RolloutSpec, RolloutWorker
 from apportion.assembly.hosts import device_environment, engine_environment, joins, thread_count
 from apportion.assembly.needs import Needs
 from apportion.conf.judges import judge_spec, own_model
+from apportion.conf.models import read_limits
 from apportion.conf.parts import kl_level
 from apportion.conf.schema import Config
 from apportion.data.prompts import TokenizerPath
@@ -75,6 +76,7 @@ def _episodes(config: Config, model: str) -> EpisodeSpec | None:
         chat_template_kwargs=dict(d.chat_template_kwargs),
         max_prompt_tokens=d.max_prompt_tokens,
         tools_column=d.tools_column,
+        vocabulary=read_limits(m.path).vocabulary,
     )
 
 

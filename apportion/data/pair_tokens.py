@@ -95,7 +95,7 @@ class ExampleEncoder:
         if self.prompts.chat:
             check_characters(example.prompt)
             asked = self.prompts.text(example.prompt, example.tools)
-            prompt_ids = np.asarray(self.prompts.plain_ids(asked), np.int32)
+            prompt_ids = self.prompts.known_ids(self.prompts.plain_ids(asked))
         else:
             asked, prompt_ids = "", self.prompts.token_ids(example.prompt, example.tools)
         answers = [self._answer(example, answer, asked) for answer in example.answers]
@@ -127,7 +127,7 @@ class ExampleEncoder:
                 raise UnusableError("broken", "got messages with data.chat=false, expected text or data.chat=true")
             ids = self.prompts.plain_ids(answer)
             ids += [] if ids[-1:] == [tokenizer.eos_token_id] else [tokenizer.eos_token_id]
-            return Answer(np.array(ids, np.int32), np.zeros(len(ids), np.int32), answer)
+            return Answer(self.prompts.known_ids(ids), np.zeros(len(ids), np.int32), answer)
         before = self.prompts.with_system(as_messages(example.prompt))
         turns = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else as_messages(answer)
         learned = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and turn.get("train", True)]
@@ -136,7 +136,7 @@ class ExampleEncoder:
         turns = turns[: learned[-1] + 1]
         numbers = [len(before) + index for index in learned]
         ids, turn_ids = faithful([*before, *turns], lambda form: self._turns(form, asked, numbers, example.tools))
-        return Answer(np.array(ids, np.int32), np.array(turn_ids, np.int32), turns[-1]["content"])
+        return Answer(self.prompts.known_ids(ids), np.array(turn_ids, np.int32), turns[-1]["content"])
 
     def _turns(
         self, messages: list[Message], asked: str, learned: list[int], tools: list[dict[str, Any]] | None

@@ -86,6 +86,7 @@ class PromptEncoder:
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     max_prompt_tokens: int = 512
     tools_column: str | None = "tools"  # of a row: what the template is given as tools; None: nothing
+    vocabulary: int | None = None  # tokens that the model has an embedding for; None: not known
     reasoning_left_out: int = 0  # prompts so far of which the template left out reasoning of earlier turns
 
     def __post_init__(self) -> None:
@@ -116,8 +117,20 @@ class PromptEncoder:
                 raise DataError("got messages with data.chat=false, expected text or data.chat=true")
             if known is not None:
                 raise DataError("got tools with data.chat=false, expected data.chat=true or data.tools_column=null")
-            return np.asarray(self._raw_ids(prompt), np.int32)
-        return np.asarray(self.plain_ids(self.text(prompt, known)), np.int32)
+            return self.known_ids(self._raw_ids(prompt))
+        return self.known_ids(self.plain_ids(self.text(prompt, known)))
+
+    def known_ids(self, ids: Sequence[int]) -> np.ndarray:
+        """[L] int32; UnusableError for a token that the model has no embedding for."""
+        array = np.asarray(ids, np.int32)
+        if self.vocabulary is not None and len(array) and (largest := int(array.max())) >= self.vocabulary:
+            token = self.tokenizer.convert_ids_to_tokens(largest)
+            raise UnusableError(
+                "unknown_token",
+                f"got the token {token!r}, id {largest}, which the model has no embedding for ({self.vocabulary} tokens); "
+                "take it out of the row or the chat template, or resize the model's embeddings",
+            )
+        return array
 
     def text(self, prompt: str | list[Message], tools: list[dict[str, Any]] | None) -> str:
         """What the chat template makes of a prompt, checked."""

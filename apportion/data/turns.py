@@ -103,7 +103,7 @@ class TurnEncoder:
             ) from None
 
     def _ids(self, text: str) -> np.ndarray:
-        return np.asarray(self._tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+        return self.encoder.known_ids(self.encoder.plain_ids(text))
 
     def text(self, token_ids: np.ndarray) -> str:
         """A response as people and verifiers read it, without special tokens."""
