@@ -4,6 +4,7 @@ ratio covers."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache, cached_property
 from itertools import product
 
 import pytest
@@ -43,6 +44,7 @@ class World:
     values: Tensor  # [places, token before]
 
     @staticmethod
+    @cache
     def of(length: int) -> World:
         turns = torch.tensor(LAYOUTS[length])
         every = product(range(VOCABULARY[length]), repeat=length)
@@ -77,6 +79,7 @@ class World:
         places = torch.arange(self.tokens_NA.shape[1])
         return self.on_places(logits.log_softmax(-1)[places, self.tokens_before, self.tokens_NA])
 
+    @cached_property
     def true_gradient(self) -> Tensor:
         """Of E[R - beta KL], from its definition."""
         own = masked(self.logprobs(self.logits), self.mask_NT)
@@ -84,14 +87,16 @@ class World:
         objective = self.rewards_N - BETA * (own - reference).sum(-1)
         return torch.autograd.grad((own.sum(-1).exp() * objective).sum(), self.logits)[0]
 
-    def expected_gradient(self, credit: dict, surrogate: dict, level: str) -> Tensor:
-        """Of what the parts give for every ordered pair of responses, weighted by the pair's probability."""
-        logprobs = self.logprobs(self.logits)
-        chances = masked(logprobs, self.mask_NT).sum(-1).exp().detach()
+    @cached_property
+    def pairs(self) -> tuple[Tensor, Tensor, CreditInput]:
+        """Every unordered pair of responses as a group of two: their places [2 * pairs], the pair's chance for each
+        place, and the batch without a KL."""
+        logprobs = self.logprobs(self.logits).detach()
+        chances = masked(logprobs, self.mask_NT).sum(-1).exp()
         assert float(chances.sum()) == pytest.approx(1.0, abs=1e-12)
-        pairs = torch.cartesian_prod(*[torch.arange(len(chances))] * 2)
-        rows, mask = pairs.reshape(-1), self.mask_NT[pairs.reshape(-1)]
-        old, reference = logprobs.detach()[rows], self.logprobs(self.reference_logits)[rows]
+        pairs = torch.combinations(torch.arange(len(chances)), with_replacement=True)
+        rows, orders = pairs.reshape(-1), 2 - (pairs[:, 0] == pairs[:, 1]).double()
+        mask = self.mask_NT[rows]
         inputs = CreditInput(
             mask_BT=mask,
             group_ids_B=torch.arange(len(pairs)).repeat_interleave(2),
@@ -99,16 +104,24 @@ class World:
             token_rewards_BT=at_last_token(self.rewards_N[rows], mask),
             turn_ids_BT=self.turn_ids_NT[rows],
             terminated_B=torch.ones(len(rows), dtype=torch.bool),
-            old_logprobs_BT=old,
-            reference_logprobs_BT=reference,
+            old_logprobs_BT=logprobs[rows],
+            reference_logprobs_BT=self.logprobs(self.reference_logits)[rows],
             values_BT=self.on_places(self.values[torch.arange(len(self.values)), self.tokens_before])[rows],
         )
-        inputs = with_kl_rewards(inputs, kl_rewards(old, reference, mask, BETA, "k1"), level)
-        given = registry.build("credit", credit)(inputs)
+        return rows, (orders * chances[pairs].prod(-1)).repeat_interleave(2), inputs
+
+    def expected_gradient(self, credit: dict, surrogate: dict, level: str) -> Tensor:
+        """Of what the components give for every pair of responses, weighted by the pair's probability."""
+        rows, chances, inputs = self.pairs
+        mask, old = inputs.mask_BT, inputs.old_logprobs_BT
+        kl = kl_rewards(old, inputs.reference_logprobs_BT, mask, BETA, "k1")
+        given = registry.build("credit", credit)(with_kl_rewards(inputs, kl, level))
         made = registry.build("surrogate", surrogate)(
-            SurrogateInput(logprobs[rows], old, given.advantages_BT, mask, inputs.turn_ids_BT, given.segment_ids_BT)
+            SurrogateInput(
+                self.logprobs(self.logits)[rows], old, given.advantages_BT, mask, inputs.turn_ids_BT, given.segment_ids_BT
+            )
         )
-        weights = chances[pairs].prod(-1).repeat_interleave(2)[:, None] * (SequenceSum()(mask) * len(rows)) / 2
+        weights = chances[:, None] * (SequenceSum()(mask) * len(rows)) / 2
         return -torch.autograd.grad((weights * made.losses_BT).sum(), self.logits)[0]
 
 
@@ -141,14 +154,14 @@ class World:
 def test_the_expected_gradient_is_that_of_reward_less_kl(length, credit, surrogate, factor):
     world = World.of(length)
     got = world.expected_gradient(credit, surrogate, kl_level(credit, surrogate))
-    torch.testing.assert_close(got, factor * world.true_gradient(), rtol=0, atol=1e-10)
+    torch.testing.assert_close(got, factor * world.true_gradient, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("length", LAYOUTS)
 @pytest.mark.parametrize("surrogate", [SEQUENCE, GSPO, TURN])
 def test_the_returns_of_each_token_are_wrong_under_one_ratio_for_many(length, surrogate):
     world = World.of(length)
-    gap = (world.expected_gradient(RLOO, surrogate, "token") - world.true_gradient()).abs().max()
+    gap = (world.expected_gradient(RLOO, surrogate, "token") - world.true_gradient).abs().max()
     alone = surrogate is TURN and length == 2  # each turn has one token
     assert gap < 1e-10 if alone else gap > 0.005
 
@@ -160,7 +173,7 @@ def test_the_returns_of_each_token_are_wrong_under_one_ratio_for_many(length, su
 def test_macro_values_that_read_states_inside_a_macro_action_are_no_unbiased_baseline(n_gram, weighting, unbiased):
     world = World.of(3)
     credit = {"name": "macro_actions", "n_gram": n_gram, "value_weighting": weighting, "gae_lambda": 1.0}
-    gap = (world.expected_gradient(credit, MACRO, "token") - world.true_gradient()).abs().max()
+    gap = (world.expected_gradient(credit, MACRO, "token") - world.true_gradient).abs().max()
     assert gap < 1e-10 if unbiased else gap > 0.005
 
 
