@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from apportion.actors.loading import load_causal_lm
-from apportion.actors.lora import merged_weights
+from apportion.actors.lora import merged_forward, merged_weights
 from apportion.actors.modules import CausalLMLogprobs
 
 
@@ -84,3 +84,35 @@ def test_an_adapter_without_its_weight_is_refused():
     stray = [("model.base_model.model.x.lora_B.default.weight", torch.zeros(2, 2))]
     with pytest.raises(ValueError, match="an adapter without the weight it adapts"):
         list(merged_weights(iter(stray), Lora()))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_merged_forward_pass_is_to_the_bit_that_of_the_merged_model(tiny, dtype):
+    """In bfloat16 a pass through the adapters rounds at other places. Afterwards all is as it was."""
+    targets = [*Lora().targets, "o_proj", "up_proj"]
+    lora = Lora(dropout=0.5, targets=targets)
+    model = load_causal_lm(tiny, dtype, lora=lora)
+    torch.manual_seed(7)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    plain = AutoModelForCausalLM.from_pretrained(tiny, dtype=getattr(torch, dtype)).eval()
+    for name, weight in merged_weights(CausalLMLogprobs(model, 8).named_parameters(), lora):
+        plain.get_parameter(name).data.copy_(weight)
+    kept = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    ids = torch.arange(5, 45)[None]
+    model.eval()
+    with torch.no_grad():
+        before = model(ids).logits
+        with merged_forward(model, lora):
+            assert torch.equal(model(ids).logits, plain(ids).logits)
+        assert torch.equal(model(ids).logits, before)
+        assert torch.equal(before, plain(ids).logits) is False
+    assert all(torch.equal(kept[name], parameter) for name, parameter in model.named_parameters())
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_failed_merged_forward_pass_leaves_the_layers_as_they_were(adapted):
+    with pytest.raises(IndexError), merged_forward(adapted, Lora()):
+        adapted(torch.tensor([[10**6]]))
+    assert not any("forward" in vars(module) for module in adapted.modules())

@@ -114,8 +114,9 @@ def test_a_score_is_that_of_a_plain_forward_pass_at_temperature_1_with_dropout_o
     with torch.no_grad():
         moved = adapted.eval()(tokens[None]).logits[0].double().log_softmax(-1)[torch.arange(8), tokens[1:]]
     assert (moved - right).abs().max() > 1e-2
-    for which, expected in ((model, right), (adapted, moved)):
+    for which, adapters, expected in ((model, None, right), (adapted, lora, moved)):
         worker = worker_of(which)
+        worker.spec.lora = adapters
         worker.engine.module().train()
         before = torch.get_rng_state()
         scores = worker.score(ids)

@@ -16,7 +16,7 @@ from apportion.actors.distillation import Distillation, DistillationSpec
 from apportion.actors.engine import DeepSpeedEngine, EngineSettings, OptimizerStep, World, on_rank_0
 from apportion.actors.influence import InfluencePass
 from apportion.actors.loading import load_causal_lm, save_huggingface
-from apportion.actors.lora import merged_weights
+from apportion.actors.lora import merged_forward, merged_weights
 from apportion.actors.microbatch import MicroBatch, cut, nothing
 from apportion.actors.modules import CausalLMLogprobs
 from apportion.algorithms import registry
@@ -130,11 +130,12 @@ class PolicyWorker(ActorBase):
 
     def score(self, token_ids: np.ndarray) -> np.ndarray:
         """Log-probs [L - 1] of each of the L tokens given those before it, at temperature 1, as a rollout engine's
-        `score`. Every rank must call it, with the same tokens: under ZeRO-3 they gather the weights together."""
+        `score`: with adapters merged. Every rank must call it, with the same tokens: under ZeRO-3 they gather the weights
+        together."""
         ids = torch.from_numpy(token_ids.astype(np.int64)).to(self.engine.device)
         columns = torch.arange(len(ids) - 1, device=ids.device)
-        self.engine.module().eval()
-        with torch.no_grad():
+        module = self.engine.module().eval()
+        with torch.no_grad(), merged_forward(module, self.spec.lora):
             logprobs, _ = self.engine.forward(ids[None], torch.zeros_like(columns), columns, ids[1:], 1.0)
         return logprobs.cpu().numpy()
 

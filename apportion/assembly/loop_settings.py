@@ -14,7 +14,7 @@ from apportion.conf.models import read_limits
 from apportion.conf.schema import Config
 from apportion.loop.evaluation import EvaluationSettings
 from apportion.loop.state import Actors, LoopSettings
-from apportion.loop.sync_check import SMALLEST_BOUND, SMALLEST_BOUND_MERGED, SyncCheck, text_tokens
+from apportion.loop.sync_check import SyncCheck, text_tokens
 
 
 def loop_settings(config: Config, needs: Needs) -> LoopSettings:
@@ -59,10 +59,9 @@ def sync_check(config: Config, actors: Actors, tokenizer: Any, model: str, warn:
         return SyncCheck.off(actors)
     # vLLM scores a text only as a prompt, and wants room for one more token behind it.
     most = min(rollout_spec(config, model, 0).engine_spec.max_model_len - 1, config.policy.micro_batch_tokens)
-    merged = config.policy.lora is not None and config.model.dtype == "bfloat16"
     check = SyncCheck(
         actors, text_tokens(tokenizer, most, read_limits(model).vocabulary), train.max_sync_gap,
-        config.cluster.call_timeout_seconds, warn, SMALLEST_BOUND_MERGED if merged else SMALLEST_BOUND,
+        config.cluster.call_timeout_seconds, warn,
     )  # fmt: skip
     if check.is_off:
         warn(

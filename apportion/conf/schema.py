@@ -94,7 +94,7 @@ class TrainConfig:
     sync_check: bool = True  # prove by checksums, and by sync/gap, that every engine holds the weights
     # Names or glob patterns of tensors that a sync may leave unproved (docs/weights.md).
     sync_unproved: list[str] = field(default_factory=list)
-    # Largest sync/gap, in nats, before the run stops; null: the larger of 0.02 (0.2: bfloat16 adapters) and 5 x sync/baseline
+    # Largest sync/gap, in nats, before the run stops; null: the larger of 0.02 and 5 x sync/baseline
     max_sync_gap: float | None = None
 
     def __post_init__(self) -> None:

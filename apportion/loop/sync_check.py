@@ -22,9 +22,6 @@ TEXT = (
 )
 MOST_TOKENS = 64
 SMALLEST_BOUND = 0.02  # nats
-# With adapters in bfloat16 engines hold the merged weights, rounded once more than the trainer's: 0.05 nats with SmolLM2-135M.
-# New adapters are 0, so that a baseline does not show it.
-SMALLEST_BOUND_MERGED = 0.2
 BASELINES = 5.0  # a gap may be this many times the baseline
 LARGE_BASELINE = 0.1  # nats; above it engine and trainer disagree even about equal weights
 FIRST_STEPS, EVERY_STEPS = 3, 10
@@ -57,10 +54,9 @@ class SyncCheck:
 
     actors: Actors
     token_ids: np.ndarray  # [L] int32; fewer than 2: nothing to score, no check
-    max_gap: float | None  # None: the larger of `smallest_bound` and BASELINES times the baseline
+    max_gap: float | None  # None: the larger of SMALLEST_BOUND and BASELINES times the baseline
     call_timeout_seconds: float
     warn: Callable[[str], None]
-    smallest_bound: float = SMALLEST_BOUND
     metrics: dict[str, float] = field(default_factory=dict)  # measured since the last `taken`
     _started: bool = False  # a sync of this process was checked
 
@@ -116,9 +112,9 @@ class SyncCheck:
         measured = f"{baseline:.4f} before the first sync"
         if self.max_gap is not None:
             return self.max_gap, f"train.max_sync_gap; {measured}"
-        if BASELINES * baseline > self.smallest_bound:
+        if BASELINES * baseline > SMALLEST_BOUND:
             return BASELINES * baseline, f"{BASELINES:g} times the {measured}"
-        return self.smallest_bound, f"the smallest bound; {measured}"
+        return SMALLEST_BOUND, f"the smallest bound; {measured}"
 
     def _largest_gap(self, progress: Progress, when: str) -> tuple[str, float]:
         """The engine that differs most from the trainer, and by how much."""
