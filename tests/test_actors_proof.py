@@ -12,7 +12,7 @@ from apportion.actors.engines.checkpoint_names import CheckpointWeights, convert
 from apportion.actors.engines.vllm_compare import compare_live
 from apportion.actors.engines.vllm_layout import Block, expected_blocks
 from apportion.actors.engines.vllm_log import collected_log, load_errors
-from apportion.actors.engines.vllm_worker import by_sent_name, repack_shared
+from apportion.actors.engines.vllm_worker import WeightReceiver, by_sent_name, repack_shared
 from apportion.platform.errors import WeightSyncError
 from apportion.platform.weights import SyncReceipt, WeightBundle, prove
 
@@ -312,3 +312,43 @@ def test_other_warnings_are_no_errors_and_every_error_is():
     harmless = "Allocating 3.0 MB of device memory to buffers to load ['A', 'B'] layers."
     assert load_errors(said(harmless), nn.Module()) == []
     assert load_errors(said("anything", level=logging.ERROR), nn.Module()) == ["anything"]
+
+
+class Failing(WeightReceiver):
+    """A worker whose reload fails."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+        self.model_runner = SimpleNamespace(get_model=nn.Module)
+
+    def reload_weights(self, weights_iterator) -> None:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+        ),
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+    ],
+)
+def test_a_lack_of_memory_in_a_reload_is_not_called_a_weight_that_was_not_loaded(error):
+    with pytest.raises(RuntimeError) as raised:
+        Failing(error)._load(CheckpointWeights({}, None))
+    assert raised.value is error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("The size of tensor a (4)\nmust match the size of tensor b (8)"),
+        ValueError("There is no module named 'x'"),
+        KeyError("layers.0.mlp.experts.w13_bias"),
+    ],
+)
+def test_a_reload_that_refuses_a_tensor_says_why_in_one_line(error):
+    [line] = Failing(error)._load(CheckpointWeights({}, None))
+    assert line == f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -15,6 +15,9 @@ _NOT_LOADED = re.compile(
     r"|\b(weights?|param\w*|tensors?)\b.*\b(fail\w*|could not|cannot|not|missing|skipp\w*|ignor\w*|unexpected)\b",
     re.IGNORECASE | re.DOTALL,
 )
+_MACHINE_FAILED = re.compile(
+    r"out of memory|not enough memory|allocate memory|CUDA error|CUDA driver|NCCL", re.IGNORECASE
+)
 
 
 class _Collector(logging.Handler):
@@ -55,6 +58,11 @@ def collected_log(name: str = "vllm") -> Iterator[list[logging.LogRecord]]:
         root.removeHandler(collector)
         for handler in handlers:
             handler.removeFilter(shown)
+
+
+def is_machine_failure(error: Exception) -> bool:
+    """Whether memory or a device failed, and not a weight: torch raises RuntimeError for both."""
+    return isinstance(error, RuntimeError) and _MACHINE_FAILED.search(str(error)) is not None
 
 
 def load_errors(records: list[logging.LogRecord], model: nn.Module) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 from apportion.actors.engines.checkpoint_names import CheckpointWeights, converter_of
 from apportion.actors.engines.vllm_compare import TURNS, Compared, compare_live, cpu_packing
 from apportion.actors.engines.vllm_layout import is_experts
-from apportion.actors.engines.vllm_log import collected_log, load_errors
+from apportion.actors.engines.vllm_log import collected_log, is_machine_failure, load_errors
 from apportion.platform.channel import ChannelAddress, WeightChannel
 from apportion.platform.weights import TensorEntry, WeightBundle, checksum, receive
 
@@ -73,6 +73,8 @@ class WeightReceiver:
             try:
                 self.reload_weights(weights_iterator=((name, sent[name]) for name in sent))  # type: ignore[attr-defined]
             except (ValueError, KeyError, AttributeError, RuntimeError, AssertionError) as error:
+                if is_machine_failure(error):
+                    raise
                 return [" ".join(f"{type(error).__name__}: {error}".split())[:500]]
         errors = load_errors(records, model)
         if not errors:
