@@ -123,6 +123,15 @@ def test_a_watcher_that_does_not_answer_does_not_keep_the_driver(tmp_path, mark,
     assert state_of(watcher.pid) == "X"
 
 
+def test_a_watcher_ends_while_a_child_of_the_driver_holds_its_pipe(tmp_path, mark):
+    watcher = session.Watcher(mark, tmp_path)
+    held = os.dup(watcher._process.stdin.fileno())
+    start = time.monotonic()
+    watcher.dismiss()
+    assert (watcher._process.returncode, time.monotonic() - start < session.END_SECONDS / 2) == (0, True)
+    os.close(held)
+
+
 def test_sessions_of_dead_drivers_are_removed_and_all_others_stay(tmp_path, mark):
     dead = owned(tmp_path, "session_2026-01-01_1")
     (tmp_path / "session_2026-01-02_2" / "logs").mkdir(parents=True)  # of somebody's plain Ray
@@ -148,6 +157,22 @@ def test_an_owner_holds_its_session_until_it_lets_go(tmp_path):
     assert remove_leftovers(tmp_path) == []
     lock.close()
     assert remove_leftovers(tmp_path) == [folder]
+
+
+def test_another_run_leaves_a_session_whose_owner_is_about_to_lock_its_file(tmp_path, monkeypatch):
+    folder = tmp_path / "session_2026-01-01_1"
+    folder.mkdir()
+    lock, removed = fcntl.flock, []
+
+    def flock(file, how):
+        if how & fcntl.LOCK_EX:
+            removed.extend(remove_leftovers(tmp_path))
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with own(folder, "of nobody"):
+        assert (removed, [file.name for file in folder.iterdir()]) == ([], [OWNER_FILE])
+        assert remove_leftovers(tmp_path) == []
 
 
 def test_of_the_sessions_that_an_error_names_the_newest_stay(tmp_path):

@@ -73,10 +73,15 @@ def left_after(mark: str, seconds: float) -> list[int]:
 
 
 def own(session: Path, mark: str) -> IO[str]:
-    """Make this process the owner of a session's folder, until it ends or closes the returned file."""
-    file = open(session / OWNER_FILE, "a+", encoding="utf-8")  # noqa: SIM115 - its lock lasts as long as it is open
+    """Make this process the owner of a session's folder, until it ends or closes the returned file.
+
+    The file gets its name once it is whole and locked: another run that starts now would take it for a dead driver's.
+    """
+    unnamed = session / f"{OWNER_FILE}.{os.getpid()}"
+    file = open(unnamed, "a+", encoding="utf-8")  # noqa: SIM115 - its lock lasts as long as it is open
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     _write_owner(file, mark, failed=False)
+    unnamed.rename(session / OWNER_FILE)
     return file
 
 
@@ -184,7 +189,7 @@ class Watcher:
 def watch(driver: int, mark: str, root: Path, since: float) -> None:
     """Wait until the driver says `done` or is gone; then leave nothing of it."""
     said = b""
-    while os.getppid() == driver:
+    while said != b"done" and os.getppid() == driver:  # a child of the driver's may hold the pipe open
         if select.select([0], [], [], 1.0)[0]:
             piece = os.read(0, 64)
             said += piece
