@@ -118,7 +118,12 @@ class World:
         given = registry.build("credit", credit)(with_kl_rewards(inputs, kl, level))
         made = registry.build("surrogate", surrogate)(
             SurrogateInput(
-                self.logprobs(self.logits)[rows], old, given.advantages_BT, mask, inputs.turn_ids_BT, given.segment_ids_BT
+                self.logprobs(self.logits)[rows],
+                old,
+                given.advantages_BT,
+                mask,
+                inputs.turn_ids_BT,
+                given.segment_ids_BT,
             )
         )
         weights = chances[:, None] * (SequenceSum()(mask) * len(rows)) / 2
