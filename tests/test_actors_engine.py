@@ -2,12 +2,19 @@
 
 import os
 from dataclasses import dataclass
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from apportion.actors.engine import DeepSpeedEngine, World
+from apportion.actors.loading import load_causal_lm
+from apportion.actors.lora import merged_weights
+from apportion.actors.modules import CausalLMLogprobs
+from apportion.actors.policy import PolicyWorker
+from apportion.conf.schema import LoraConfig
 from apportion.platform.errors import TrainingError
 
 pytestmark = pytest.mark.system
@@ -171,3 +178,41 @@ def test_idle_passes_are_those_that_another_rank_makes_more(tiny, world):
     engine = DeepSpeedEngine(model_of(tiny), Settings(zero_stage=3), world, 1)
     assert [engine.extra_passes(own) for own in (0, 1, 5)] == [0, 0, 0]
     assert DeepSpeedEngine(model_of(tiny), Settings(zero_stage=2), world, 1).extra_passes(0) == 0
+
+
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_a_score_with_merged_adapters_is_that_of_the_sent_weights_and_changes_nothing(tiny, world, zero_stage):
+    """Between two updates, whose gradients and weights are as without the score."""
+    lora = LoraConfig(rank=4, alpha=8.0, dropout=0.0, targets=["q_proj", "down_proj"])
+    ids, updates = np.arange(20, 60, dtype=np.int32), []
+    for scores in (True, False):
+        torch.manual_seed(3)
+        module = CausalLMLogprobs(load_causal_lm(tiny, "bfloat16", lora=lora), 8)
+        for name, parameter in module.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.2)
+        worker = PolicyWorker.__new__(PolicyWorker)
+        worker.spec = SimpleNamespace(lora=lora)
+        worker.engine = DeepSpeedEngine(module, Settings(zero_stage=zero_stage), world, 4)
+
+        def step(engine=worker.engine):
+            whole = torch.from_numpy(ids.astype(np.int64))
+            places = torch.arange(len(ids) - 1)
+            engine.train_step(
+                [None],
+                None,
+                lambda _: -engine.forward(whole[None], torch.zeros_like(places), places, whole[1:], 1.0)[0].mean(),
+            )
+
+        step()
+        if scores:
+            plain = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16)
+            for name, weight in merged_weights(worker.engine.named_weights(), lora):
+                plain.get_parameter(name).data.copy_(weight)
+            with torch.no_grad():
+                logits = plain(torch.from_numpy(ids.astype(np.int64))[None]).logits[0, :-1].float()
+            right = logits.log_softmax(-1)[torch.arange(len(ids) - 1), torch.from_numpy(ids[1:].astype(np.int64))]
+            np.testing.assert_allclose(worker.score(ids), right.numpy(), atol=2e-5, rtol=0)
+        step()
+        updates.append({name: weight.clone() for name, weight in worker.engine.named_weights()})
+    assert all(torch.equal(weight, updates[1][name]) for name, weight in updates[0].items())
