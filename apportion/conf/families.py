@@ -12,7 +12,7 @@ from typing import Any
 from apportion.conf.models import read_description
 from apportion.platform.errors import ConfigError
 
-PROVED_MIXTURES = ("MixtralForCausalLM", "Qwen3MoeForCausalLM")
+PROVED_MIXTURES = ("MixtralForCausalLM", "OlmoeForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM")
 
 
 def check_family(path: str, engine: str) -> None:
