@@ -2,6 +2,7 @@
 
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -164,6 +165,25 @@ def test_an_error_is_printed_before_the_tear_down_and_once(capsys):
     tell(caught.value)
     assert seen == ["table closed", "error: rollout-0: died\nits last words\n"]
     assert capsys.readouterr().err == ""
+
+
+def test_a_gcs_that_does_not_answer_is_lost_after_a_third_of_the_time_that_ray_waits(monkeypatch):
+    import ray
+
+    def silent(timeout):
+        raise TimeoutError("deadline exceeded\nat some line")
+
+    node = SimpleNamespace(gcs_address="127.0.0.1:1", get_session_dir_path=lambda: "/tmp/ray/session")
+    monkeypatch.setattr(ray._private.worker, "_global_node", node)
+    client = SimpleNamespace(gcs_client=SimpleNamespace(get_all_node_info=silent))
+    monkeypatch.setattr(ray._private.worker, "global_worker", client)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "here"))
+    assert health.ray_probe(True, 60.0)() == health.Problem(
+        "Ray's control server (GCS) at 127.0.0.1:1 does not answer (deadline exceeded); Ray's logs are in "
+        "/tmp/ray/session/logs; resume the run",
+        20.0,
+    )
+    assert health.ray_probe(True, 600.0)().seconds == 200.0  # set for a GCS that is restarted
 
 
 def test_a_watch_ends_with_its_cluster(watching):

@@ -19,10 +19,10 @@ from apportion.platform.session import state_of
 
 EVERY_SECONDS = 3.0
 ANSWER_SECONDS = 5.0
-STOPPED_SECONDS = 15.0  # a process of Ray that is stopped, or does not answer, for so long is lost
-JOINED_SECONDS = 20.0  # the same of a cluster's GCS, which may be restarted by whoever runs it
+STOPPED_SECONDS = 15.0  # a process of Ray that is stopped for so long is lost
 RECONNECT = "RAY_gcs_rpc_server_reconnect_timeout_s"  # after so long without a GCS, Ray ends each of its processes
 LOCAL_RECONNECT_SECONDS, RAYS_RECONNECT_SECONDS = 300, 60  # ours for a local Ray, and Ray's own default
+SILENT_SHARE = 1 / 3  # of that time, without an answer: an overloaded machine or a GCS that is restarted is not lost
 FINISH_SHARE = 0.6  # of that time, for an update under way to end, so that what it trained can be saved
 MARGIN_SECONDS = 5.0
 HUNG_SECONDS = 60.0  # past the time when the main thread should have noticed
@@ -139,7 +139,7 @@ def finishing() -> Iterator[None]:
             current.finishing = False
 
 
-def ray_probe(joined: bool) -> Callable[[], Problem | None]:
+def ray_probe(joined: bool, ray_ends_after: float) -> Callable[[], Problem | None]:
     """Asks the Ray that this process has started or joined."""
     import ray
 
@@ -156,10 +156,10 @@ def ray_probe(joined: bool) -> Callable[[], Problem | None]:
         try:
             nodes = client.get_all_node_info(timeout=ANSWER_SECONDS)
         except Exception as error:  # noqa: BLE001 - whatever its kind, the GCS gave no answer
-            seconds = JOINED_SECONDS if joined else STOPPED_SECONDS
             cause = str(error).splitlines()[0] if str(error) else type(error).__name__
             return Problem(
-                f"Ray's control server (GCS) at {address} does not answer ({cause}); {_advice(logs)}", seconds
+                f"Ray's control server (GCS) at {address} does not answer ({cause}); {_advice(logs)}",
+                SILENT_SHARE * ray_ends_after,
             )
         return _node_problem(nodes, here, logs)
 

@@ -75,7 +75,8 @@ class Remains:
                 self._lock = own(self._session, self.mark)
             remove_leftovers(self._session.parent)
         ends_after = float(os.environ.get(health.RECONNECT, default))
-        health.watch(health.Watch(health.ray_probe(joined=self._root is None), ends_after, self._give_up))
+        probe = health.ray_probe(self._root is None, ends_after)
+        health.watch(health.Watch(probe, ends_after, self._give_up))
 
     def end(self, handles: Sequence[Any], failed: bool = False) -> None:
         """Leave nothing running. `failed`: an error names Ray's logs, so they stay."""
