@@ -228,3 +228,23 @@ def test_a_run_name_that_no_file_system_takes_is_refused(model, name):
     made.run_name = name
     with pytest.raises(ConfigError, match=r"^run_name: got "):
         make_plan(made)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_weights_that_are_a_link_to_nothing_are_refused(model, name):
+    (model / "model.safetensors").unlink()
+    (model / name).symlink_to(model / "blobs" / "gone")
+    with pytest.raises(ConfigError, match=rf"^model\.path: got .*{name}, a link to a file that is not there, expected"):
+        read_model(str(model))
+
+
+def test_a_missing_part_of_weights_in_the_older_format_is_refused_unless_there_are_safetensors(model):
+    weights = {"weight_map": {"w1": "pytorch_model-00001-of-00002.bin", "w2": "pytorch_model-00002-of-00002.bin"}}
+    (model / "pytorch_model.bin.index.json").write_text(json.dumps(weights))
+    assert read_model(str(model)).vocabulary == 264  # the index of a format that is not read
+    (model / "model.safetensors").unlink()
+    torch.save({"w1": torch.zeros(10)}, model / "pytorch_model-00001-of-00002.bin")
+    with pytest.raises(ConfigError, match=r"whose index names pytorch_model-00002-of-00002\.bin, which is not there"):
+        read_model(str(model))
+    torch.save({"w2": torch.zeros(10)}, model / "pytorch_model-00002-of-00002.bin")
+    assert read_model(str(model)).vocabulary == 264

@@ -14,6 +14,7 @@ from typing import Any
 from apportion.platform.errors import ConfigError
 
 INDEX = "model.safetensors.index.json"
+_BIN_INDEX = "pytorch_model.bin.index.json"  # of the older format, which is read where there are no safetensors
 _LARGEST_SIZE = 2**40  # of a model's dimension: what is above it is damage
 _SIZES = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
@@ -52,6 +53,7 @@ def tensors_of(folder: Path | None) -> dict[str, list[int]]:
 
 
 def _header(file: Path) -> dict[str, dict[str, Any]]:
+    _check_link(file)
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -78,10 +80,18 @@ def _header(file: Path) -> dict[str, dict[str, Any]]:
     return entries
 
 
+def _check_link(file: Path) -> None:
+    if not file.exists():
+        raise ConfigError(f"got {file}, a link to a file that is not there, expected the model's weights: fetch them")
+
+
 def check_weights(folder: Path, path: str, key: str) -> None:
     """ConfigError for a model's folder whose weights are truncated, or of which a part is missing."""
+    older = sorted(folder.glob("pytorch_model*.bin")) if not any(folder.glob("*.safetensors")) else []
     try:
         tensors_of(folder)
+        for file in older:
+            _check_link(file)
     except ConfigError as error:
         raise ConfigError(f"{key}: {error}") from error
     for name in missing_shards(folder):
@@ -89,7 +99,7 @@ def check_weights(folder: Path, path: str, key: str) -> None:
             f"{key}: got {path}, whose index names {name}, which is not there, expected all parts of the weights: fetch "
             "that file"
         )
-    for file in sorted(folder.glob("pytorch_model*.bin")) if not any(folder.glob("*.safetensors")) else ():
+    for file in older:
         with file.open("rb") as stream:
             packed = stream.read(2) == b"PK"
         if packed and not zipfile.is_zipfile(file):  # its table of contents is at the end
@@ -98,8 +108,9 @@ def check_weights(folder: Path, path: str, key: str) -> None:
 
 def missing_shards(folder: Path) -> list[str]:
     """Files that the index of the weights names and that are not in the folder; none where there is no readable index."""
+    name = INDEX if any(folder.glob("*.safetensors")) or (folder / INDEX).is_file() else _BIN_INDEX
     try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        index = json.loads((folder / name).read_text(encoding="utf-8"))
         return sorted({name for name in index["weight_map"].values() if not (folder / name).is_file()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
