@@ -133,3 +133,28 @@ def test_unknown_rewards_are_left_out_of_accuracies():
     assert average_at_k([[1, 0, nan, 0], [1, 1, 1, 0]]) == pytest.approx((1 / 3 + 3 / 4) / 2)
     assert mean_pass_at_k([[1, 0, nan], [0, nan, nan], [0, 0, 0]], k=2) == pytest.approx(0.5)
     assert math.isnan(mean_pass_at_k([[1, nan]], k=2))
+
+
+@pytest.mark.parametrize(
+    ("verifier", "answer", "completion", "reward"),
+    [
+        ("gsm8k", "#### 42", "#### 42 ####", 1.0),  # the closing mark of a heading
+        ("gsm8k", "#### 42", "#### 43 ####", 0.0),
+        ("gsm8k", "#### 42", "#### Final answer:\n42", 1.0),
+        ("gsm8k", "#### 42", '**#### "42"**', 1.0),
+        ("gsm8k", "#### 70,000", "#### $70k", 1.0),
+        ("gsm8k", "#### 70", "#### $70k", 0.0),
+        ("numeric_match", "70000", "It costs $70k.", 1.0),
+        ("numeric_match", "3", "3 squared", 0.0),
+        ("numeric_match", "5", "\u25c1think\u25b76\u25c1/think\u25b7 5", 1.0),
+        ("numeric_match", "6", "\u25c1think\u25b76", 0.0),  # reasoning that does not end
+        ("math_verify", "5", r"so \boxed5", 1.0),
+        ("math_verify", "B", "The answer is (B).", 1.0),
+        ("math_verify", "B", "The answer is (C).", 0.0),
+        ("math_verify", "x\u00b2+1", r"\boxed{x^2+1}", 1.0),
+        ("math_verify", r"\frac{1\pm\sqrt{5}}{2}", r"\boxed{\frac{1\pm\sqrt{5}}{2}}", 1.0),
+        ("math_verify", r"\frac{1\pm\sqrt{5}}{2}", r"\boxed{\frac{1\pm\sqrt{7}}{2}}", 0.0),
+    ],
+)
+def test_other_ways_to_write_an_answer_are_read_and_near_misses_earn_nothing(verifier, answer, completion, reward):
+    assert rewards(verifier, (completion, answer)) == [reward]

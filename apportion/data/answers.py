@@ -18,12 +18,13 @@ from fractions import Fraction
 
 from apportion.data.notation import CURRENCY, GLUED_UNITS, NOT_A_UNIT, ONE_LETTER_UNITS, plain
 
-REASONING = "think|thinking|thought|thoughts|reasoning|analysis"
-_OPENS = re.compile(rf"<(?:{REASONING})>|\[THINK\]|<\|begin_of_thought\|>", re.IGNORECASE)
-_CLOSES = re.compile(rf"</(?:{REASONING})>|\[/THINK\]|<\|end_of_thought\|>", re.IGNORECASE)
+REASONING = "(?:seed:)?think|thinking|thought|thoughts|reasoning|analysis"
+_OPENS = re.compile(rf"<(?:{REASONING})>|◁think▷|\[THINK\]|<\|begin_of_thought\|>", re.IGNORECASE)
+_CLOSES = re.compile(rf"</(?:{REASONING})>|◁/think▷|\[/THINK\]|<\|end_of_thought\|>", re.IGNORECASE)
 _ANSWER_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
-_BOX_OR_BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+_BOX_OR_BRACE = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(?P<bare>-?[\d.,/]*\d|[A-Za-z]\b))|\\.|[{}]", re.DOTALL)
 MARK = re.compile(r"####(?!#)")
+_CLOSING_MARK = re.compile(r"(####[^#\n]*[^#\s])[ \t*]*####[ \t*]*$", re.MULTILINE)  # of a heading: "#### 42 ####"
 
 MOST_CHARACTERS = 500  # of one number; a longer one is a loop of digits
 _NUMBER = r"(?:(?:\d{1,3}(?:,\d{3})+(?![\d])|\d+)(?:\.\d+)?|(?<![\w.])\.\d+)"
@@ -46,6 +47,8 @@ _TOKEN = re.compile(
 )
 _SCALE = re.compile(r"[ \t-]?(thousand|million|billion|trillion)s?\b", re.IGNORECASE)
 _SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_MONEY_SCALE = re.compile(r"(k|m|bn|b)(?![A-Za-z$])", re.IGNORECASE)  # $70k
+_MONEY_SCALES = {"k": 10**3, "m": 10**6, "b": 10**9, "bn": 10**9}
 # Before a number: the base of a power, what it divides, a function or command that it is the argument of, plus-minus.
 _BOUND_BEFORE = re.compile(
     r"(?:[A-Za-z]\{|[A-Za-z\d]\(|\}\s*\{|√\s*\(?|(?:\^|\*\*)\s*[{(]?|/ ?\(?|±|\\pm|\\mp|\d\s+:)\s*\Z|\d:\Z"
@@ -54,6 +57,7 @@ _NAME_BEFORE = re.compile(r"(?:[A-Za-z_\u00c0-\u024f\u0370-\u052f]|_\{\s*)$")  #
 # After a number: a power, a command such as \sqrt or \pi, a Greek letter, a division by a variable, plus-minus.
 _BOUND_AFTER = re.compile(
     r"\s?(?:\^|\*\*|\\[A-Za-z]|[\u0370-\u03ff√∛±]|pi\b|/ ?(?:\(|\\|[abcknxyz]\b)|[万萬亿億千百兆])|[({\[]\s*[-\d]"
+    r"|\s+(?:squared|cubed|factorial|and\s+(?:a|one)\s+(?:half|third|quarter))\b"
 )
 _GLUED = re.compile(r"([A-Za-z]+)(?![A-Za-z])")
 _SUBTRACTS = re.compile(r"[\w)\]}%]$")  # right before a minus: the last number of "12-7" is 7
@@ -64,6 +68,7 @@ _LEAD = re.compile(
     r"\s*(?:(?:the|so|thus|hence|therefore|final|correct|answer|result|is|equals)\b[\s:,]*)*(?:[A-Za-z]\w?\s*=)?=?\s*",
     re.IGNORECASE,
 )
+_QUOTES = re.compile(r"[\s:,\"'(\[{#~≈]*")  # around or before a number that an answer mark announces
 _WHOLE_BEFORE = re.compile(rf"[-+]?\s*(?:{CURRENCY})?\s*[-+]?|(?:minus|negative)\s+", re.IGNORECASE)
 _JOINED = re.compile(r"(?:^|(?<=[^\W\d_]))\s?[-/'’]\s?(?=[^\W\d_])")  # km/h, 5-gallon, driver's
 _UNIT = re.compile(rf"\s*(?:%|{CURRENCY})?((?:[^\W\d_]|[\s.])*(?:\((?:[^\W\d_]|[\s.])*\)[\s.]*)?)")
@@ -114,11 +119,23 @@ def last_box(text: str) -> tuple[bool, str | None]:
         elif piece[0] == "{":
             if found:
                 open_at.append(None)
+        elif piece["bare"]:
+            found, content = True, piece["bare"]
         elif piece[0].endswith("{") and len(piece[0]) > 2:
             found = True
             open_at.append(piece.end())
     unfinished = any(start is not None for start in open_at)
     return found, None if unfinished or content is None or not content.strip() else content
+
+
+def after_mark(text: str) -> str | None:
+    """What follows the last #### that does not close a heading, None where there is none.
+
+    >>> after_mark("#### 41\\n#### 42"), after_mark("#### 42 ####"), after_mark("42")
+    (' 42', ' 42', None)
+    """
+    marked = MARK.split(_CLOSING_MARK.sub(r"\1", text))
+    return marked[-1] if len(marked) > 1 else None
 
 
 def number_of(text: str) -> Fraction | None:
@@ -128,7 +145,7 @@ def number_of(text: str) -> Fraction | None:
     ['2161/2', '-3/4', '18', '50', '5', 'None', 'None', 'None']
     """
     said = plain(text).strip()
-    if len(said) > 1 and said.startswith("$") and said.endswith("$"):
+    while len(said) > 1 and said[0] + said[-1] in ("$$", "{}"):
         said = said[1:-1].strip()
     lead = _LEAD.match(said)
     said = _joined_sign(said[lead.end() :] if lead else said)
@@ -147,17 +164,19 @@ def number_of(text: str) -> Fraction | None:
 def first_number(text: str) -> Fraction | None:
     """The number that `text` begins with, whatever follows, unless it is another number beside it.
 
-    >>> [str(first_number(t)) for t in (" 42\\n in 3 ways", "$18.", "5-7", "6*7 = 42", "none, page 42", "")]
+    >>> [str(first_number(t)) for t in (" 42\\n in 3 ways", "Answer:\\n$18.", "5-7", "6*7 = 42", "none, page 42", "")]
     ['42', '18', 'None', '42', 'None', 'None']
     """
-    boxed, content = last_box(text.strip().partition("\n")[0])
+    boxed, content = last_box(_first_line(text.replace("*", " ")))
     if boxed:
         return None if content is None else number_of(content)
-    line = plain(text).strip().partition("\n")[0]
+    line = _first_line(plain(text))
     while (sum_before := _SUM_BEFORE.match(line)) is not None:
         line = line[sum_before.end() :]
     lead = _LEAD.match(line)
-    line = _joined_sign(line[lead.end() :] if lead else line)
+    line = line[lead.end() :] if lead else line
+    quotes = _QUOTES.match(line)
+    line = _joined_sign(line[quotes.end() :] if quotes else line)
     token = _TOKEN.search(line)
     if token is None or not _WHOLE_BEFORE.fullmatch(line[: token.start()]):
         return None
@@ -182,6 +201,12 @@ def last_number(text: str) -> Fraction | None:
         if characters >= len(text):
             return None
         characters *= 4
+
+
+def _first_line(text: str) -> str:
+    """The first line that says more than "Final answer:"."""
+    lead = _LEAD.match(text)
+    return (text[lead.end() :] if lead else text).strip().partition("\n")[0]
 
 
 def _is_name(before: str) -> bool:
@@ -210,8 +235,12 @@ def _value(text: str, token: re.Match[str]) -> tuple[Fraction | None, int]:
         value *= _SCALES[scale[1].lower()]
         end += scale.end()
         after = text[end : end + CONTEXT]
+    if _CURRENCY_BEFORE.search(before) and (scale := _MONEY_SCALE.match(after)) is not None:
+        value *= _MONEY_SCALES[scale[1].lower()]
+        end += scale.end()
+        after = text[end : end + CONTEXT]
     glued = _GLUED.match(after)
-    if glued and glued[1] not in GLUED_UNITS and glued[1].lower() not in GLUED_UNITS:
+    if glued and glued[1] not in GLUED_UNITS and (len(glued[1]) == 1 or glued[1].lower() not in GLUED_UNITS):
         return None, end
     if _BOUND_BEFORE.search(rest) or _BOUND_AFTER.match(after):
         return None, end

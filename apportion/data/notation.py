@@ -49,6 +49,12 @@ GLUED_UNITS = frozenset(
         "secs",
         "hr",
         "hrs",
+        "yr",
+        "yrs",
+        "wk",
+        "wks",
+        "pts",
+        "pcs",
         "h",
         "s",
         "m",
@@ -168,11 +174,13 @@ _PART = r"\{\s*(-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?)\s*\}"
 _FRAC = re.compile(rf"(\d?)\s*\\[dtc]?frac\s*(?:{_PART}|(\d))\s*(?:{_PART}|(\d))")
 _REPEATING = re.compile(r"(?<![\d.,])(\d{0,30})\.(\d{0,30})\\overline\s*\{\s*(\d{1,30})\s*\}(?!\d)")
 _UNIT_POWER = re.compile(
-    r"\b((?:mm|cm|dm|km|m|in|inch|inches|ft|feet|yd|yards?|mi|miles?|meters?|metres?|units?|sec|s|hr|h)\.?)\s*"
+    r"(?<![A-Za-z])((?:mm|cm|dm|km|m|in|inch|inches|ft|feet|yd|yards?|mi|miles?|meters?|metres?|units?|sec|s|hr|h)\.?)\s*"
     r"\^\s*(?:\{\s*-?[123]\s*\}|-?[123])(?!\d)"
 )
 _SPACES = re.compile(r"\s{2,}")  # made one first: what follows may then look for a space in constant time
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
+_SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
+_SUBSCRIPT = re.compile("[₀₁₂₃₄₅₆₇₈₉]+")
 _SUPERSCRIPT = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+")
 _CHARACTERS = str.maketrans(
     {
@@ -208,7 +216,7 @@ def plain(text: str) -> str:
     ('12 cm', '1 1/2', '-42', '1,080%')
     """
     text = _SPACES.sub(lambda found: "\n" if "\n" in found[0] else " ", text)
-    text = _SUPERSCRIPT.sub(lambda found: "^{" + found[0].translate(_SUPERSCRIPTS) + "}", text)
+    text = latex_powers(text)
     text = _OTHER_DIGIT_OR_FRACTION.sub(_ascii_digit, text.translate(_CHARACTERS))
     for pattern, written in _STEPS:
         text = pattern.sub(written, text)
@@ -218,6 +226,16 @@ def plain(text: str) -> str:
             break
     text = _FRAC.sub(_slash, repeating_decimals(text)) if "frac" in text or "\\overline" in text else text
     return _UNIT_POWER.sub(r"\1", text) if "^" in text else text
+
+
+def latex_powers(text: str) -> str:
+    """`text` with powers and indices as LaTeX writes them.
+
+    >>> latex_powers("x₁² + 10⁻³")
+    'x_{1}^{2} + 10^{-3}'
+    """
+    text = _SUBSCRIPT.sub(lambda found: "_{" + found[0].translate(_SUBSCRIPTS) + "}", text)
+    return _SUPERSCRIPT.sub(lambda found: "^{" + found[0].translate(_SUPERSCRIPTS) + "}", text)
 
 
 def repeating_decimals(text: str) -> str:

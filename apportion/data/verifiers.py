@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
-from apportion.data.answers import MARK, answer_text, first_number, last_box, last_number, number_of
+from apportion.data.answers import after_mark, answer_text, first_number, last_box, last_number, number_of
 from apportion.data.errors import DataError
 
 Completions = Sequence[Any]  # str, or messages [{"role": "assistant", "content": str}]
@@ -161,7 +161,8 @@ def _as_number(answer: Any) -> Fraction:
 
 
 def _after_mark(answer: Any) -> Any:
-    return MARK.split(answer)[-1] if isinstance(answer, str) else answer
+    marked = after_mark(answer) if isinstance(answer, str) else None
+    return answer if marked is None else marked
 
 
 def _shown(answer: Any) -> str:
@@ -182,9 +183,10 @@ def _number_said(text: str, opening: str) -> Fraction | None:
 
 def _number_marked(text: str, opening: str) -> Fraction | None:
     said = answer_text(text, opening)
-    if said is None or not MARK.search(said):
-        return None if said is None else _number_said(said, "")
-    return first_number(MARK.split(said)[-1])
+    if said is None:
+        return None
+    marked = after_mark(said)
+    return _number_said(said, "") if marked is None else first_number(marked)
 
 
 def _within(want: Fraction, got: Fraction | None, tolerance: float) -> float:
