@@ -27,7 +27,7 @@ from apportion.cli import compose_config, to_config
 from apportion.conf.schema import Config, CriticConfig, LoraConfig, PolicyConfig
 from apportion.data.prompts import load_tokenizer
 from apportion.loop.evaluation import EvaluationSettings
-from apportion.loop.state import Actors, LoopSettings
+from apportion.loop.state import Actors, LoopSettings, Progress
 from apportion.platform.runs import RunFolder
 
 GIVEN = {
@@ -266,9 +266,9 @@ def test_a_sync_check_scores_what_engine_and_ranks_have_room_for(tiny):
     check = made()
     assert (check.actors, check.max_gap, check.call_timeout_seconds) == (actors, 0.4, 99.0)
     assert len(check.token_ids) == 64 and check.token_ids.max() < 264
-    assert check.smallest_bound == 0.02  # adapters, in float16
-    assert made(model={"dtype": "bfloat16"}).smallest_bound == 0.2
-    assert made(model={"dtype": "bfloat16"}, policy={"lora": None}).smallest_bound == 0.02
+    unset = {"sync_check": True, "max_sync_gap": None}
+    for changes in ({}, {"model": {"dtype": "bfloat16"}}, {"model": {"dtype": "bfloat16"}, "policy": {"lora": None}}):
+        assert made(train=unset, **changes)._bound(Progress(sync_baseline=0.0))[0] == 0.02  # with adapters too
     short = {
         "data": {"max_prompt_tokens": 3},
         "rollout": {"max_response_tokens": 4},
