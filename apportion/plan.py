@@ -22,17 +22,16 @@ from apportion.conf.environment import check_environment
 from apportion.conf.families import check_family
 from apportion.conf.judges import check_judge, own_model
 from apportion.conf.layout import check_resume
+from apportion.conf.memory import GIB, logits_bytes, rollout_memory, teacher_memory, training_memory
 from apportion.conf.models import VALUE_BYTES, ModelFacts, check_own_tokenizer, read_model
 from apportion.conf.parts import check_parts
-from apportion.conf.schema import CheckpointConfig, Config, EngineConfig
+from apportion.conf.schema import CheckpointConfig, Config
 from apportion.conf.sources import check_sources
 from apportion.conf.teachers import check_distillation
 from apportion.edges import refusals
 from apportion.platform import start
 from apportion.platform.errors import ConfigError
 
-GIB = 2**30
-MASTER_BYTES, ADAM_BYTES = 4, 8  # a float32 copy; two float32 moments
 _PROCESS_BYTES = {"policy": 1.1, "critic": 1.1, "reference": 1.0, "rollout": 1.6, "credit": 0.5, "reward": 0.4}  # GiB
 
 
@@ -118,7 +117,7 @@ def make_plan(config: Config, machine: Machine | None = None) -> Plan:
     stages(config)
     teachers = check_distillation(config)
     actors = _actors(config, needs, model)
-    actors[0].memory.update(_teacher_memory(config, teachers))
+    actors[0].memory.update(teacher_memory(config, teachers))
     gpus = [actor.gpus for actor in actors for _ in range(actor.count)]
     check_combinations(config, needs, model, here, gpus)
     check_companions(config, needs)
@@ -206,18 +205,18 @@ def _actors(config: Config, needs: frozenset[str], model: ModelFacts | None) -> 
 
     actors = [
         compute(
-            "policy", cluster.policy_ranks, cluster.gpus_per_policy_rank, _training_memory(config, config.policy, model)
+            "policy", cluster.policy_ranks, cluster.gpus_per_policy_rank, training_memory(config, config.policy, model)
         ),
-        compute("rollout", cluster.rollout_engines, cluster.gpus_per_rollout_engine, _rollout_memory(config, model)),
+        compute("rollout", cluster.rollout_engines, cluster.gpus_per_rollout_engine, rollout_memory(config, model)),
     ]
     if "values" in needs:
         own = model if config.critic.model is None else read_model(config.critic.model, "critic.model")
-        memory = _training_memory(config, config.critic, own)
+        memory = training_memory(config, config.critic, own)
         actors.append(compute("critic", cluster.policy_ranks, cluster.gpus_per_critic_rank, memory, own is not None))
     if "reference_logprobs" in needs:
         own = model if config.reference.model is None else read_model(config.reference.model, "reference.model")
         frozen = {} if own is None else {"weights": own.parameters * VALUE_BYTES[config.model.dtype]}
-        frozen |= {} if own is None else {"logits": _logits_bytes(config.policy.logits_chunk_tokens, own, 2)}
+        frozen |= {} if own is None else {"logits": logits_bytes(config.policy.logits_chunk_tokens, own, 2)}
         actors.append(
             compute("reference", cluster.reference_ranks, cluster.gpus_per_reference_rank, frozen, own is not None)
         )
@@ -246,64 +245,6 @@ def _judge_plan(config: Config) -> ActorPlan:
     return ActorPlan(
         "judge", judge.workers, 1.0, gpus, config.cluster.threads, memory | process, gpus > 0, model is not None
     )
-
-
-def _training_memory(config: Config, settings: EngineConfig, model: ModelFacts | None) -> dict[str, int]:
-    """Bytes of one training rank under ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054): stage 1 parts masters and
-    moments among the ranks, stage 2 gradients too, stage 3 weights too. Only adapters are trained under LoRA."""
-    if model is None:
-        return {}
-    ranks, stage = config.cluster.policy_ranks, settings.zero_stage
-    value = VALUE_BYTES[config.model.dtype]
-    trained = model.parameters
-    lora = config.policy.lora if settings is config.policy else None
-    if lora is not None:
-        trained = model.lora_parameters(lora.rank, lora.targets)
-    optimizer_share = ranks if stage >= 1 else 1
-    gradient_share = ranks if stage >= 2 else 1
-    frozen = model.parameters if lora is not None else 0
-    memory = {"weights": (trained + frozen) * value // (ranks if stage == 3 else 1)}
-    if value == 2:
-        memory["masters"] = trained * MASTER_BYTES // optimizer_share
-    memory["adam"] = trained * ADAM_BYTES // optimizer_share
-    # Stage 0 accumulates in the weights' type and copies to float32 for the step; the others accumulate in float32.
-    memory["gradients"] = trained * (value + 4 if stage == 0 and value == 2 else 4) // gradient_share
-    kept = 2 if settings.gradient_checkpointing else 24  # values a layer keeps for each token and hidden unit
-    memory["activations"] = settings.micro_batch_tokens * model.hidden * model.layers * kept * value
-    if settings is config.policy:
-        memory["logits"] = _logits_bytes(settings.logits_chunk_tokens, model, 3)
-    return memory
-
-
-def _teacher_memory(config: Config, teachers: dict[str, ModelFacts | None]) -> dict[str, int]:
-    """Frozen weights beside each policy rank, and their logits of one chunk."""
-    known = [facts for facts in teachers.values() if facts is not None]
-    if not known:
-        return {}
-    chunk = config.policy.logits_chunk_tokens
-    return {
-        "teachers": sum(facts.parameters for facts in known) * VALUE_BYTES[config.model.dtype],
-        "teachers' logits": sum(_logits_bytes(chunk, facts, 2) for facts in known),
-    }
-
-
-def _logits_bytes(tokens: int, model: ModelFacts, copies: int) -> int:
-    return tokens * model.vocabulary * 4 * copies
-
-
-def _rollout_memory(config: Config, model: ModelFacts | None) -> dict[str, int]:
-    if model is None:
-        return {}
-    value, rollout = VALUE_BYTES[config.model.dtype], config.rollout
-    longest = longest_sampled(config)
-    memory = {"weights": model.parameters * value // rollout.tensor_parallel_size}
-    if rollout.engine == "vllm" and config.cluster.gpus_per_rollout_engine == 0:
-        memory["kv cache"] = max(1, round(rollout.kv_cache_gib)) * GIB
-    else:
-        memory["kv cache"] = (
-            rollout.max_sequences * longest * model.kv_bytes_per_token(value) // rollout.tensor_parallel_size
-        )
-    return memory
 
 
 def _check_memory(config: Config, actors: Iterable[ActorPlan], machine: Machine | None) -> None:

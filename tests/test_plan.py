@@ -8,7 +8,8 @@ from omegaconf import OmegaConf
 
 from apportion.cli import compose_config, to_config
 from apportion.conf.devices import Machine
-from apportion.plan import GIB, make_plan
+from apportion.conf.memory import GIB
+from apportion.plan import make_plan
 from apportion.platform.errors import ApportionError, ConfigError
 
 LAPTOP = Machine(cores=2, memory_bytes=24 * GIB, gpus=0)
