@@ -1,6 +1,6 @@
 """Which families of models a sync is proved for: tiny random models, really synced with a vLLM engine.
 
-    make families                                  # all of them, each in a process of its own
+    make families                                  # all of them, each in its own process
     python -m benchmarks.families qwen3 mixtral    # some
 
 For each family: sync, then disturb one kind of parameter at a time (the query matrices of all layers, say), sync, and
@@ -189,7 +189,7 @@ def measure(key: str) -> Result:
 
 
 def measured_apart(key: str) -> Result | str:
-    """`measure` in a process of its own; the reason where there is no result."""
+    """`measure` in its own process; the reason where there is no result."""
     command = [sys.executable, "-m", "benchmarks.families", "--one", key]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_SECONDS)

@@ -44,10 +44,10 @@ def clock(monkeypatch):
 def test_pauses_grow_up_to_half_a_minute_and_end_with_the_budget(clock):
     said: list[str] = []
     away = Outage("service s at http://h/r", "reward.outage_seconds", 100.0, said.append)
-    begun = clock.now
-    while away.wait("http://h/r: ConnectError", begun):
+    started = clock.now
+    while away.wait("http://h/r: ConnectError", started):
         pass
-    assert clock.now == begun + 100 and max(clock.pauses) <= 30.0
+    assert clock.now == started + 100 and max(clock.pauses) <= 30.0
     assert clock.pauses[:6] == [1.0, 1.0, 1.0, 1.5, 2.25, 3.375]
     assert said == [
         "service s at http://h/r is away (http://h/r: ConnectError); waiting up to 100 s for it (reward.outage_seconds), "
@@ -98,8 +98,8 @@ def scored(clock, monkeypatch):
 
 
 def test_samples_of_a_service_that_comes_back_have_their_rewards(scored, clock):
-    begun = clock.now
-    found = scored(lambda prompts: [1.0] * len(prompts) if clock.now >= begun + 20 else "status 503", "a", "b")
+    started = clock.now
+    found = scored(lambda prompts: [1.0] * len(prompts) if clock.now >= started + 20 else "status 503", "a", "b")
     np.testing.assert_array_equal(found.rewards, [1.0, 1.0])
     assert found.report.failed == {} and len(found.said) == 2
     assert found.said[0].startswith(
@@ -121,35 +121,35 @@ def test_past_the_budget_samples_fail_with_the_services_name_address_and_last_er
 
 
 def test_a_service_that_answers_others_is_not_away(scored, clock):
-    begun = clock.now
+    started = clock.now
     found = scored(lambda prompts: "status 500", "a", outage_seconds=0.0)
     assert found.report.failed == {"service": 1} and found.said == []
     count, replies = iter(range(9)), {0: [1.0], 1: "status 503", 2: [2.0]}  # the third is the probe
     found = scored(lambda prompts: replies[next(count)], "a", "b", batch_size=1)
     assert np.isnan(found.rewards).sum() == 1 and np.nansum(found.rewards) == 1.0
-    assert found.report.failed == {"service": 1} and found.said == [] and clock.now == begun
+    assert found.report.failed == {"service": 1} and found.said == [] and clock.now == started
 
 
 def test_a_service_that_fails_on_a_request_is_not_waited_for(scored, clock):
-    begun = clock.now
+    started = clock.now
     found = scored(lambda prompts: "status 500", "a")  # the only request of the call
-    assert found.report.failed == {"service": 1} and found.said == [] and clock.now == begun
+    assert found.report.failed == {"service": 1} and found.said == [] and clock.now == started
     assert found.report.first_traceback == "s: 1 attempts failed; last: http://h/r: status 500"
     found = scored(lambda prompts: "status 500" if prompts == ["q1"] else [1.0], "a", "b", "c", batch_size=1)
     np.testing.assert_array_equal(found.rewards, [1.0, np.nan, 1.0])
-    assert found.report.failed == {"service": 1} and found.said == [] and clock.now == begun
+    assert found.report.failed == {"service": 1} and found.said == [] and clock.now == started
     source = found.scorer.components["s"]
     source._retries, replies = 2, iter(["ConnectError", "status 500", "status 503"])  # one of two addresses is there
     source.reply = lambda prompts: next(replies)
     _, report = found.scorer.score(*batch_of("a"))
-    assert report.failed == {"service": 1} and found.said == [] and clock.now < begun + 1
+    assert report.failed == {"service": 1} and found.said == [] and clock.now < started + 1
 
 
 def test_a_service_that_leaves_in_the_middle_of_a_call_is_waited_for(scored, clock):
-    begun, count = clock.now, iter(range(999))
+    started, count = clock.now, iter(range(999))
 
     def reply(prompts):
-        return [1.0] if next(count) == 0 or clock.now > begun + 9 else "ConnectError"
+        return [1.0] if next(count) == 0 or clock.now > started + 9 else "ConnectError"
 
     found = scored(reply, "a", "b", "c", batch_size=1)
     np.testing.assert_array_equal(found.rewards, [1.0, 1.0, 1.0])
@@ -160,10 +160,10 @@ def test_a_judge_that_is_away_is_waited_for_within_its_batchs_time(clock, monkey
     spec = ServiceJudgeSpec(["http://me:sesame@h/v1"], "j", None, 0.5, 16, 999, 5.0, 0, 2, outage_seconds=40.0)
     judge, said = ServiceJudge(spec, len), []
     judge.outage._say = said.append
-    begun = clock.now
+    started = clock.now
 
     def attempt(url, content, deadline):
-        if clock.now < begun + 30:
+        if clock.now < started + 30:
             raise ConnectionError("http://h/v1: ConnectError")
         return "[1]", "stop"
 
@@ -175,7 +175,7 @@ def test_a_judge_that_is_away_is_waited_for_within_its_batchs_time(clock, monkey
         "judge j at http://h/v1 is away (http://h/v1: ConnectError); waiting up to 40 s for it (judge."
     )
     assert said[1].startswith("judge j at http://h/v1 answers again after 3")
-    begun = clock.now + 1e6
+    started = clock.now + 1e6
     [[critique]] = judge.ask(cases, 1, clock.now + 1e9)
     assert critique.failure == "down" and "is still away after 40 s" in said[3]
 
@@ -186,10 +186,10 @@ def test_a_judge_that_fails_on_a_request_is_not_waited_for(clock, monkeypatch):
     monkeypatch.setattr(
         judge, "_attempt", lambda url, content, deadline: reward_service.check_status(500, "http://h/v1")
     )
-    begun = clock.now
+    started = clock.now
     [[critique]] = judge.ask([Case("q", ["a"], None)], 1, clock.now + 1e9)
     assert critique.failure == "refused" and critique.detail == "no critique; last: http://h/v1: status 500"
-    assert said == [] and clock.now == begun
+    assert said == [] and clock.now == started
 
 
 def test_a_calls_limit_that_would_end_the_wait_is_refused():

@@ -219,7 +219,7 @@ def test_a_column_with_the_name_of_a_setting_does_not_change_a_verifier():
     assert score("numeric_match", batch, prompts)[0].rewards.tolist() == [0.0, 1.0]
 
 
-# --- lists of one's own ---
+# --- own lists ---
 
 
 def with_messages(*texts):

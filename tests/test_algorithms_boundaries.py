@@ -153,7 +153,7 @@ def texts_of(text, starts, ends):
     ],
 )
 def test_every_sentence_begins_a_macro_action_whatever_the_parser_makes_of_it(text, expected):
-    starts = parsed_starts(text, letters(text), str.split, 5)  # flat: every word is a constituent of its own
+    starts = parsed_starts(text, letters(text), str.split, 5)  # flat: every word is its own constituent
     assert texts_of(text, starts, letters(text)) == expected
 
 

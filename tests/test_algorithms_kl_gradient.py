@@ -64,7 +64,7 @@ class World:
         )  # fmt: skip
 
     def on_places(self, table: Tensor, fill: float = float("nan")) -> Tensor:
-        """[N, T] from [N, A]; `fill` stands where the policy did not choose."""
+        """[N, T] from [N, A]; `fill` where the policy did not choose."""
         turns = torch.tensor(LAYOUTS[self.tokens_NA.shape[1]])
         out = table.new_full(self.mask_NT.shape, fill)
         out[:, turns >= 0] = table

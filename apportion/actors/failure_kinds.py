@@ -11,7 +11,7 @@ _RAISED = re.compile(r"\n[ \t]+\S[^\n]*\n(\w[\w.]*)(?=:|\n|$)")  # below the las
 
 
 def kind_of(text: str) -> str:
-    """The kind of a failure that is told as `text`: one line, or a name and a traceback.
+    """The kind of a failure whose message is `text`: one line, or a name and a traceback.
 
     >>> kind_of('f:\\nTraceback (most recent call last):\\n  File "x", line 3\\n    1 / 0\\nZeroDivisionError: by 0')
     'f: ZeroDivisionError'

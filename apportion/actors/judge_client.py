@@ -295,7 +295,7 @@ class ServiceJudge:
         if not places:
             return []
         while True:
-            begun = time.monotonic()
+            started = time.monotonic()
             with ThreadPoolExecutor(max_workers=min(self._spec.concurrency, len(places))) as pool:
                 flat = list(pool.map(lambda place: self._critique(place[0], place[1], deadline), places))
             away = [c for c in flat if c.failure in ("down", "slow")]
@@ -304,7 +304,7 @@ class ServiceJudge:
                 break
             # Asked again as a whole: of those that are not away none had an answer either.
             if not away or not self.outage.wait(
-                away[0].detail.partition("last: ")[2] or away[0].detail, begun, deadline
+                away[0].detail.partition("last: ")[2] or away[0].detail, started, deadline
             ):
                 break
         return [flat[start : start + count] for start in range(0, len(flat), count)]

@@ -22,7 +22,7 @@ class Outage:
     def wait(self, problem: str, since: float, until: float = float("inf")) -> bool:
         """Pause, then True: ask again. False where the budget is spent, or would be by `until` (time.monotonic).
 
-        `since` is when the requests that just failed were begun.
+        `since` is when the requests that just failed started.
         """
         if self._spent or self.seconds <= 0:
             return False

@@ -112,18 +112,18 @@ class ServiceSource:
         answers: list[list[Any] | Failure] = [Failure("service", f"{self.name}: not asked")] * len(calls)
         waiting = list(range(len(calls)))
         while True:
-            begun = time.monotonic()
+            started = time.monotonic()
             for place, answer in zip(waiting, self._round([calls[i] for i in waiting]), strict=True):
                 answers[place] = answer
             away = {i: a for i in waiting if isinstance(a := answers[i], Failure)}
             answered = [i for i in waiting if i not in away]
             if not away or self.outage.seconds <= 0:
                 break
-            # Where it still answers another request, what failed has failed for reasons of its own.
+            # Where it still answers another request, the failure is about the request.
             if answered and not isinstance(self._round([calls[answered[0]]])[0], Failure):
                 break
             first = next(iter(away.values()))
-            if not self.outage.wait(first.text.partition("last: ")[2] or first.text, begun):
+            if not self.outage.wait(first.text.partition("last: ")[2] or first.text, started):
                 for place, failure in away.items():
                     waited = f"{failure.text}; it was waited for as long as {self.outage.key} allows"
                     answers[place] = Failure("away", waited)

@@ -225,7 +225,7 @@ class FunctionSource:
 
     It is given what it names: `prompts`, `completions`, `prompt_ids`, `completion_ids`, columns, and all of them if it
     takes `**kwargs`; `params` of the entry go before columns of the same name, and so do its `columns`. Every call gets
-    lists of its own, so that a function may change them. A ready-made verifier gets the columns that it reads alone, and
+    its own lists, so that a function may change them. A ready-made verifier gets the columns that it reads alone, and
     as `prompts` the text that each rendered prompt ends with. It runs in a thread, one call at a time;
     what needs a process's main thread (signals) fails there.
 

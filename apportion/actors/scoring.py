@@ -353,7 +353,7 @@ def _count(report: ScoreReport, judged: dict[str, list[Any]], rows: list[Any]) -
     failures = [row for row in rows if isinstance(row, Failure)]
     report.failed = Counter(failure.reason for failure in failures)
     report.first_traceback = failures[0].text if failures else None
-    # Why an environment failed is told by the engine that spoke to it.
+    # The engine that spoke to the environment reports why it failed.
     report.kinds = first_of_each_kind(failure.text for failure in failures if failure.reason != ENVIRONMENT)
     report.no_opinion = sum(row is None for row in rows)
     report.scored = len(rows) - len(failures) - report.no_opinion

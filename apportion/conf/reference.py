@@ -50,7 +50,7 @@ The type of a key decides how its value is read. Put the whole argument in singl
 | `data.train=a,b` | refused: `[a,b]` is a list, `-m` sweeps, `'"a,b"'` is one name; a file of that name is taken as it is |
 | `~/m` | the home folder in every path |
 
-YAML has rules of its own in a recipe: quote `"1e5"` and `"off"` there.
+In a recipe YAML's rules apply: quote `"1e5"` and `"off"` there.
 """
 
 PREFERENCE = """# Preference stages

@@ -18,7 +18,7 @@ from apportion.platform.runs import check_run_name
 
 def check_sources(config: Config) -> None:
     """The same errors as a start's, for sources that are not there, a first row that cannot be used or has an answer that
-    a verifier cannot read, a chat template that is not there, and a run's name that is no folder's. Datasets on a hub
+    a verifier cannot read, a chat template that is not there, and a run's name without a folder. Datasets on a hub
     and saved ones are not opened; of the rest, only reasoning-gym and math-verify take seconds (to be imported)."""
     data = config.data
     check_run_name(config.run_name)

@@ -104,7 +104,7 @@ def answer_text(text: str, opening: str = "") -> str | None:
 
 
 def last_box(text: str) -> tuple[bool, str | None]:
-    """(whether a \\boxed{} is begun, the content of the last one); None where it is empty or one is not finished.
+    """(whether a \\boxed{} starts, the content of the last one); None where it is empty or one is not finished.
 
     >>> last_box(r"so \\boxed{\\frac{1}{2}}."), last_box(r"\\boxed{12}, no, \\boxed{1"), last_box("12")
     ((True, '\\\\frac{1}{2}'), (True, None), (False, None))

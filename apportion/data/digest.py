@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 SAMPLED_ROWS = 64  # of rows that are made when they are read
-_ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in the text of an object that has none of its own
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in the default text of an object
 
 
 def digest_rows(rows: Sequence[Row], prompt_column: str) -> int:

@@ -69,7 +69,7 @@ def clean_tools(value: Any) -> list[dict[str, Any]] | None:
     if not value:
         return None
     listed = [value] if isinstance(value, Mapping) else value if isinstance(value, list) else []
-    # A tool may come as JSON text of its own: Arrow has no type for schemas that differ.
+    # A tool may come as JSON text: Arrow has no type for schemas that differ.
     tools = [without_nulls(_json_mapping(tool) if isinstance(tool, str) else tool) for tool in listed]
     if not tools or any(tool_name(tool) is None for tool in tools):
         raise DataError(

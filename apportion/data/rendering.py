@@ -2,7 +2,7 @@
 
 A template is a program that may leave out what it does not know: tool calls, thoughts, a role, content of an unexpected
 form. So after each rendering every message's text and every tool call (its name, each argument) is looked for, in the
-order of the messages, each at a place of its own. White space around a text may go, as templates trim. A tool's answer
+order of the messages, each at its own place. White space around a text may go, as templates trim. A tool's answer
 and arguments may be written as JSON writes them.
 """
 
@@ -161,7 +161,7 @@ def left_out(message: Message, index: int, what: str | None = None) -> UnusableE
 @contextmanager
 def template_refusals() -> Iterator[None]:
     """What a chat template raises over messages, as a DataError. A template is a program: one that meets a missing key
-    fails as a program does, not with an error of its own."""
+    fails as a program does, without a special error."""
     from jinja2 import TemplateError
 
     try:

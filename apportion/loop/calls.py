@@ -26,7 +26,7 @@ def turns(calls: list[Call]) -> list[int]:
 
 
 def start_judging(judges: list[Actor], sampled: list[Call], chunks: list[list[Prompt]]) -> list[list[Call]]:
-    """Critiques of each batch, begun as soon as it is sampled: beside other engines, this engine's next part, and
+    """Start the critiques of each batch as soon as it is sampled: beside other engines, this engine's next part, and
     scoring."""
     out, turn = [list[Call]() for _ in sampled], turns(sampled)
     # A judge's calls are answered in order, and one whose batch is still sampled holds up those behind it.

@@ -1,8 +1,8 @@
 """Why an actor's process ended: what the kernel says of it, and what is useful in Ray's words.
 
 Ray's standard text for any unexpected exit mentions the OOM killer and names neither exit code nor signal. So the exit
-status comes from the kernel (a pidfd of each actor on this machine, Linux 6.15 and later), and an actor is said to be
-out of memory only where the kernel's count of OOM kills has risen, or where Ray's own memory monitor says so.
+status comes from the kernel (a pidfd of each actor on this machine, Linux 6.15 and later), and a message says
+"out of memory" only where the kernel's count of OOM kills has risen, or where Ray's own memory monitor says so.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Ray ends most of its processes with the driver, but its agents stay for up to a minute after a kill, and its session
 folder stays for good. Every process of our own Ray, and every child of one, inherits a mark in its environment.
-This file runs as a program of its own (the watcher), so it imports the standard library alone.
+This file also runs as a program (the watcher), so it imports the standard library alone.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ class Watcher:
     def __init__(self, mark: str, root: Path) -> None:
         program = [sys.executable, "-I", "-S", __file__, str(os.getpid()), mark, str(root)]
         environment = {name: value for name, value in os.environ.items() if name != MARK}
-        # In a session of its own, so that a terminal's Ctrl-C, which the driver handles, does not reach it.
+        # In its own session, so that a terminal's Ctrl-C, which the driver handles, does not reach it.
         self._process = subprocess.Popen(
             program, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment,
             cwd="/", start_new_session=True, text=True,

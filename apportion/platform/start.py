@@ -44,7 +44,7 @@ def job_config(namespace: str) -> Any:
 
 
 def worker_variables() -> dict[str, str]:
-    """What an actor's process is started with: no folder of its own goes before what is installed, not in the processes that
+    """What an actor's process is started with: no added folder goes before what is installed, not in the processes that
     vLLM starts either, whose sockets need a short folder."""
     variables = {"PYTHONSAFEPATH": "1"}
     if len(os.fsencode(tempfile.gettempdir())) > LONGEST_FOLDER:

@@ -45,7 +45,7 @@ def leave(code: int) -> int:
 
 
 class Remains:
-    """What a run's actors, and a Ray of its own, would leave behind. Made before Ray starts, so that a start that is
+    """What a run's actors, and its local Ray, would leave behind. Made before Ray starts, so that a start that is
     interrupted leaves nothing either."""
 
     def __init__(self, root: Path | None) -> None:
