@@ -100,6 +100,22 @@ def test_hh_transcripts_that_part_earlier_keep_every_turn_after():
     assert pair.answers[1] == [assistant("x"), user("y"), assistant("z")]
 
 
+@pytest.mark.parametrize(
+    "silent", [{"content": ""}, {"content": " \n"}, {"content": []}, {"content": "", "tool_calls": []}]
+)
+def test_a_turn_that_says_nothing_is_not_learned(silent):
+    question, answer = {"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}
+    turns = [question, {"role": "assistant", **silent}, question, answer]
+    with pytest.raises(DataError, match="a turn of the assistant is empty, expected an answer; train: false keeps it"):
+        read_demonstration({"messages": turns}, PairColumns())
+    with pytest.raises(DataError, match="a turn of the assistant is empty"):
+        read_pair({"prompt": [question], "chosen": turns[1:], "rejected": [answer]}, PairColumns())
+    turns[1]["train"] = False
+    assert len(read_demonstration({"messages": turns}, PairColumns()).answers[0]) == 3
+    pair = read_pair({"chosen": turns, "rejected": [*turns[:3], {**answer, "content": "3"}]}, PairColumns())
+    assert pair.answers == [[answer], [{**answer, "content": "3"}]]
+
+
 def test_an_unanswered_last_turn_is_dropped():
     assert hh_messages(hh("q", "r", "s"))[-1] == user("s")
     row = {"chosen": hh("q", "r", "s"), "rejected": hh("q", "x")}

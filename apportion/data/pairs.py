@@ -91,6 +91,7 @@ def read_pair(values: Mapping[str, Any], columns: PairColumns) -> Example:
         example = Example(_prompt(prompt, columns.prompt), [_answer(chosen, "chosen"), _answer(rejected, "rejected")])
     if example.answers[0] == example.answers[1]:
         raise UnusableError("equal", "the chosen answer equals the rejected one, expected two that differ")
+    _refuse_silent_turns(example)
     margin = None if columns.margin is None else _margin(values, columns.margin)
     return replace(example, margin=margin, tools=_tools(values, columns))
 
@@ -101,7 +102,9 @@ def read_demonstration(values: Mapping[str, Any], columns: PairColumns) -> Examp
     >>> read_demonstration({"prompt": "1 + 1?", "response": "2"}, PairColumns())
     Example(prompt='1 + 1?', answers=['2'], margin=None, tools=None)
     """
-    return replace(_demonstration(values, columns), tools=_tools(values, columns))
+    example = _demonstration(values, columns)
+    _refuse_silent_turns(example)
+    return replace(example, tools=_tools(values, columns))
 
 
 def _demonstration(values: Mapping[str, Any], columns: PairColumns) -> Example:
@@ -191,6 +194,17 @@ def _refuse_empty(answers: Mapping[str, Any]) -> None:
     for name, value in answers.items():
         if value is None or not value or (isinstance(value, str) and not value.strip()):
             raise UnusableError("empty", f"column {name!r} is empty, expected text or messages")
+
+
+def _refuse_silent_turns(example: Example) -> None:
+    """UnusableError where a turn to learn says nothing: it would teach to end at once."""
+    for message in (message for answer in example.answers if isinstance(answer, list) for message in answer):
+        silent = not (message["content"].strip() or "tool_calls" in message or "reasoning_content" in message)
+        if silent and message["role"] == "assistant" and message.get("train", True):
+            raise UnusableError(
+                "empty",
+                "a turn of the assistant is empty, expected an answer; train: false keeps it from being learned",
+            )
 
 
 def _is_hh(value: Any) -> bool:
