@@ -77,9 +77,11 @@ def plain(value: str) -> str:
 def _override(word: str, kind: type, sweep: bool) -> str:
     name, equal, value = word.partition("=")
     key = name.lstrip("+")
-    if not equal or not value.strip() or not re.fullmatch(r"\w+(\.\w+)*", key):  # a deletion, a package, an empty text
+    if not equal or not value or not re.fullmatch(r"\w+(\.\w+)*", key):  # a deletion, a package, an empty text
         return word
     hint = _type_of(key, kind)
+    if not value.strip():  # white space alone, as a line break that the shell wrote
+        return f"{name}={_quoted(value)}" if str in (hint, *typing.get_args(hint)) else word
     if not sweep:
         return f"{name}={_value(key, hint, value.strip())}"
     values = _pieces(value)
