@@ -60,6 +60,22 @@ def test_as_many_other_rows_are_refused_by_the_sources_name(tokenizer, changed):
     assert again.cautions(state) == []
 
 
+def test_other_weights_of_a_mixture_are_refused_and_equal_shares_are_not(tokenizer):
+    def mixture(*weights):
+        sources = [Source(f"s{i}", rows_of(ROWS), weight) for i, weight in enumerate(weights)]
+        return PromptStream(sources, PromptEncoder(tokenizer), 2)
+
+    state = json.loads(json.dumps(mixture(1.0, 3.0).state()))
+    mixture(0.5, 1.5).load_state(state)
+    mixture(3.0, 1.0).load_state({name: value for name, value in state.items() if "millionths" not in name})
+    with pytest.raises(DataError) as refused:
+        mixture(3.0, 1.0).load_state(state)
+    assert str(refused.value) == (
+        "data position: source 's0' gives 75% of the prompts here and 25% in the checkpoint; resume with the same "
+        "weights, or start a new run"
+    )
+
+
 def test_rows_dropped_before_a_row_are_seen():
     kept = [Row(0, "x:1", ROWS[0]), Row(2, "x:3", ROWS[2])]
     assert digest_rows(kept, "prompt") != digest_rows(rows_of([ROWS[0], ROWS[2]]), "prompt")

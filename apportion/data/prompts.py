@@ -316,7 +316,9 @@ class PromptStream:
             "shuffle": int(self._shuffle),
             "sources": len(self._sources),
         }
+        whole = sum(source.weight for source in self._sources)
         for i, (source, position) in enumerate(zip(self._sources, self._positions, strict=True)):
+            state[f"{i}.millionths"] = round(1e6 * source.weight / whole)  # its share of the prompts
             state |= {f"{i}.rows": len(source.rows), f"{i}.digest": source.digest, f"{i}.drawn": position.drawn}
             state |= {f"{i}.epoch": position.epoch, f"{i}.place": position.place}
             state[f"{i}.reasoning_left_out"] = position.reasoning_left_out
@@ -339,7 +341,7 @@ class PromptStream:
         return lines
 
     def load_state(self, state: Mapping[str, int]) -> None:
-        """Continue where `state` was taken. DataError if the sources, their rows, the seed or the shuffling differ."""
+        """Continue where `state` was taken. DataError if rows, weights, seed or shuffling differ."""
         mine = self.state()
         fixed = ["seed", "shuffle", "sources", *(f"{i}.rows" for i in range(len(self._sources)))]
         for name in fixed:
@@ -356,6 +358,12 @@ class PromptStream:
                     f"data position: the {len(source.rows)} rows of source {source.name!r} are not those that the "
                     "checkpoint was written with: as many, but their order, prompts or other columns differ; resume with "
                     "the same data, or start a new run"
+                )
+            share = state.get(f"{i}.millionths", mine[f"{i}.millionths"])
+            if share != mine[f"{i}.millionths"]:  # the prompts until now were drawn by the other weights
+                raise DataError(
+                    f"data position: source {source.name!r} gives {mine[f'{i}.millionths'] / 1e4:.4g}% of the prompts "
+                    f"here and {share / 1e4:.4g}% in the checkpoint; resume with the same weights, or start a new run"
                 )
         self._positions = [
             _Position(
