@@ -360,6 +360,17 @@ def test_what_a_tokenizer_adds_behind_a_raw_prompt_is_taken_away_and_the_beginni
     assert appends.decode(PromptEncoder(appends).token_ids("hi")) == "<|user|>hi<|end|><|assistant|>"
 
 
+def test_a_raw_prompt_that_a_template_rendered_before_keeps_one_beginning_of_sequence(tiny):
+    adds = copy.deepcopy(tiny)
+    adds.bos_token = "<|spare_0|>"
+    bos = [("<|spare_0|>", adds.bos_token_id)]
+    adds._tokenizer.post_processor = TemplateProcessing(single="<|spare_0|> $A", pair="$A $B", special_tokens=bos)
+    raw = PromptEncoder(adds, chat=False)
+    assert adds.decode(raw.token_ids("<|spare_0|><|user|>hi<|end|>")) == "<|spare_0|><|user|>hi<|end|>"
+    assert adds.decode(raw.token_ids("<|user|>hi<|spare_0|>")) == "<|spare_0|><|user|>hi<|spare_0|>"
+    assert adds.decode(raw.token_ids("<|spare_0|><|spare_0|>hi")).count("<|spare_0|>") == 3  # as the row has it
+
+
 def test_a_template_that_ends_the_answer_before_it_begins_is_refused(ask):
     with refused("not_rendered", "asks for an answer and then ends it"):
         ask([user("hi")], CHATML + "{{ eos_token }}")

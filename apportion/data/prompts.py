@@ -158,8 +158,11 @@ class PromptEncoder:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _raw_ids(self, text: str) -> list[int]:
-        """What the tokenizer adds before a text stays; what it adds behind would end the text before the answer."""
+        """What the tokenizer adds before a text stays, unless the text begins with it; what it adds behind would end the
+        text before the answer."""
         ids, plain = list(self.tokenizer(text)["input_ids"]), self.plain_ids(text)
+        if plain and plain[0] == self.tokenizer.bos_token_id and ids[:2] == [plain[0], plain[0]] != plain[:2]:
+            ids = ids[1:]  # rendered before, by a chat template that writes the beginning-of-sequence token
         for before in range(len(ids) - len(plain) + 1):
             if ids[before : before + len(plain)] == plain:
                 return ids[: before + len(plain)]
