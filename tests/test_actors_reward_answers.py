@@ -144,6 +144,11 @@ def test_an_answer_that_cannot_be_read_fails_its_sample_and_never_pays():
             "got tolerance '0.1', expected a number of at least 0",
         ),
         ({"function": "gsm8k", "params": {"tolerance": -1}}, "got tolerance -1, expected a number of at least 0"),
+        (
+            {"function": "numeric_match", "params": {"tolerence": 1}},
+            "got params 'tolerence', expected tolerance (did you",
+        ),
+        ({"function": "math_verify", "params": {"tolerance": 1}}, "math_verify: got params 'tolerance', expected none"),
         ({"function": "exact_match", "params": {"ignore_case": "no"}}, "got ignore_case 'no', expected true or false"),
         ({"function": "regex_match"}, "got no pattern, expected params: {pattern: REGULAR_EXPRESSION}"),
         (
@@ -336,12 +341,24 @@ def test_tags_that_are_special_tokens_stay_in_the_text_and_ends_do_not(tiny):
     text = "<think>a</think><answer>5</answer>"
     plain = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
     assert not ResponseText(tokenizer).keeps_tags and ResponseText(tokenizer)(plain) == text
-    tags = ["<think>", "</think>", "<answer>", "</answer>", "<alone>"]
+    marks = "◁think▷a◁/think▷<seed:think>b</seed:think>"
+    tags = [
+        "<think>",
+        "</think>",
+        "<answer>",
+        "</answer>",
+        "<alone>",
+        "◁think▷",
+        "◁/think▷",
+        "<seed:think>",
+        "</seed:think>",
+    ]
     tokenizer.add_special_tokens({"additional_special_tokens": tags})
     ids = tokenizer(f"{text}<alone>", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
     assert tokenizer.decode(ids, skip_special_tokens=True) == "a5"
     spell = ResponseText(tokenizer)
     assert spell.keeps_tags and spell(np.asarray(ids, np.int32)) == text
+    assert spell(tokenizer(marks, add_special_tokens=False)["input_ids"]) == marks
     assert lost_tags(tokenizer, "<think>.*</think>") == []
     assert lost_tags(tokenizer, "<alone>.*</think>") == ["<alone>"]
     check_tags(check_functions(["format", "numeric_match"], 60.0), tokenizer)

@@ -1,6 +1,7 @@
 """Reading a final answer: one exact number or none, whatever dresses it."""
 
 import json
+import re
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -159,6 +160,13 @@ def test_a_prompts_ending_is_the_tags_that_it_ends_with():
     assert opening_of("<|im_start|>assistant\n<think>\n").strip() == "<think>"
     assert opening_of("<|Assistant|><think>\n\n</think>\n\n") == "<think>\n\n</think>\n\n"
     assert opening_of("Use <think> and <answer>.") == ""
+    for tag in ("◁think▷", "<seed:think>", "[THINK]", "<|begin_of_thought|>"):
+        assert opening_of(f"<|im_start|>assistant\n{tag}\n").strip() == tag
+        assert VERIFIERS["numeric_match"]([f"assistant\n{tag}"], ["maybe 12"], answer=["12"]) == [0.0]
+        closed = {"◁think▷": "◁/think▷", "<|begin_of_thought|>": "<|end_of_thought|>"}.get(tag, f"{tag[0]}/{tag[1:]}")
+        assert VERIFIERS["numeric_match"]([f"assistant\n{tag}"], [f"1{closed}12"], answer=["12"]) == [1.0]
+        form = {"pattern": re.escape(tag) + ".*" + re.escape(closed)}
+        assert VERIFIERS["format"]([f"assistant\n{tag}\n"], [f"1{closed}12"], **form) == [1.0]
     assert opening_of([{"role": "user", "content": "<think>"}]) == ""
 
 

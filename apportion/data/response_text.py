@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 ENDING_TOKENS = 48  # of a prompt: more than a template writes of a response
 
-_TAG = re.compile(r"<(/?)([A-Za-z][\w-]*)>|\[(/?)(THINK)\]")
+_TAG = re.compile(r"<(/?)([A-Za-z][\w:-]*)>|◁(/?)(think)▷|\[(/?)(THINK)\]")
 
 
 class ResponseText:

@@ -6,19 +6,20 @@ column that cannot be understood raises, so that the sample counts as failed rat
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
 from apportion.data.answers import after_mark, answer_text, first_number, last_box, last_number, number_of
-from apportion.data.errors import DataError
+from apportion.data.errors import DataError, nearest
 
 Completions = Sequence[Any]  # str, or messages [{"role": "assistant", "content": str}]
 
 THINK_THEN_ANSWER = r"^\s*<think>.*?</think>\s*<answer>.*?</answer>\s*$"
-_OPENED = re.compile(r"(?:\s*(?:</?[A-Za-z][\w-]*>|\[/?THINK\]))+\s*\Z")
-_TAG = re.compile(r"<|\[")
+_OPENED = re.compile(r"(?:\s*(?:</?[A-Za-z][\w:-]*>|<\|(?:begin|end)_of_thought\|>|◁/?think▷|\[/?THINK\]))+\s*\Z")
+_TAG = re.compile(r"[<◁\[]")
 OPENING_CHARACTERS = 200
 
 
@@ -202,6 +203,12 @@ def check_settings(verifier: str, params: Mapping[str, Any]) -> None:
                 f"got params {key!r}, which every row has its own of and params are the same for all; "
                 f"name the data's column, or a path inside one, with columns: {{{key}: {path}}}"
             )
+    taken = inspect.signature(VERIFIERS[verifier]).parameters
+    settings = [name for name in taken if name in _SETTINGS]
+    for key in params:
+        if key not in settings:
+            expected = " or ".join(settings) or "none"
+            raise DataError(f"got params {key!r}, expected {expected}{nearest(key, settings)}")
     for key, (fits, expected) in _SETTINGS.items():
         if key in params and not fits(params[key]):
             raise DataError(f"got {key} {params[key]!r}, expected {expected}")
