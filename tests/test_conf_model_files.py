@@ -178,6 +178,14 @@ def test_shards_are_accepted_when_all_are_there(tmp_path):
     (tmp_path / "model-2-of-2.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"whose index names model-2-of-2\.safetensors, which is not there"):
         read_limits(str(tmp_path))
+    (tmp_path / "model.safetensors.index.json").write_text('{"metadata": {}}')
+    with pytest.raises(ConfigError, match=r"index\.json without a weight_map, expected an index of the weights"):
+        read_limits(str(tmp_path))
+    (tmp_path / "model.safetensors.index.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"index\.json: not readable .* expected an index of the weights"):
+        read_limits(str(tmp_path))
+    (tmp_path / "model-1-of-2.safetensors").rename(tmp_path / "model.safetensors")
+    assert read_limits(str(tmp_path)).vocabulary == 9
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,10 @@ def check_weights(folder: Path, path: str, key: str) -> None:
             _check_link(file)
     except ConfigError as error:
         raise ConfigError(f"{key}: {error}") from error
+    index = folder / INDEX
+    names_parts = index.is_file() and not (folder / "model.safetensors").is_file()
+    if names_parts and not isinstance(read_json(index, "an index of the weights").get("weight_map"), dict):
+        raise ConfigError(f"{key}: got {index} without a weight_map, expected an index of the weights: fetch it again")
     for name in missing_shards(folder):
         raise ConfigError(
             f"{key}: got {path}, whose index names {name}, which is not there, expected all parts of the weights: fetch "
