@@ -141,13 +141,6 @@ def _fits(parts: list[Block], shape: tuple[int, ...]) -> bool:
     return (sum(len(b.rows) for b in parts), *parts[0].rows.shape[1:]) == tuple(shape)
 
 
-class Expert(NamedTuple):
-    """One expert's matrix in a fused layer: its place there, and what it must hold."""
-
-    place: int
-    blocks: list[Block]
-
-
 def is_experts(module: Any) -> bool:
     return hasattr(module, "w13_weight") and hasattr(module, "w2_weight") and hasattr(module, "get_expert_mapping")
 
