@@ -17,10 +17,10 @@ import re
 from fractions import Fraction
 
 from apportion.data.notation import CURRENCY, GLUED_UNITS, NOT_A_UNIT, ONE_LETTER_UNITS, plain
+from apportion.data.reasoning import CLOSING, OPENING
 
-REASONING = "(?:seed:)?think|thinking|thought|thoughts|reasoning|analysis"
-_OPENS = re.compile(rf"<(?:{REASONING})>|◁think▷|\[THINK\]|<\|begin_of_thought\|>", re.IGNORECASE)
-_CLOSES = re.compile(rf"</(?:{REASONING})>|◁/think▷|\[/THINK\]|<\|end_of_thought\|>", re.IGNORECASE)
+_OPENS = re.compile(OPENING, re.IGNORECASE)
+_CLOSES = re.compile(CLOSING, re.IGNORECASE)
 _ANSWER_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
 _BOX_OR_BRACE = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(?P<bare>-?[\d.,/]*\d|[A-Za-z]\b))|\\.|[{}]", re.DOTALL)
 MARK = re.compile(r"####(?!#)")

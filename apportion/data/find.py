@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from apportion.data.messages import Message
+from apportion.data.reasoning import CLOSING, OPENING
 
-TAGS = r"(?:think|thinking|thought|reasoning|seed:think)"
-THINK_TAG = re.compile(rf"(</?{TAGS}>|\[/?THINK\])")
-CLOSING_TAG = re.compile(rf"</{TAGS}>|\[/THINK\]")
-THOUGHT = re.compile(rf"<({TAGS})>.*?</\1>|\[THINK\].*?\[/THINK\]", re.DOTALL)
+THINK_TAG = re.compile(f"({OPENING}|{CLOSING})")
+CLOSING_TAG = re.compile(CLOSING)
+THOUGHT = re.compile(f"(?:{OPENING}).*?(?:{CLOSING})", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,6 @@ def find_message(text: str, message: Message, position: int, keeps_reasoning: bo
     return None
 
 
-def find_tool_answer(text: str, said: str, position: int = 0) -> int:
-    """Where `said` is, as it is or as JSON writes it; -1 where it is not."""
-    return _find(text, said.strip(), position, True)[0]
-
-
 def _ways(message: Message) -> Iterator[tuple[list[str], bool]]:
     """What the message's text may become, as pieces in their order; and whether its reasoning is then left out."""
     content, thought = message["content"].strip(), message.get("reasoning_content", "").strip()
@@ -71,7 +66,7 @@ def _ways(message: Message) -> Iterator[tuple[list[str], bool]]:
         yield [content] if content else [], True
     if tagged:
         yield [piece for piece in (CLOSING_TAG.split(content)[-1].strip(),) if piece], True
-        yield [piece.strip() for piece in re.split(THOUGHT, content)[::2] if piece.strip()], True
+        yield [piece.strip() for piece in THOUGHT.split(content) if piece.strip()], True
 
 
 def _split(content: str) -> list[str]:

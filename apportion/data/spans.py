@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from apportion.data.find import TAGS, THINK_TAG, Place, find_message
+from apportion.data.find import THINK_TAG, Place, find_message
 from apportion.data.messages import Message
+from apportion.data.reasoning import CLOSING, OPENING
 
-_EMPTY_THOUGHT = re.compile(rf"\s*<({TAGS})>\s*</\1>\s*")
+_EMPTY_THOUGHT = re.compile(rf"\s*(?:{OPENING})\s*(?:{CLOSING})\s*")
 
 Interval = tuple[int, int]  # of characters, the second one outside
 

@@ -14,11 +14,12 @@ from typing import Any
 
 from apportion.data.answers import after_mark, answer_text, first_number, last_box, last_number, number_of
 from apportion.data.errors import DataError, nearest
+from apportion.data.reasoning import CLOSING, OPENING
 
 Completions = Sequence[Any]  # str, or messages [{"role": "assistant", "content": str}]
 
 THINK_THEN_ANSWER = r"^\s*<think>.*?</think>\s*<answer>.*?</answer>\s*$"
-_OPENED = re.compile(r"(?:\s*(?:</?[A-Za-z][\w:-]*>|<\|(?:begin|end)_of_thought\|>|◁/?think▷|\[/?THINK\]))+\s*\Z")
+_OPENED = re.compile(rf"(?:\s*(?:</?[A-Za-z][\w:-]*>|{OPENING}|{CLOSING}))+\s*\Z")
 _TAG = re.compile(r"[<◁\[]")
 OPENING_CHARACTERS = 200
 
