@@ -151,7 +151,7 @@ class ServiceSource:
             left = deadline - time.monotonic()
             if left <= 0:
                 text = f"no answer within {self._limit:g} s; last: {problem}"
-                return self._failed(call, "service", text) if there else self._nobody("timeout", text)
+                return self._failed(call, "service", text) if there else self._failure("timeout", text)
             try:
                 return self._attempt(url, content, len(call), time.monotonic() + left / self._sharing(attempt))
             except _Refused as error:
@@ -163,7 +163,7 @@ class ServiceSource:
         text = f"{self._retries + 1} attempts failed; last: {problem}"
         if there:
             return self._failed(call, "service", text)
-        return self._nobody("timeout" if time.monotonic() >= deadline else "service", text)
+        return self._failure("timeout" if time.monotonic() >= deadline else "service", text)
 
     def _sharing(self, attempt: int) -> int:
         """How many attempts share the time that is left before this one: as many as there are addresses to try first."""
@@ -193,9 +193,9 @@ class ServiceSource:
         return rewards
 
     def _failed(self, call: RewardCall, reason: str, text: str) -> list[Any]:
-        return [self._nobody(reason, text)] * len(call)
+        return [self._failure(reason, text)] * len(call)
 
-    def _nobody(self, reason: str, text: str) -> Failure:
+    def _failure(self, reason: str, text: str) -> Failure:
         return Failure(reason, f"{self.name}: {text}")
 
 
