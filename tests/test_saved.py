@@ -47,7 +47,8 @@ def test_a_text_with_a_dollar_and_a_brace_is_the_same_text_when_the_run_goes_on(
     monkeypatch.chdir(tmp_path)
     resolved = to_config(compose_config(["experiment=quickstart"]))[1]
     resolved["data"]["system_prompt"] = text
-    resolved["reward"]["functions"] = [{"function": "math_verify", "params": {"note": [text]}}]
+    (tmp_path / "mine.py").write_text("def reward(completions, note, **columns):\n    return 0.0\n")
+    resolved["reward"]["functions"] = [{"function": "mine.py:reward", "params": {"note": [text]}}]
     folder = make_run_folder(tmp_path / "runs", "first", "q")
     folder.save_config(resolved)
     assert main(["train", "resume=first"]) == 0
