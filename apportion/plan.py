@@ -17,12 +17,19 @@ from apportion.actors.reward_check import check_functions, check_outages, has_mo
 from apportion.conf.before import stages
 from apportion.conf.combinations import check_combinations, longest_sampled
 from apportion.conf.companions import check_companions, check_reward_models
+from apportion.conf.defaults import engine_settings, policy_settings, rollout_settings
 from apportion.conf.devices import Machine, this_machine
 from apportion.conf.environment import check_environment
 from apportion.conf.families import check_family
 from apportion.conf.judges import check_judge, own_model
 from apportion.conf.layout import check_resume
-from apportion.conf.memory import GIB, logits_bytes, rollout_memory, teacher_memory, training_memory
+from apportion.conf.memory import (
+    GIB,
+    logits_bytes,
+    rollout_memory,
+    teacher_memory,
+    training_memory,
+)
 from apportion.conf.models import VALUE_BYTES, ModelFacts, check_own_tokenizer, read_model
 from apportion.conf.parts import check_parts
 from apportion.conf.schema import CheckpointConfig, Config
@@ -148,7 +155,7 @@ def _quantities(config: Config, whole_groups: bool) -> list[Quantity]:
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     total = prompts * responses
     engine_rows = ceil(prompts / engines) * responses
-    side_by_side = config.rollout.max_sequences
+    side_by_side = rollout_settings(config.rollout, config.cluster.gpus_per_rollout_engine).max_sequences
     update_rows = total // updates
     groups = prompts // updates
     rank_rows, dealt = ceil(update_rows / ranks), f"about ceil({update_rows} / {ranks} ranks), balanced by tokens"
@@ -205,18 +212,24 @@ def _actors(config: Config, needs: frozenset[str], model: ModelFacts | None) -> 
 
     actors = [
         compute(
-            "policy", cluster.policy_ranks, cluster.gpus_per_policy_rank, training_memory(config, config.policy, model)
+            "policy",
+            cluster.policy_ranks,
+            cluster.gpus_per_policy_rank,
+            training_memory(config, policy_settings(config, model), model),
         ),
         compute("rollout", cluster.rollout_engines, cluster.gpus_per_rollout_engine, rollout_memory(config, model)),
     ]
     if "values" in needs:
         own = model if config.critic.model is None else read_model(config.critic.model, "critic.model")
-        memory = training_memory(config, config.critic, own)
+        settings = engine_settings(config.critic, cluster.gpus_per_critic_rank, own)
+        memory = training_memory(config, settings, own, "critic")
         actors.append(compute("critic", cluster.policy_ranks, cluster.gpus_per_critic_rank, memory, own is not None))
     if "reference_logprobs" in needs:
         own = model if config.reference.model is None else read_model(config.reference.model, "reference.model")
         frozen = {} if own is None else {"weights": own.parameters * VALUE_BYTES[config.model.dtype]}
-        frozen |= {} if own is None else {"logits": logits_bytes(config.policy.logits_chunk_tokens, own, 2)}
+        frozen |= (
+            {} if own is None else {"logits": logits_bytes(policy_settings(config, model).logits_chunk_tokens, own, 2)}
+        )
         actors.append(
             compute("reference", cluster.reference_ranks, cluster.gpus_per_reference_rank, frozen, own is not None)
         )
@@ -322,9 +335,10 @@ def _cache_notes(config: Config, model: ModelFacts) -> list[str]:
     longest = longest_sampled(config)
     size = max(1, round(rollout.kv_cache_gib)) * GIB
     held = size // (model.kv_bytes_per_token(VALUE_BYTES[config.model.dtype]) * longest)
-    if held < rollout.max_sequences:
+    side_by_side = rollout_settings(rollout, 0).max_sequences
+    if held < side_by_side:
         return [
-            f"the KV cache holds {held} longest sequences of rollout.max_sequences={rollout.max_sequences}; "
+            f"the KV cache holds {held} longest sequences of rollout.max_sequences={side_by_side}; "
             "more rollout.kv_cache_gib may decode faster"
         ]
     return []

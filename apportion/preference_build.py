@@ -13,8 +13,9 @@ from apportion.algorithms import registry
 from apportion.algorithms.preference import Dpo, Objective, RewardModel, Sft
 from apportion.assembly.hosts import cores_environment, device_environment, thread_count
 from apportion.assembly.starting import join
+from apportion.conf.defaults import engine_settings
 from apportion.conf.layout import check_layout, layout_of
-from apportion.conf.models import read_limits
+from apportion.conf.models import read_limits, read_model
 from apportion.conf.preference_schema import (
     DpoRunConfig,
     PreferenceConfig,
@@ -208,7 +209,7 @@ def _spec(config: PreferenceConfig, objective: Objective, model: str, steps: int
         attention=m.attention,
         trust_remote_code=m.trust_remote_code,
         lora=config.policy.lora,
-        settings=config.policy,
+        settings=engine_settings(config.policy, config.cluster.gpus_per_policy_rank, read_model(m.path)),
         objective=objective,
         reference_model=resolve_model(reference) if reference else None,
         total_optimizer_steps=steps,

@@ -146,6 +146,7 @@ def main(out: str) -> int:
     os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
     import torch
 
+    from apportion.conf.defaults import policy_settings
     from apportion.data.builtin import resolve_model
 
     torch.set_num_threads(os.cpu_count() or 1)
@@ -167,7 +168,7 @@ def main(out: str) -> int:
     del sides, first
     gc.collect()
     slower, *_ = distillation_times(model)
-    chunk = config.policy.logits_chunk_tokens
+    chunk = policy_settings(config, None).logits_chunk_tokens
     bare = speeds["bare torch"]
     rows = [
         Row(

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from apportion.actors.engine import DeepSpeedEngine, OptimizerStep, World
+from apportion.actors.engine_settings import EngineSettings
 from apportion.actors.loading import load_causal_lm
 from apportion.actors.lora import merged_weights
 from apportion.actors.modules import CausalLMLogprobs
@@ -16,7 +17,6 @@ from apportion.actors.preference import PreferenceSpec, PreferenceWorker, Refere
 from apportion.actors.score_model import load_score_model, save_score_model
 from apportion.algorithms.preference import Dpo, RewardModel, Sft
 from apportion.algorithms.reductions import SequenceMean, TokenMean
-from apportion.conf.preference_schema import PreferencePolicyConfig
 from apportion.conf.schema import LoraConfig
 from apportion.data.builtin import resolve_model
 from apportion.data.pair_tokens import Answer, EncodedExample, pack
@@ -84,7 +84,7 @@ def tiny():
 
 
 def worker_for(objective, tiny, data, micro_batch_tokens=1000, lora=None, packing=False, reference_model=None):
-    settings = PreferencePolicyConfig(micro_batch_tokens=micro_batch_tokens, learning_rate=1e-2)
+    settings = EngineSettings(micro_batch_tokens=micro_batch_tokens, learning_rate=1e-2)
     spec = PreferenceSpec(
         tiny, "float32", "sdpa", False, lora, settings, objective, reference_model, 10, 0, packing=packing
     )
@@ -333,7 +333,7 @@ def test_where_padding_is_eos_a_reward_model_pads_with_something_else(tmp_path):
 
 
 def test_every_rank_draws_the_same_fresh_head(tiny):
-    settings = PreferencePolicyConfig()
+    settings = EngineSettings()
     specs = [
         PreferenceSpec(tiny, "float32", "sdpa", False, None, settings, RewardModel(), None, 1, s) for s in (3, 3, 4)
     ]

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from apportion.actors.credit import CreditSpec
 from apportion.actors.critic import CriticSpec
 from apportion.actors.distillation import DistillationSpec
+from apportion.actors.engine_settings import EngineSettings
 from apportion.actors.engines import Sampling
 from apportion.actors.policy import LossSpec, PolicySpec
 from apportion.actors.reference import ReferenceSpec
@@ -24,7 +25,7 @@ from apportion.assembly.serving import serving_requests
 from apportion.assembly.training import critic_requests, policy_requests, reference_requests
 from apportion.build import _evaluator, _trainer
 from apportion.cli import compose_config, to_config
-from apportion.conf.schema import Config, CriticConfig, LoraConfig, PolicyConfig
+from apportion.conf.schema import Config, LoraConfig
 from apportion.data.prompts import load_tokenizer
 from apportion.loop.evaluation import EvaluationSettings
 from apportion.loop.state import Actors, LoopSettings, Progress
@@ -104,7 +105,7 @@ RANKS = {
     },
     "critic": {"ranks": 1, "zero_stage": 0, "dtype": "float16", "offload_optimizer": False},
 }  # fmt: skip
-ENGINE = PolicyConfig(learning_rate=2e-4, micro_batch_tokens=333, logits_chunk_tokens=44, share_prompts=True, lora=LORA)
+ENGINE = EngineSettings(learning_rate=2e-4, micro_batch_tokens=333, logits_chunk_tokens=44)
 
 
 def test_a_policy_rank_is_told_its_model_its_loss_and_that_it_takes_thirty_steps(tmp_path):
@@ -161,14 +162,11 @@ def test_a_policy_rank_that_distills_has_its_two_teachers_each_in_its_place(tmp_
 
 
 def test_a_critic_rank_is_told_its_own_model_and_settings_and_the_policys_steps():
-    own = CriticConfig(
-        learning_rate=3e-4, micro_batch_tokens=555, logits_chunk_tokens=66, model="a-critic", value_clip=0.15,
-        warmup_steps_without_policy=4,
-    )  # fmt: skip
+    own = EngineSettings(learning_rate=3e-4, micro_batch_tokens=555, logits_chunk_tokens=66)
     right = CriticSpec("a-critic", "float16", "eager", True, own, 0.15, 3, 30, True)
     assert spec(critic_requests(configured(), "start")) == right
     config = configured(critic={"model": None})
-    assert spec(critic_requests(config, "start")) == replace(right, model="start", settings=replace(own, model=None))
+    assert spec(critic_requests(config, "start")) == replace(right, model="start")
     config = configured(policy={"share_prompts": False})
     assert spec(critic_requests(config, "start")) == replace(right, share_prompts=False)
 

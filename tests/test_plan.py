@@ -254,7 +254,7 @@ REFUSALS = [
         "without a GPU the optimiser is in main memory already",
     ),
     (
-        ["algorithm=ppo", "critic.offload_optimizer=true"],
+        ["algorithm=ppo", "critic.offload_optimizer=true", "critic.zero_stage=0"],
         "critic.offload_optimizer: got true with critic.zero_stage=0, expected zero_stage 1, 2 or 3",
     ),
     (

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apportion.actors.engine import DeepSpeedEngine, EngineSettings, World
+from apportion.actors.engine import DeepSpeedEngine, World
+from apportion.actors.engine_settings import EngineSettings
 from apportion.actors.loading import load_causal_lm
 from apportion.actors.microbatch import MicroBatch, cut, make, nothing
 from apportion.actors.modules import ValueModel

@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from apportion.actors.engine_settings import EngineSettings
 from apportion.actors.extensions import compile_extensions
 from apportion.platform.errors import ConfigError, TrainingError
 from apportion.platform.rendezvous import open_store
@@ -24,25 +25,6 @@ from apportion.platform.schedule import learning_rate_at
 
 M = TypeVar("M")
 T = TypeVar("T")
-
-
-class EngineSettings(Protocol):
-    """What the engine reads of a policy's or critic's configuration."""
-
-    learning_rate: float
-    weight_decay: float
-    adam_beta1: float
-    adam_beta2: float
-    adam_eps: float
-    max_grad_norm: float
-    schedule: str
-    warmup_steps: int
-    min_lr_ratio: float
-    zero_stage: int
-    offload_optimizer: bool
-    gradient_checkpointing: bool
-    micro_batch_tokens: int
-    logits_chunk_tokens: int
 
 
 @dataclass
@@ -116,12 +98,17 @@ class DeepSpeedEngine:
             betas=(s.adam_beta1, s.adam_beta2),
             eps=s.adam_eps,
             weight_decay=s.weight_decay,
-            foreach=True,
+            fused=s.fused_adam,
+            foreach=not s.fused_adam,
         )
 
     def _config(self, dtype: torch.dtype) -> dict[str, Any]:
         s = self.settings
         zero: dict[str, Any] = {"stage": s.zero_stage, "stage3_param_persistence_threshold": 0}
+        if s.zero_stage > 0 and s.overlap_comm:
+            zero["overlap_comm"] = True
+        if s.zero_stage > 0 and s.bucket_elements is not None:
+            zero |= {"reduce_bucket_size": s.bucket_elements, "allgather_bucket_size": s.bucket_elements}
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,

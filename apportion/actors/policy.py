@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from apportion.actors.distillation import Distillation, DistillationSpec
-from apportion.actors.engine import DeepSpeedEngine, EngineSettings, OptimizerStep, World, on_rank_0
+from apportion.actors.engine import DeepSpeedEngine, OptimizerStep, World, on_rank_0
+from apportion.actors.engine_settings import EngineSettings
 from apportion.actors.influence import InfluencePass
 from apportion.actors.loading import load_causal_lm, save_huggingface
 from apportion.actors.lora import merged_forward, merged_weights

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from apportion.actors.engine import DeepSpeedEngine, EngineSettings, OptimizerStep, World, on_rank_0
+from apportion.actors.engine import DeepSpeedEngine, OptimizerStep, World, on_rank_0
+from apportion.actors.engine_settings import EngineSettings
 from apportion.actors.loading import load_causal_lm, save_huggingface
 from apportion.actors.lora import merged_weights
 from apportion.actors.microbatch import MicroBatch, make, plan_rows

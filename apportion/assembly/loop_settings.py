@@ -9,6 +9,7 @@ from typing import Any
 from apportion.actors.engines import Sampling
 from apportion.assembly.needs import Needs
 from apportion.assembly.serving import rollout_spec
+from apportion.conf.defaults import rollout_settings
 from apportion.conf.layout import layout_of
 from apportion.conf.models import read_limits
 from apportion.conf.schema import Config
@@ -49,7 +50,8 @@ def _parts(config: Config) -> int:
     responses = (
         ceil(config.train.prompts_per_step / config.cluster.rollout_engines) * config.rollout.responses_per_prompt
     )
-    return config.judge.parts or max(1, responses // (2 * config.rollout.max_sequences))
+    side_by_side = rollout_settings(config.rollout, config.cluster.gpus_per_rollout_engine).max_sequences
+    return config.judge.parts or max(1, responses // (2 * side_by_side))
 
 
 def sync_check(config: Config, actors: Actors, tokenizer: Any, model: str, warn: Callable[[str], None]) -> SyncCheck:

@@ -11,6 +11,7 @@ from apportion.actors.reward import RewardWorker
 from apportion.actors.rollout import RolloutSpec, RolloutWorker
 from apportion.assembly.hosts import device_environment, engine_environment, joins, thread_count
 from apportion.assembly.needs import Needs
+from apportion.conf.defaults import rollout_settings
 from apportion.conf.judges import judge_spec, own_model
 from apportion.conf.models import read_limits
 from apportion.conf.parts import kl_level
@@ -82,6 +83,7 @@ def _episodes(config: Config, model: str) -> EpisodeSpec | None:
 
 def rollout_spec(config: Config, model: str, index: int, step: int = 0) -> RolloutSpec:
     r = config.rollout
+    settled = rollout_settings(r, config.cluster.gpus_per_rollout_engine)
     # vLLM's own stream of random numbers is in no checkpoint: a resumed run begins another, not the first steps' again.
     seed = (config.seed + index + 1009 * step) % 2**32
     threads = thread_count(config.cluster)
@@ -91,11 +93,11 @@ def rollout_spec(config: Config, model: str, index: int, step: int = 0) -> Rollo
         dtype=config.model.dtype,
         seed=seed,
         max_model_len=longest,
-        max_sequences=r.max_sequences,
+        max_sequences=settled.max_sequences,
         tensor_parallel_size=r.tensor_parallel_size,
-        gpu_memory_utilization=r.gpu_memory_utilization,
+        gpu_memory_utilization=settled.gpu_memory_utilization,
         kv_cache_gib=r.kv_cache_gib,
-        compile=r.compile,
+        compile=settled.compile,
         prefix_caching=r.prefix_caching,
         trust_remote_code=config.model.trust_remote_code,
         threads=threads,

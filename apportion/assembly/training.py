@@ -11,6 +11,8 @@ from apportion.actors.reference import ReferenceSpec, ReferenceWorker
 from apportion.algorithms.correction import ImportanceCorrection
 from apportion.assembly.hosts import compute_environment, joins, thread_count
 from apportion.assembly.needs import needs_of
+from apportion.conf.defaults import engine_settings, policy_settings
+from apportion.conf.models import read_model
 from apportion.conf.schema import Config
 from apportion.conf.teachers import teacher_paths
 from apportion.data.builtin import resolve_model
@@ -34,7 +36,8 @@ def policy_requests(config: Config, model: str) -> list[ActorRequest]:
     needs = needs_of(config)
     waits = config.critic.warmup_steps_without_policy if needs.critic else 0
     spec = PolicySpec(
-        model, m.dtype, m.attention, m.trust_remote_code, config.policy.lora, config.policy, loss,
+        model, m.dtype, m.attention, m.trust_remote_code, config.policy.lora,
+        policy_settings(config, read_model(m.path)), loss,
         _optimizer_steps(config, waits), credit=dict(a.credit) if needs.groups_together else None,
         distillation=_distillation(config), share_prompts=config.policy.share_prompts,
         chat_template=template_text(m.chat_template),
@@ -53,8 +56,10 @@ def _distillation(config: Config) -> DistillationSpec | None:
 def critic_requests(config: Config, model: str) -> list[ActorRequest]:
     m = config.model
     path = resolve_model(config.critic.model) if config.critic.model else model
+    gpus = config.cluster.gpus_per_critic_rank
+    settings = engine_settings(config.critic, gpus, read_model(config.critic.model or m.path, "critic.model"))
     spec = CriticSpec(
-        path, m.dtype, m.attention, m.trust_remote_code, config.critic, config.critic.value_clip,
+        path, m.dtype, m.attention, m.trust_remote_code, settings, config.critic.value_clip,
         config.algorithm.epochs, _optimizer_steps(config), share_prompts=config.policy.share_prompts,
     )  # fmt: skip
     return _rank_requests(config, "critic", CriticWorker, spec, config.cluster.gpus_per_critic_rank)
@@ -68,7 +73,7 @@ def reference_requests(config: Config, model: str) -> list[ActorRequest]:
         attention=m.attention,
         trust_remote_code=m.trust_remote_code,
         micro_batch_tokens=config.reference.micro_batch_tokens,
-        logits_chunk_tokens=config.policy.logits_chunk_tokens,
+        logits_chunk_tokens=policy_settings(config, None).logits_chunk_tokens,
         temperature=config.rollout.temperature,
         threads=thread_count(config.cluster),
         share_prompts=config.policy.share_prompts,

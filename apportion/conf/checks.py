@@ -29,8 +29,8 @@ def above(name: str, value: float | None, low: float) -> None:
         raise ConfigError(f"{name}: got {value}, expected above {low}")
 
 
-def between(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
+def between(name: str, value: float | None, low: float, high: float) -> None:
+    if value is not None and not low <= value <= high:
         raise ConfigError(f"{name}: got {value}, expected {low} to {high}")
 
 

@@ -11,16 +11,19 @@ from pathlib import Path
 
 from apportion.conf.models import check_rows_of_several
 from apportion.conf.schema import Config
+from apportion.platform.cuda import Gpu
 from apportion.platform.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class Machine:
-    """The machine that an embedded Ray would have for itself."""
+    """What a run would have for itself: `nodes` alike, for an embedded Ray this one."""
 
-    cores: int
+    cores: int  # of a node
     memory_bytes: int
     gpus: int
+    gpu: Gpu | None = None  # the least of them; None: nothing is known of them but their number
+    nodes: int = 1
 
 
 def this_machine() -> Machine:

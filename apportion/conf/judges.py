@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from apportion.conf.defaults import judge_utilization
 from apportion.conf.devices import vllm_needs_gpu
 from apportion.conf.models import check_own_tokenizer, read_limits
 from apportion.conf.schema import Config, JudgeConfig
@@ -184,9 +185,9 @@ def _model_spec(config: Config, threads: int) -> ModelJudgeSpec:
         max_model_len=judge.context_tokens,
         max_sequences=judge.concurrency,
         tensor_parallel_size=judge.tensor_parallel_size,
-        gpu_memory_utilization=judge.gpu_memory_utilization,
+        gpu_memory_utilization=judge_utilization(judge, config.cluster.gpus_per_judge),
         kv_cache_gib=judge.kv_cache_gib,
-        compile=False,
+        compile=config.cluster.gpus_per_judge > 0,
         prefix_caching=True,
         trust_remote_code=config.model.trust_remote_code,
         threads=threads,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from apportion.conf.defaults import engine_settings
 from apportion.conf.preference_schema import PreferenceConfig
 from apportion.conf.schema import Config, EngineConfig
 from apportion.platform.checkpoint import RunState
@@ -23,16 +24,16 @@ def layout_of(config: Config | PreferenceConfig, critic: bool = False) -> Layout
     """What this configuration's ranks will write, and are able to read."""
     lora = config.policy.lora
     adapters = None if lora is None else {"rank": lora.rank, "targets": sorted(lora.targets)}
-    layout = {"policy": _of_engine(config, config.policy) | {"lora": adapters}}
+    layout = {"policy": _of_engine(config, config.policy, config.cluster.gpus_per_policy_rank) | {"lora": adapters}}
     if critic and isinstance(config, Config):
-        layout["critic"] = _of_engine(config, config.critic)
+        layout["critic"] = _of_engine(config, config.critic, config.cluster.gpus_per_critic_rank)
     return layout
 
 
-def _of_engine(config: Config | PreferenceConfig, engine: EngineConfig) -> dict[str, Any]:
+def _of_engine(config: Config | PreferenceConfig, engine: EngineConfig, gpus: float) -> dict[str, Any]:
     return {
         "ranks": config.cluster.policy_ranks,
-        "zero_stage": engine.zero_stage,
+        "zero_stage": engine_settings(engine, gpus, None).zero_stage,
         "dtype": config.model.dtype,
         "offload_optimizer": engine.offload_optimizer,
     }

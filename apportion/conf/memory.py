@@ -3,15 +3,19 @@ and logits roughly. Every function gives bytes by what they are for."""
 
 from __future__ import annotations
 
+from apportion.actors.engine_settings import EngineSettings
 from apportion.conf.combinations import longest_sampled
+from apportion.conf.defaults import policy_settings, rollout_settings
 from apportion.conf.models import VALUE_BYTES, ModelFacts
-from apportion.conf.schema import Config, EngineConfig
+from apportion.conf.schema import Config
 
 GIB = 2**30
 MASTER_BYTES, ADAM_BYTES = 4, 8  # a float32 copy; two float32 moments
 
 
-def training_memory(config: Config, settings: EngineConfig, model: ModelFacts | None) -> dict[str, int]:
+def training_memory(
+    config: Config, settings: EngineSettings, model: ModelFacts | None, role: str = "policy"
+) -> dict[str, int]:
     """Bytes of one training rank under ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054): stage 1 parts masters and
     moments among the ranks, stage 2 gradients too, stage 3 weights too. Only adapters are trained under LoRA."""
     if model is None:
@@ -19,7 +23,7 @@ def training_memory(config: Config, settings: EngineConfig, model: ModelFacts | 
     ranks, stage = config.cluster.policy_ranks, settings.zero_stage
     value = VALUE_BYTES[config.model.dtype]
     trained = model.parameters
-    lora = config.policy.lora if settings is config.policy else None
+    lora = config.policy.lora if role == "policy" else None
     if lora is not None:
         trained = model.lora_parameters(lora.rank, lora.targets)
     optimizer_share = ranks if stage >= 1 else 1
@@ -33,7 +37,7 @@ def training_memory(config: Config, settings: EngineConfig, model: ModelFacts | 
     memory["gradients"] = trained * (value + 4 if stage == 0 and value == 2 else 4) // gradient_share
     kept = 2 if settings.gradient_checkpointing else 24  # values a layer keeps for each token and hidden unit
     memory["activations"] = settings.micro_batch_tokens * model.hidden * model.layers * kept * value
-    if settings is config.policy:
+    if role == "policy":
         memory["logits"] = logits_bytes(settings.logits_chunk_tokens, model, 3)
     return memory
 
@@ -43,7 +47,7 @@ def teacher_memory(config: Config, teachers: dict[str, ModelFacts | None]) -> di
     known = [facts for facts in teachers.values() if facts is not None]
     if not known:
         return {}
-    chunk = config.policy.logits_chunk_tokens
+    chunk = policy_settings(config, None).logits_chunk_tokens
     return {
         "teachers": sum(facts.parameters for facts in known) * VALUE_BYTES[config.model.dtype],
         "teachers' logits": sum(logits_bytes(chunk, facts, 2) for facts in known),
@@ -55,13 +59,12 @@ def rollout_memory(config: Config, model: ModelFacts | None) -> dict[str, int]:
         return {}
     value, rollout = VALUE_BYTES[config.model.dtype], config.rollout
     longest = longest_sampled(config)
+    side_by_side = rollout_settings(rollout, config.cluster.gpus_per_rollout_engine).max_sequences
     memory = {"weights": model.parameters * value // rollout.tensor_parallel_size}
     if rollout.engine == "vllm" and config.cluster.gpus_per_rollout_engine == 0:
         memory["kv cache"] = max(1, round(rollout.kv_cache_gib)) * GIB
     else:
-        memory["kv cache"] = (
-            rollout.max_sequences * longest * model.kv_bytes_per_token(value) // rollout.tensor_parallel_size
-        )
+        memory["kv cache"] = side_by_side * longest * model.kv_bytes_per_token(value) // rollout.tensor_parallel_size
     return memory
 
 

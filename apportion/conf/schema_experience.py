@@ -47,10 +47,11 @@ class RolloutConfig:
     response_column: str | None = None  # with a distillation: learn from the data's responses (hh: chosen), sample none
     stop: list[str] = field(default_factory=list)
     tensor_parallel_size: int = 1
-    max_sequences: int = 64  # decoded side by side in one engine
-    gpu_memory_utilization: float = 0.5
+    max_sequences: int | None = None  # decoded side by side in one engine; null: 256 on a GPU, 64 on CPUs
+    # Share of each of its GPUs that an engine takes; null: 0.9, or 0.8 of a part of one
+    gpu_memory_utilization: float | None = None
     kv_cache_gib: float = 1.0  # on CPU
-    compile: bool = False  # vLLM's compiled graphs: faster decoding, slower start
+    compile: bool | None = None  # vLLM's compiled graphs: faster decoding, slower start; null: on a GPU
     prefix_caching: bool = True
 
     def __post_init__(self) -> None:
@@ -150,7 +151,7 @@ class JudgeConfig:
     engine: str = "vllm"
     dtype: str = "bfloat16"
     tensor_parallel_size: int = 1
-    gpu_memory_utilization: float = 0.5
+    gpu_memory_utilization: float | None = None  # as rollout's
     kv_cache_gib: float = 1.0  # on CPU
 
     def __post_init__(self) -> None:

@@ -55,16 +55,18 @@ class EngineConfig:
     schedule: str = "constant"
     warmup_steps: int = 0
     min_lr_ratio: float = 0.0  # of the linear and cosine schedules, at the last step
-    zero_stage: int = 0
+    zero_stage: int | None = None  # null: 2 on GPUs, 0 on CPUs
     offload_optimizer: bool = False
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | None = None  # null: on GPUs, above a billion parameters
     micro_batch_tokens: int = 2048  # padded tokens of one forward and backward pass
-    logits_chunk_tokens: int = 512  # response positions whose logits exist at a time
+    logits_chunk_tokens: int | None = (
+        None  # response positions whose logits exist at a time; null: 4096 on GPUs, 512 on CPUs
+    )
 
     def __post_init__(self) -> None:
         at = self.section
         one_of(f"{at}.schedule", self.schedule, ("constant", "linear", "cosine"))
-        if self.zero_stage not in (0, 1, 2, 3):
+        if self.zero_stage not in (None, 0, 1, 2, 3):
             raise ConfigError(f"{at}.zero_stage: got {self.zero_stage}, expected 0, 1, 2 or 3")
         for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"):
             at_least(f"{at}.{name}", getattr(self, name), 0)

@@ -22,6 +22,7 @@ from apportion.actors.credit import CreditSpec, CreditWorker
 from apportion.actors.critic import CriticSpec, CriticWorker
 from apportion.actors.distillation import Distillation
 from apportion.actors.engine import OptimizerStep
+from apportion.actors.engine_settings import EngineSettings
 from apportion.actors.influence import InfluencePass
 from apportion.actors.modules import CausalLMLogprobs, ValueModel
 from apportion.actors.policy import LossSpec, PolicySpec, PolicyWorker
@@ -44,21 +45,11 @@ def recipe(name: str, **changes: Any) -> dict[str, Any]:
 
 
 @dataclass
-class Settings:
-    """An engine's settings; those that only DeepSpeed reads are here because the actors' specs ask for all."""
+class Settings(EngineSettings):
+    """An engine's settings for models this small: everything in one micro-batch."""
 
     learning_rate: float = 1e-3
-    max_grad_norm: float = 1.0
-    weight_decay: float = 0.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_eps: float = 1e-8
-    schedule: str = "constant"
-    warmup_steps: int = 0
     min_lr_ratio: float = 1.0
-    zero_stage: int = 0
-    offload_optimizer: bool = False
-    gradient_checkpointing: bool = False
     micro_batch_tokens: int = 2**16
     logits_chunk_tokens: int = 2**16
 
