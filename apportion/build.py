@@ -18,7 +18,7 @@ from apportion.assembly.starting import start
 from apportion.assembly.training import critic_requests, policy_requests, reference_requests
 from apportion.batch import Prompt
 from apportion.conf.combinations import check_evaluation
-from apportion.conf.devices import check_engine
+from apportion.conf.devices import check_evaluation_devices
 from apportion.conf.environment import check_environment
 from apportion.conf.judges import check_judge
 from apportion.conf.layout import check_layout, layout_of
@@ -113,7 +113,7 @@ def _train(config: Config, resolved: dict[str, Any], locks: ExitStack) -> int:
 def evaluate(config: Config, checkpoint: str) -> int:
     """Score a checkpoint's model on the held-out prompts."""
     with refusals():
-        check_engine(config)
+        check_evaluation_devices(config)
         found = _evaluated(checkpoint, config.runs_folder)
         model = str(found.path / "model")
         if config.data.eval is None:

@@ -93,6 +93,7 @@ def _usage() -> str:
         "  apportion train experiment=quickstart algorithm=rloo rollout.responses_per_prompt=16",
         "  apportion train experiment=quickstart -m algorithm=grpo,rloo seed=0,1",
         "  apportion plan experiment=quickstart cluster.policy_ranks=2",
+        "  apportion plan experiment=gsm8k --gpus 2x8x80   (a machine you do not have: nodes x GPUs x GB)",
         "  apportion evaluate runs/NAME evaluation.samples=8 evaluation.k=[1,8]",
         "  apportion show NAME",
         "  apportion dpo model.path=MODEL data.train=pairs.jsonl.gz data.eval_share=0.05 dpo.beta=0.1",
@@ -113,9 +114,11 @@ def _report(error: ApportionError) -> int:
 def _train(words: list[str]) -> int:
     def run(config: Config, resolved: dict[str, Any]) -> int:
         from apportion.before import run_before
+        from apportion.conf.devices import check_free
         from apportion.plan import make_plan
 
         make_plan(config)  # what cannot run is refused before anything heavy is imported
+        check_free(config)
         _check_stages(config)
         run_before(config)
         from apportion.build import train
@@ -126,10 +129,14 @@ def _train(words: list[str]) -> int:
 
 
 def _plan(words: list[str]) -> int:
+    from apportion.conf.machine import take_described
+
+    machine, words = take_described(words)
+
     def run(config: Config, resolved: dict[str, Any]) -> int:
         from apportion.plan import make_plan
 
-        plan = make_plan(config)
+        plan = make_plan(config, machine)
         _check_stages(config)
         print(plan.render())
         return 0

@@ -18,11 +18,12 @@ from apportion.conf.before import stages
 from apportion.conf.combinations import check_combinations, longest_sampled
 from apportion.conf.companions import check_companions, check_reward_models
 from apportion.conf.defaults import engine_settings, policy_settings, rollout_settings
-from apportion.conf.devices import Machine, this_machine
+from apportion.conf.devices import engine_bytes, in_use
 from apportion.conf.environment import check_environment
 from apportion.conf.families import check_family
 from apportion.conf.judges import check_judge, own_model
 from apportion.conf.layout import check_resume
+from apportion.conf.machine import Machine, this_machine, threads_of
 from apportion.conf.memory import (
     GIB,
     logits_bytes,
@@ -59,7 +60,7 @@ class ActorPlan:
     count: int
     cpus: float  # of each, Ray's accounting
     gpus: float
-    threads: int | None  # None: every core of its node
+    threads: int | None  # None: its share of the cores of a node that is not known yet
     memory: dict[str, int] = field(default_factory=dict)
     on_gpu: bool = False  # where the model's part of the memory is
     memory_known: bool = True
@@ -102,7 +103,7 @@ class Plan:
         lines += [f"  {q.name:<{width}}  {q.value:>11,}  = {q.arithmetic}" for q in self.quantities]
         lines += ["", "actors", f"  {'role':<11} {'count':>5} {'CPUs':>5} {'GPUs':>5} {'threads':>8}  memory of each"]
         for a in self.actors:
-            threads = "all" if a.threads is None else str(a.threads)
+            threads = ("share" if a.gpus else "all") if a.threads is None else str(a.threads)
             lines.append(f"  {a.role:<11} {a.count:>5} {a.cpus:>5g} {a.gpus:>5g} {threads:>8}  {_memory_text(a)}")
         if self.notes:
             lines += ["", "notes", *(f"  - {note}" for note in self.notes)]
@@ -112,10 +113,12 @@ class Plan:
 def make_plan(config: Config, machine: Machine | None = None) -> Plan:
     """The plan of a run; ConfigError where it cannot run, saying what to change.
 
-    `machine` is the one that an embedded Ray would use (default: this one); it does not count when a cluster is joined.
+    `machine` is the one that an embedded Ray would use (default: this one); it does not count when a cluster is joined,
+    unless it is a description, which then stands for the cluster.
     """
     joined = config.cluster.address is not None or bool(os.environ.get("RAY_ADDRESS"))
-    here = None if joined else machine or this_machine()
+    described = machine is not None and machine.assumed is not None
+    here = machine if described else None if joined else machine or this_machine()
     session = None if joined else start.session_folder(os.environ)
     needs = check_parts(config.algorithm)
     model = read_model(config.model.path)
@@ -123,14 +126,14 @@ def make_plan(config: Config, machine: Machine | None = None) -> Plan:
     check_family(config.model.path, config.rollout.engine)
     stages(config)
     teachers = check_distillation(config)
-    actors = _actors(config, needs, model)
+    actors = _actors(config, needs, model, here)
     actors[0].memory.update(teacher_memory(config, teachers))
     gpus = [actor.gpus for actor in actors for _ in range(actor.count)]
     check_combinations(config, needs, model, here, gpus)
     check_companions(config, needs)
     check_resume(config, critic="values" in needs)
     if "critiques" in needs:
-        check_judge(config, joined)
+        check_judge(config, joined, here)
     check_environment(config, joined)
     reward = config.reward
     check_functions(reward.functions, reward.timeout_seconds)
@@ -200,14 +203,17 @@ def _quantities(config: Config, whole_groups: bool) -> list[Quantity]:
     return [Quantity(*row) for row in rows]
 
 
-def _actors(config: Config, needs: frozenset[str], model: ModelFacts | None) -> list[ActorPlan]:
+def _actors(
+    config: Config, needs: frozenset[str], model: ModelFacts | None, machine: Machine | None
+) -> list[ActorPlan]:
     """Every actor of the run; a critic and a reference only where a signal asks for them."""
-    cluster, threads = config.cluster, config.cluster.threads
+    cluster = config.cluster
     known = model is not None
     total = config.train.prompts_per_step * config.rollout.responses_per_prompt
 
     def compute(role: str, count: int, gpus: float, memory: dict[str, int], facts_known: bool = known) -> ActorPlan:
         process = {"process": round(_PROCESS_BYTES[role] * GIB)}
+        threads = _threads(config, gpus, machine)
         return ActorPlan(role, count, 1.0, gpus, threads, memory | process, gpus > 0, facts_known)
 
     actors = [
@@ -234,7 +240,7 @@ def _actors(config: Config, needs: frozenset[str], model: ModelFacts | None) -> 
             compute("reference", cluster.reference_ranks, cluster.gpus_per_reference_rank, frozen, own is not None)
         )
     if "critiques" in needs:
-        actors.append(_judge_plan(config))
+        actors.append(_judge_plan(config, machine))
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     batch = {"batch": total * longest * 64}  # ids, masks, log-probs and credit of a token, packed and padded
     actors.append(ActorPlan("credit", 1, 0, 0, 1, {**batch, "process": round(_PROCESS_BYTES["credit"] * GIB)}))
@@ -245,7 +251,14 @@ def _actors(config: Config, needs: frozenset[str], model: ModelFacts | None) -> 
     return actors
 
 
-def _judge_plan(config: Config) -> ActorPlan:
+def _threads(config: Config, gpus: float, machine: Machine | None) -> int | None:
+    """Of each actor with so many GPUs; None where its node is not known."""
+    if config.cluster.threads is not None or machine is None:
+        return config.cluster.threads
+    return threads_of(gpus, machine.cores, machine.gpus)
+
+
+def _judge_plan(config: Config, machine: Machine | None) -> ActorPlan:
     """A model of the run's own takes a core and memory; a function or an address next to nothing."""
     judge, gpus, path = config.judge, config.cluster.gpus_per_judge, own_model(config.judge)
     process = {"process": round(_PROCESS_BYTES["credit" if path is None else "rollout"] * GIB)}
@@ -256,7 +269,14 @@ def _judge_plan(config: Config) -> ActorPlan:
     if gpus == 0 and judge.engine == "vllm":
         memory["kv cache"] = max(1, round(judge.kv_cache_gib)) * GIB
     return ActorPlan(
-        "judge", judge.workers, 1.0, gpus, config.cluster.threads, memory | process, gpus > 0, model is not None
+        "judge",
+        judge.workers,
+        1.0,
+        gpus,
+        _threads(config, gpus, machine),
+        memory | process,
+        gpus > 0,
+        model is not None,
     )
 
 
@@ -268,10 +288,10 @@ def _check_memory(config: Config, actors: Iterable[ActorPlan], machine: Machine 
         for actor in actors
         if not actor.on_gpu
     )
-    if machine is not None and firm > machine.memory_bytes:
+    if machine is not None and firm > machine.memory_bytes * machine.nodes:
         raise ConfigError(
             f"model.path: got {config.model.path}, whose weights, optimiser and caches take {firm / GIB:.1f} GiB, "
-            f"expected at most the {machine.memory_bytes / GIB:.1f} GiB of this machine; try policy.lora.rank=16, "
+            f"expected at most the {machine.memory_bytes * machine.nodes / GIB:.1f} GiB of this machine; try policy.lora.rank=16, "
             "a smaller rollout.kv_cache_gib, a smaller model, or policy.zero_stage=3 over a cluster"
         )
 
@@ -280,7 +300,8 @@ def _notes(
     config: Config, needs: frozenset[str], model: ModelFacts | None, machine: Machine | None, actors: list[ActorPlan]
 ) -> list[str]:
     asked = ", ".join(sorted(needs)) or "none"
-    notes = [f"signals the algorithm asks for: {asked}"]
+    notes = [] if machine is None or machine.assumed is None else [machine.assumed]
+    notes.append(f"signals the algorithm asks for: {asked}")
     if model is None:
         notes.append(f"memory of {config.model.path} is not known: it is not on this machine yet")
     else:
@@ -295,7 +316,9 @@ def _notes(
     if config.train.max_minutes is not None:
         notes.append(f"ends after {config.train.max_minutes:g} minutes at the latest (train.max_minutes)")
     notes.append(_checkpoint_note(config.checkpoint))
-    roles = {"policy", "critic", "reference"} | ({"reward"} if has_models(config.reward.functions) else set())
+    roles = {"policy", "rollout", "critic", "reference"} | (
+        {"reward"} if has_models(config.reward.functions) else set()
+    )
     slow = [a.role for a in actors if a.role in roles and a.gpus == 0]
     if slow and any(a.gpus for a in actors):
         notes.append(f"on CPUs while others have GPUs: {', '.join(slow)} (cluster.gpus_per_*)")
@@ -303,9 +326,13 @@ def _notes(
         notes.append("the cluster's size is not known here: it is joined by address")
     else:
         host = sum(actor.count * actor.bytes_each for actor in actors if not actor.on_gpu)
-        free = f"this machine has {machine.cores} cores, {machine.gpus} GPUs, {_size(machine.memory_bytes)} memory"
-        notes.append(f"all actors together: about {_size(host)}; {free}")
-        if host > machine.memory_bytes:
+        whose = "this machine has" if machine.assumed is None else "the machine has"
+        each = "" if machine.nodes == 1 else f"{machine.nodes} x "
+        free = f"{each}{machine.cores} cores, {each}{machine.gpus} GPUs, {each}{_size(machine.memory_bytes)} memory"
+        notes.append(f"all actors together: about {_size(host)}; {whose} {free}")
+        taken = in_use(machine, engine_bytes(config, machine))
+        notes += [] if taken is None else [f"{taken}; `apportion train` refuses to start until then"]
+        if host > machine.memory_bytes * machine.nodes:
             notes.append(
                 "memory is likely to run out: lower policy.micro_batch_tokens or turn on policy.gradient_checkpointing"
             )

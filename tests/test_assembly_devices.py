@@ -12,10 +12,12 @@ from apportion.assembly.starting import join
 from apportion.assembly.training import critic_requests, policy_requests, reference_requests
 from apportion.cli import compose_config, to_config
 from apportion.conf import devices, judges
-from apportion.conf.devices import Machine
+from apportion.conf.devices import check_in_use, engine_bytes, fit, in_use
+from apportion.conf.machine import GIB, Machine
 from apportion.plan import make_plan
 from apportion.platform import cluster
 from apportion.platform.cluster import Actor, Cluster
+from apportion.platform.cuda import Gpu
 from apportion.platform.errors import ConfigError
 from apportion.platform.process import ProcessInfo
 from apportion.platform.runs import RunFolder
@@ -114,9 +116,16 @@ REFUSED = [
         "model.attention: got flash_attention_2 with cluster.gpus_per_reference_rank=0, expected sdpa or eager, or a GPU",
     ),
     (
-        ["cluster.rollout_engines=3", "cluster.gpus_per_rollout_engine=0.6", "cluster.gpus_per_policy_rank=6"],
-        "cluster: got 7.8 GPUs over all actors, expected what fits the 8 of this machine; lower cluster.gpus_per_*, or join "
-        "a cluster with cluster.address",
+        [
+            "algorithm=grpo",
+            "cluster.rollout_engines=3",
+            "cluster.gpus_per_rollout_engine=0.6",
+            "cluster.policy_ranks=6",
+            "cluster.gpus_per_policy_rank=1",
+            "train.prompts_per_step=6",
+        ],
+        "cluster: got 7.8 GPUs over all actors, expected what fits the 8 of this machine (a part of a GPU is on one GPU, and "
+        "an actor's GPUs are on one node); lower cluster.gpus_per_*, or join a cluster with cluster.address",
     ),
     (
         ["algorithm=grpo", "model.attention=flash_attention_2", "cluster.gpus_per_policy_rank=1"],
@@ -124,6 +133,61 @@ REFUSED = [
         "sdpa (on GPUs torch's own flash kernels) or one of them",
     ),
 ]
+
+
+# Of one role alone: the recipe has a policy, a critic and a reference.
+ON_GPUS = ["cluster.gpus_per_policy_rank=1", "cluster.gpus_per_critic_rank=1", "cluster.gpus_per_reference_rank=1"]
+TOO_MANY = "expected 1: a rank uses one GPU; for more GPUs set"
+REFUSED += [
+    (
+        ["cluster.gpus_per_policy_rank=1", "cluster.gpus_per_reference_rank=1"],
+        "cluster.gpus_per_critic_rank: got 0 with cluster.gpus_per_policy_rank=1, expected a GPU for the critic too, 1 or a "
+        "part of one: on the CPU it would take most of each step",
+    ),
+    (
+        ["cluster.gpus_per_policy_rank=0.5", "cluster.gpus_per_critic_rank=1"],
+        "cluster.gpus_per_reference_rank: got 0 with cluster.gpus_per_policy_rank=0.5, expected a GPU for the reference too, "
+        "1 or a part of one: on the CPU it would take most of each step",
+    ),
+    (
+        ["cluster.gpus_per_rollout_engine=1"],
+        "cluster.gpus_per_policy_rank: got 0 with cluster.gpus_per_rollout_engine=1, expected a GPU for the policy too, 1 or "
+        "a part of one: on the CPU its updates would take most of each step",
+    ),
+    (
+        ["cluster.gpus_per_reference_rank=0.5"],
+        "cluster.gpus_per_policy_rank: got 0 with cluster.gpus_per_reference_rank=0.5, expected a GPU for the policy too, 1 "
+        "or a part of one: on the CPU its updates would take most of each step",
+    ),
+    (["cluster.policy_ranks=2", "cluster.gpus_per_policy_rank=2"],
+     f"cluster.gpus_per_policy_rank: got 2, {TOO_MANY} cluster.policy_ranks=4"),
+    ([*ON_GPUS, "cluster.gpus_per_critic_rank=8"],
+     f"cluster.gpus_per_critic_rank: got 8, {TOO_MANY} cluster.policy_ranks=8"),
+    ([*ON_GPUS, "cluster.reference_ranks=2", "cluster.gpus_per_reference_rank=3"],
+     f"cluster.gpus_per_reference_rank: got 3, {TOO_MANY} cluster.reference_ranks=6"),
+    (
+        [*ON_GPUS, "cluster.gpus_per_rollout_engine=4", "rollout.tensor_parallel_size=2"],
+        "cluster.gpus_per_rollout_engine: got 4 with rollout.tensor_parallel_size=2, expected 2: an engine uses a GPU for "
+        "each part of its model; for more GPUs raise cluster.rollout_engines or rollout.tensor_parallel_size",
+    ),
+    (
+        [*ON_GPUS, *JUDGE, "cluster.gpus_per_judge=2"],
+        "cluster.gpus_per_judge: got 2 with judge.tensor_parallel_size=1, expected 1: an engine uses a GPU for each part of "
+        "its model; for more GPUs raise judge.workers or judge.tensor_parallel_size",
+    ),
+    (
+        [*ON_GPUS, *JUDGE, "cluster.gpus_per_judge=16", "judge.tensor_parallel_size=16", "judge.engine=vllm"],
+        "judge.tensor_parallel_size: got 16, expected at most 8, the GPUs of this machine: an engine's GPUs are on one node",
+    ),
+    (
+        [*ON_GPUS, "cluster.policy_ranks=9", "train.prompts_per_step=9"],
+        "cluster.policy_ranks: got 9 with cluster.gpus_per_policy_rank=1, expected at most the 8 of this machine",
+    ),
+    (
+        [*ON_GPUS, "cluster.gpus_per_rollout_engine=16", "rollout.tensor_parallel_size=16"],
+        "rollout.tensor_parallel_size: got 16, expected at most 8, the GPUs of this machine: an engine's GPUs are on one node",
+    ),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("overrides", "message"), REFUSED, ids=[words[-1] for words, _ in REFUSED])
@@ -135,16 +199,49 @@ def test_a_distribution_that_cannot_run_is_refused(overrides, message, monkeypat
 
 
 def test_one_rank_may_take_a_part_of_a_gpu():
-    assert make_plan(composed("cluster.gpus_per_policy_rank=0.5"), MACHINE).actor("policy").gpus == 0.5
+    words = [f"cluster.gpus_per_{role}_rank=0.5" for role in ("policy", "critic", "reference")]
+    assert make_plan(composed(*words), MACHINE).actor("policy").gpus == 0.5
 
 
-@pytest.mark.parametrize("word", ["cluster.gpus_per_policy_rank=0.5", "model.attention=flash_attention_2"])
+@pytest.mark.parametrize(
+    "word", ["cluster.gpus_per_policy_rank=0.5", "cluster.gpus_per_policy_rank=2", "model.attention=flash_attention_2"]
+)
 def test_a_preference_stage_refuses_the_same(word):
     from apportion.conf.preference_schema import check
 
     words = ["model.path=builtin:tiny", "data.train=x.jsonl", "cluster.policy_ranks=2", "train.batch_size=4", word]
     with pytest.raises(ConfigError, match=word.replace("=", ": got ")):
         check(to_config(compose_config(words, stage="dpo"))[0])
+
+
+def test_a_preference_stage_is_held_against_the_machine(monkeypatch):
+    from apportion.conf.preference_schema import check
+
+    def said(machine, *words):
+        common = [
+            "model.path=builtin:tiny",
+            "data.train=x.jsonl",
+            "train.batch_size=4",
+            "cluster.gpus_per_policy_rank=1",
+        ]
+        config = to_config(compose_config([*common, *words], stage="dpo"))[0]
+        try:
+            check(config, machine)
+        except ConfigError as error:
+            return str(error)
+        return None
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert said(machine_of(A100)) is None
+    assert said(machine_of(A100), "cluster.policy_ranks=2") == (
+        "cluster.policy_ranks: got 2 with cluster.gpus_per_policy_rank=1, expected at most the 1 of this machine"
+    )
+    assert said(machine_of(A100), "cluster.policy_ranks=2", "cluster.address=10.0.0.1:6379") is None
+    assert said(machine_of(T4), "model.dtype=bfloat16").startswith("model.dtype: got bfloat16 on Tesla T4")
+    assert said(Machine(2, 2**33, 0, no_gpu="CUDA_VISIBLE_DEVICES is ''")) == (
+        "cluster: got 1 GPUs over all actors, expected what fits the 0 of this machine (CUDA_VISIBLE_DEVICES is ''); lower "
+        "cluster.gpus_per_*, or join a cluster with cluster.address"
+    )
 
 
 def test_a_vllm_built_for_cuda_without_a_gpu_is_refused(monkeypatch):
@@ -154,7 +251,7 @@ def test_a_vllm_built_for_cuda_without_a_gpu_is_refused(monkeypatch):
     make_plan(composed("rollout.engine=transformers"), MACHINE)
     monkeypatch.setattr(judges, "vllm_needs_gpu", lambda: True)
     with pytest.raises(ConfigError, match="gpus_per_judge: got 0 with a vLLM that was built for CUDA"):
-        make_plan(composed("cluster.gpus_per_rollout_engine=1", *JUDGE), MACHINE)
+        make_plan(composed("cluster.gpus_per_rollout_engine=1", "cluster.gpus_per_policy_rank=1", *JUDGE), MACHINE)
 
 
 @pytest.mark.parametrize(
@@ -171,11 +268,140 @@ def test_what_vllm_was_built_for_is_read_from_what_is_installed(monkeypatch, ins
 
 
 def test_a_plan_says_what_stays_on_cpus_beside_gpus():
-    notes = make_plan(composed("cluster.gpus_per_policy_rank=1"), MACHINE).notes
-    assert "on CPUs while others have GPUs: critic, reference (cluster.gpus_per_*)" in notes
-    scored = make_plan(composed("cluster.gpus_per_policy_rank=1", "reward.functions=model:builtin:tiny"), MACHINE).notes
-    assert "on CPUs while others have GPUs: critic, reference, reward (cluster.gpus_per_*)" in scored
+    notes = make_plan(composed(*ON_GPUS), MACHINE).notes
+    assert "on CPUs while others have GPUs: rollout (cluster.gpus_per_*)" in notes
+    scored = make_plan(composed(*ON_GPUS, "reward.functions=model:builtin:tiny"), MACHINE).notes
+    assert "on CPUs while others have GPUs: rollout, reward (cluster.gpus_per_*)" in scored
     assert not any("while others" in note for note in make_plan(composed(), MACHINE).notes)
+
+
+T4 = Gpu("Tesla T4", 15 * GIB, (7, 5))
+A100 = Gpu("NVIDIA A100-SXM4-80GB", round(79.1 * GIB), (8, 0))
+
+
+def machine_of(*gpus, **changes):
+    from apportion.platform.cuda import least
+
+    return Machine(16, 2**37, len(gpus), least(gpus), devices=gpus, **changes)
+
+
+def refusal(machine, *overrides):
+    with pytest.raises(ConfigError) as error:
+        make_plan(composed(*overrides), machine)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_bfloat16_on_a_gpu_without_it_is_refused_for_roles_on_a_gpu():
+    cpu = "expected float16 or float32, or another GPU, of 8.0 or more (CUDA_VISIBLE_DEVICES chooses)"
+    line = f"got bfloat16 on Tesla T4 of compute capability 7.5, {cpu}"
+    bf16 = "model.dtype=bfloat16"
+    assert refusal(machine_of(T4, T4, T4), *ON_GPUS, bf16) == f"model.dtype: {line}"
+    assert refusal(machine_of(A100, A100, T4), *ON_GPUS, bf16) == f"model.dtype: {line}"  # whichever a role may get
+    v100 = Gpu("Tesla V100-SXM2-16GB", 16 * GIB, (7, 0))
+    assert "on Tesla V100-SXM2-16GB of compute capability 7.0" in refusal(machine_of(v100, v100, v100), *ON_GPUS, bf16)
+    for dtype in ("float16", "float32"):
+        make_plan(composed(*ON_GPUS, f"model.dtype={dtype}"), machine_of(T4, T4, T4))
+    make_plan(composed(bf16), machine_of(T4))  # on the CPU
+    make_plan(composed(*ON_GPUS, bf16), machine_of(A100, A100, A100))
+    make_plan(composed(*ON_GPUS, bf16), Machine(16, 2**37, 3))  # nothing is known of them
+    judged = [*JUDGE, "judge.engine=transformers", "cluster.gpus_per_judge=1"]
+    assert refusal(machine_of(T4), *judged, bf16, "judge.dtype=bfloat16") == f"judge.dtype: {line}"
+    make_plan(composed(*judged, bf16, "judge.dtype=float32"), machine_of(T4))
+    make_plan(composed(*judged[:-1], bf16, "judge.dtype=bfloat16"), machine_of(T4))
+
+
+def test_gpus_that_cuda_does_not_show_are_refused_with_the_drivers_words():
+    assert refusal(Machine(16, 2**37, 0, no_gpu="the CUDA driver crashes (signal 11)"), *ON_GPUS) == (
+        "cluster: got 3 GPUs over all actors, expected what fits the 0 of this machine (the CUDA driver crashes (signal "
+        "11)); lower cluster.gpus_per_*, or join a cluster with cluster.address"
+    )
+
+
+def test_actors_are_laid_out_over_nodes():
+    nodes = Machine(16, 2**37, 8, A100, nodes=2, devices=(A100,) * 8, assumed="two nodes")
+    engine = ["cluster.gpus_per_rollout_engine=8", "rollout.tensor_parallel_size=8"]
+    assert make_plan(composed("algorithm=grpo", ON_GPUS[0], *engine), nodes).actor("rollout").gpus == 8
+    assert refusal(nodes, *ON_GPUS, "cluster.gpus_per_rollout_engine=9", "rollout.tensor_parallel_size=9") == (
+        "rollout.tensor_parallel_size: got 9, expected at most 8, the GPUs of a node: an engine's GPUs are on one node"
+    )
+    ranks = ["algorithm=grpo", "train.prompts_per_step=12", ON_GPUS[0]]
+    assert refusal(nodes, *ranks, "cluster.policy_ranks=17", "train.prompts_per_step=17") == (
+        "cluster.policy_ranks: got 17 with cluster.gpus_per_policy_rank=1, expected at most the 16 of 2 nodes"
+    )
+    six = ["cluster.gpus_per_rollout_engine=6", "rollout.tensor_parallel_size=6", "cluster.rollout_engines=2"]
+    make_plan(composed(*ranks, *six, "cluster.policy_ranks=4"), nodes)
+    assert refusal(nodes, *ranks, *six, "cluster.policy_ranks=5") == (
+        "cluster: got 17 GPUs over all actors, expected what fits the 16 of 2 nodes; lower cluster.gpus_per_*, or join a "
+        "cluster with cluster.address"
+    )
+
+
+@pytest.mark.parametrize(
+    ("shares", "devices", "nodes", "fits"),
+    [
+        ([1, 1], 2, 1, True), ([1, 1, 0.1], 2, 1, False), ([8, 8], 8, 2, True), ([8, 8], 16, 1, True), ([9], 8, 2, False),
+        ([4, 4, 4, 4], 8, 2, True), ([6, 6, 4], 8, 2, False), ([6, 6, 1, 1, 0.5, 0.5, 1], 8, 2, True),
+        ([6, 6, 1, 1, 1, 0.6, 0.6], 8, 2, False), ([0, 0], 0, 1, True), ([0.5], 0, 1, False),
+    ],
+)  # fmt: skip
+def test_what_fits_on_nodes(shares, devices, nodes, fits):
+    assert fit(shares, devices, nodes) is fits
+
+
+def test_a_gpu_that_another_run_uses_is_refused_and_noted_by_the_plan():
+    used = [Gpu(A100.name, A100.memory_bytes, A100.capability, bytes_) for bytes_ in (0, round(8.2 * GIB), None)]
+    machine, words = machine_of(*used), [*ON_GPUS, "cluster.gpus_per_rollout_engine=1"]
+    line = (
+        "GPU 1: got 8.2 GiB in use by other processes and 71.2 GiB planned, expected at most 79.1 GiB together: end what "
+        "runs there (nvidia-smi lists it), or choose another GPU with CUDA_VISIBLE_DEVICES"
+    )
+    config = composed(*words, "cluster.rollout_engines=2")
+    assert engine_bytes(config, machine) == [round(0.9 * A100.memory_bytes)] * 2
+    with pytest.raises(ConfigError) as error:
+        check_in_use(machine, engine_bytes(config, machine))
+    assert str(error.value) == line
+    check_in_use(machine, [A100.memory_bytes, A100.memory_bytes - round(8.2 * GIB), A100.memory_bytes])
+    assert in_use(machine, [0, A100.memory_bytes - round(8.2 * GIB) + 1]).startswith("GPU 1: got 8.2 GiB in use")
+    assert in_use(Machine(16, 2**37, 3), [A100.memory_bytes] * 3) is None  # nothing is known of them
+    four = machine_of(*used, A100, A100)
+    assert f"{line}; `apportion train` refuses to start until then" in make_plan(config, four).notes
+    assert not any("in use" in note for note in make_plan(composed(*words), four).notes)  # its engine is on the first
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["cluster.gpus_per_rollout_engine=0"], []),
+        (["cluster.gpus_per_rollout_engine=0.5"], [0.4]),
+        (["cluster.gpus_per_rollout_engine=0.5", "cluster.rollout_engines=3"], [0.8, 0.8]),
+        (["cluster.gpus_per_rollout_engine=2", "rollout.tensor_parallel_size=2"], [0.9, 0.9]),
+        (["cluster.gpus_per_rollout_engine=1", "rollout.gpu_memory_utilization=0.3"], [0.3]),
+        (["cluster.gpus_per_rollout_engine=1", "rollout.engine=transformers"], []),
+    ],
+)
+def test_engines_take_their_share_of_each_gpu(words, expected):
+    machine = machine_of(A100, A100, A100)
+    assert engine_bytes(composed(*words), machine) == [round(share * A100.memory_bytes) for share in expected]
+
+
+def test_train_and_evaluate_refuse_a_gpu_in_use_before_anything_starts(monkeypatch, capsys):
+    from apportion import build, plan
+    from apportion.cli import main
+    from apportion.conf import machine as here
+
+    busy = Gpu(A100.name, A100.memory_bytes, A100.capability, 40 * GIB)
+    for module in (plan, devices, here):
+        monkeypatch.setattr(module, "this_machine", lambda: machine_of(busy))
+    monkeypatch.setattr(build, "train", lambda *_: pytest.fail("the run was built"))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    words = ["experiment=tiny_grpo", "cluster.gpus_per_policy_rank=0.5", "cluster.gpus_per_rollout_engine=0.5"]
+    assert main(["train", *words, "rollout.gpu_memory_utilization=0.6"]) == 2
+    assert capsys.readouterr().err.startswith(
+        "error: GPU 0: got 40.0 GiB in use by other processes and 47.5 GiB planned"
+    )
+    assert main(["plan", *words, "rollout.gpu_memory_utilization=0.6"]) == 0
+    assert "GPU 0: got 40.0 GiB in use" in capsys.readouterr().out
 
 
 def test_ranks_wait_for_each_other_as_long_as_anyone_waits_for_them(monkeypatch):

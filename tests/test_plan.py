@@ -100,6 +100,7 @@ def test_actors_carry_their_count_and_gpus():
         "cluster.policy_ranks=2",
         "cluster.gpus_per_policy_rank=1",
         "cluster.gpus_per_critic_rank=1",
+        "cluster.gpus_per_reference_rank=1",
         "cluster.gpus_per_rollout_engine=2",
         "rollout.tensor_parallel_size=2",
         "reward.workers=3",
@@ -109,7 +110,7 @@ def test_actors_carry_their_count_and_gpus():
         "policy": (2, 1, True),
         "rollout": (1, 2, True),
         "critic": (2, 1, True),
-        "reference": (1, 0, False),
+        "reference": (1, 1, True),
         "credit": (1, 0, False),
         "reward": (3, 0, False),
     }
@@ -164,9 +165,20 @@ def test_a_model_that_is_not_here_has_no_memory_estimate():
 
 
 def test_a_joined_cluster_is_not_measured_by_this_machine():
-    plan = planned("cluster.address=10.0.0.1:6379", "cluster.gpus_per_policy_rank=4")
-    assert plan.actor("policy").gpus == 4
+    plan = planned("cluster.address=10.0.0.1:6379", "cluster.policy_ranks=4", "cluster.gpus_per_policy_rank=1")
+    assert (plan.actor("policy").count, plan.actor("policy").gpus) == (4, 1)
+    assert [plan.actor(role).threads for role in ("policy", "rollout")] == [None, None]
+    assert "    1     1    share  " in plan.render() and "    1     0      all  " in plan.render()
     assert "the cluster's size is not known here: it is joined by address" in plan.notes
+
+
+def test_an_actor_with_gpus_has_its_share_of_the_cores():
+    words = ["cluster.policy_ranks=2", "cluster.gpus_per_policy_rank=1", "cluster.gpus_per_rollout_engine=0.5"]
+    threads = {actor.role: actor.threads for actor in planned(*words, machine=SERVER).actors}
+    assert threads == {"policy": 8, "rollout": 4, "credit": 1, "reward": 1}
+    threads = {actor.role: actor.threads for actor in planned(*words, "cluster.threads=3", machine=SERVER).actors}
+    assert threads == {"policy": 3, "rollout": 3, "credit": 1, "reward": 1}
+    assert {planned(machine=SERVER).actor(role).threads for role in ("policy", "rollout")} == {64}
 
 
 def test_the_printed_plan_reads_as_a_table():
@@ -174,7 +186,7 @@ def test_the_printed_plan_reads_as_a_table():
     assert lines[0] == "quickstart: grpo on builtin:smollm2-135m-instruct, 40 steps"
     assert "  trajectories a step                       64  = 8 prompts x 8 responses" in lines
     assert any(
-        line.startswith("  policy          1     1     0      all  5.5 GiB = weights 257 MiB + ") for line in lines
+        line.startswith("  policy          1     1     0        2  5.5 GiB = weights 257 MiB + ") for line in lines
     )
     assert "  - signals the algorithm asks for: none" in lines
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import ceil
 
-from apportion.conf.devices import Machine, check_devices
+from apportion.conf.devices import check_devices
+from apportion.conf.machine import Machine
 from apportion.conf.models import (
     VALUE_BYTES,
     ModelFacts,
@@ -159,7 +160,7 @@ def _check_rollout(config: Config, model: ModelFacts | None) -> None:
             f"rollout.tensor_parallel_size: got {parallel} with rollout.engine={config.rollout.engine}, "
             "expected 1, or rollout.engine=vllm"
         )
-    if parallel > 1 and gpus and (gpus < parallel or gpus % parallel):
+    if parallel > 1 and 0 < gpus < parallel:
         raise ConfigError(
             f"cluster.gpus_per_rollout_engine: got {gpus:g} with rollout.tensor_parallel_size={parallel}, "
             f"expected {parallel}, a GPU for each part, or 0 for parts on the CPU"

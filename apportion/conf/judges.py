@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from apportion.conf.defaults import judge_utilization
-from apportion.conf.devices import vllm_needs_gpu
+from apportion.conf.devices import check_dtype, check_parallel, vllm_needs_gpu
+from apportion.conf.machine import Machine
 from apportion.conf.models import check_own_tokenizer, read_limits
 from apportion.conf.schema import Config, JudgeConfig
 from apportion.platform.errors import ConfigError
@@ -49,8 +50,9 @@ def own_model(judge: JudgeConfig) -> str | None:
     return judge.model if judge.model is not None and judge.url is None else None
 
 
-def check_judge(config: Config, joined: bool) -> None:
-    """ConfigError where an algorithm that needs critiques would not get any. `joined`: actors start on a cluster."""
+def check_judge(config: Config, joined: bool, machine: Machine | None = None) -> None:
+    """ConfigError where an algorithm that needs critiques would not get any. `joined`: actors start on a cluster; `machine`
+    is None where what it would run on is not known, or was looked at before."""
     judge = config.judge
     urls = judge_urls(judge)
     name = config.algorithm.name
@@ -86,7 +88,7 @@ def check_judge(config: Config, joined: bool) -> None:
     if judge.function is not None:
         _check_function(judge.function)
     if own_model(judge) is not None:
-        _check_own_model(config, judge)
+        _check_own_model(config, judge, machine)
 
 
 def _critiques(config: Config) -> int:
@@ -122,13 +124,16 @@ def _check_function(spec: str) -> None:
         ) from error
 
 
-def _check_own_model(config: Config, judge: JudgeConfig) -> None:
+def _check_own_model(config: Config, judge: JudgeConfig, machine: Machine | None) -> None:
     parallel, gpus = judge.tensor_parallel_size, config.cluster.gpus_per_judge
-    if parallel > 1 and (judge.engine != "vllm" or gpus < parallel or gpus % parallel):
+    if parallel > 1 and (judge.engine != "vllm" or gpus < parallel):
         raise ConfigError(
             f"judge.tensor_parallel_size: got {parallel} with judge.engine={judge.engine} and "
             f"cluster.gpus_per_judge={gpus:g}, expected engine vllm and a GPU for each part"
         )
+    check_parallel("judge", parallel, gpus, "judge.workers")
+    if machine is not None:
+        check_dtype("judge.dtype", judge.dtype, gpus, machine)
     if judge.engine == "vllm" and gpus == 0 and vllm_needs_gpu():
         raise ConfigError(
             "cluster.gpus_per_judge: got 0 with a vLLM that was built for CUDA, expected at least 1, or "

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from apportion.conf.checks import LARGEST_SEED, MISSING, SMALLEST_STORE_GIB, at_least, between, one_of
-from apportion.conf.devices import check_attention, check_share
+from apportion.conf.devices import check_attention, check_dtype, check_ranks, check_ranks_fit, check_room
+from apportion.conf.machine import Machine, joins, this_machine
 from apportion.conf.models import check_own_tokenizer, check_rows_of_several, check_targets, read_limits
 from apportion.conf.schema import CheckpointConfig, EngineConfig, LoraConfig, ModelConfig, TrackingConfig
 from apportion.platform.errors import ConfigError
@@ -198,8 +199,9 @@ class DpoRunConfig(PreferenceConfig):
 STAGES: dict[str, type[PreferenceConfig]] = {c.stage: c for c in (SftRunConfig, RewardModelRunConfig, DpoRunConfig)}
 
 
-def check(config: PreferenceConfig) -> None:
-    """ConfigError for values that are each sound and together cannot run."""
+def check(config: PreferenceConfig, machine: Machine | None = None) -> None:
+    """ConfigError for values that are each sound and together cannot run. `machine` is the one that an embedded Ray would
+    use (default: this one); it does not count when a cluster is joined."""
     data, policy, answers = config.data, config.policy, 2 if config.pairs else 1
     if data.max_prompt_tokens >= data.max_tokens:
         raise ConfigError(
@@ -213,7 +215,7 @@ def check(config: PreferenceConfig) -> None:
             f"policy.micro_batch_tokens: got {policy.micro_batch_tokens}, expected at least {needed} = {answers} x "
             f"data.max_tokens{both}; raise it or lower data.max_tokens"
         )
-    check_share("cluster.gpus_per_policy_rank", config.cluster.gpus_per_policy_rank, config.cluster.policy_ranks)
+    _check_ranks(config, machine)
     check_attention(config.model.attention, "cluster.gpus_per_policy_rank", config.cluster.gpus_per_policy_rank)
     if data.packing and config.model.attention != "sdpa":
         raise ConfigError(
@@ -245,6 +247,17 @@ def check(config: PreferenceConfig) -> None:
         check_targets(policy.lora.targets, config.model.path)
     if isinstance(config, DpoRunConfig) and config.dpo.reference:
         check_reference(config, config.dpo.reference)
+
+
+def _check_ranks(config: PreferenceConfig, machine: Machine | None) -> None:
+    ranks, gpus = config.cluster.policy_ranks, config.cluster.gpus_per_policy_rank
+    check_ranks("cluster.gpus_per_policy_rank", gpus, ranks)
+    if joins(config.cluster):
+        return
+    here = machine or this_machine()
+    check_dtype("model.dtype", config.model.dtype, gpus, here)
+    check_ranks_fit(ranks, gpus, here)
+    check_room([gpus] * ranks, here)
 
 
 def check_reference(config: DpoRunConfig, path: str) -> None:
