@@ -222,15 +222,17 @@ def _spec(config: PreferenceConfig, objective: Objective, model: str, steps: int
 def _ranks(config: PreferenceConfig, cluster: Cluster, spec: PreferenceSpec) -> list[Actor]:
     """Ranks that train together. The first says where it can be met, then all of them load and join."""
     c = config.cluster
-    environment = cores_environment(thread_count(c)) | device_environment(c.gpus_per_policy_rank)
+    threads = thread_count(c, c.gpus_per_policy_rank)
+    environment = cores_environment(threads) | device_environment(c.gpus_per_policy_rank)
     if not cluster.joined:
         environment["GLOO_SOCKET_IFNAME"] = "lo"
     requests = [
         ActorRequest(f"{config.stage}-{i}", PreferenceWorker, (spec,), 1, c.gpus_per_policy_rank, environment)
         for i in range(c.policy_ranks)
     ]
+    cluster.expect(requests)
     actors = cluster.start(requests, c.start_timeout_seconds)
-    calls = join(cluster, actors, c, config.seed, config.train.deterministic)
+    calls = join(cluster, actors, c, config.seed, config.train.deterministic, threads)
     gather(calls, c.start_timeout_seconds, "start of ranks")
     return actors
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from apportion.assembly import starting
+from apportion.assembly import hosts, starting
 from apportion.assembly.needs import needs_of
 from apportion.assembly.serving import judge_requests, serving_requests
 from apportion.assembly.starting import join
@@ -66,6 +66,21 @@ def test_gpus_that_are_asked_for_are_seen(tmp_path):
         shown.keys() - {"credit"}, (1, False)
     )
     assert sum(actor.count * actor.gpus for actor in make_plan(config, MACHINE).actors) == 4  # no critic, no reference
+
+
+def test_each_role_has_threads_for_its_share_of_the_gpus(tmp_path, monkeypatch):
+    monkeypatch.setattr(hosts.machine, "this_machine", lambda: Machine(96, 2**37, 8))
+    shares = {"policy_rank": 1, "critic_rank": 0.5, "reference_rank": 0.25, "rollout_engine": 2, "judge": 1}
+    words = [f"cluster.gpus_per_{role}={gpus}" for role, gpus in shares.items()]
+    config = composed(*words, "rollout.tensor_parallel_size=2", *JUDGE)
+    rollout = serving_requests(config, "m", needs_of(config))["rollout"][0]
+    policy, critic = policy_requests(config, "m")[0], critic_requests(config, "m")[0]
+    reference, judge = reference_requests(config, "m")[0], judge_requests(config, "m", RunFolder(tmp_path))[0]
+    requests = (policy, critic, reference, rollout, judge)
+    assert [one.environment["OMP_NUM_THREADS"] for one in requests] == ["12", "6", "3", "24", "12"]
+    assert reference.arguments[0].threads == 3
+    assert rollout.arguments[0].engine_spec.threads == 24
+    assert judge.arguments[0].model.engine_spec.threads == 12
 
 
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
@@ -409,9 +424,9 @@ def test_ranks_wait_for_each_other_as_long_as_anyone_waits_for_them(monkeypatch)
     rank = SimpleNamespace(call=lambda method, argument: argument)
 
     def limits(*overrides):
-        worlds = join(SimpleNamespace(joined=False), [rank, rank], composed(*overrides).cluster, 7, True)
-        assert [(w.rank, w.size, w.master_port, w.seed, w.deterministic) for w in worlds] == [
-            (0, 2, 29500, 7, True), (1, 2, 29500, 7, True)
+        worlds = join(SimpleNamespace(joined=False), [rank, rank], composed(*overrides).cluster, 7, True, 3)
+        assert [(w.rank, w.size, w.master_port, w.seed, w.deterministic, w.threads) for w in worlds] == [
+            (0, 2, 29500, 7, True, 3), (1, 2, 29500, 7, True, 3)
         ]  # fmt: skip
         return [world.timeout_seconds for world in worlds]
 

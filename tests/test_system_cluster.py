@@ -39,7 +39,7 @@ def free_ports(count: int) -> list[int]:
 
 @dataclass
 class Head:
-    """A Ray cluster of one node, protected by a token."""
+    """A Ray cluster of one node with two GPUs by its own account, protected by a token."""
 
     process: Run
     address: str
@@ -58,7 +58,7 @@ def head(folder, started):
     process = started(
         "start", "--head", "--node-ip-address=127.0.0.1", f"--port={gcs}", "--dashboard-host=127.0.0.1",
         f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}",
-        f"--temp-dir={sessions}", "--num-cpus=4", "--object-store-memory=200000000", "--disable-usage-stats", "--block",
+        f"--temp-dir={sessions}", "--num-cpus=4", "--num-gpus=2", "--object-store-memory=200000000", "--disable-usage-stats", "--block",
         program=str(Path(sys.executable).parent / "ray"), **protected,
     )  # fmt: skip
     yield Head(process, f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", protected)
@@ -142,3 +142,20 @@ def test_a_cluster_that_wants_a_token_refuses_a_run_without_it_in_one_line(inter
     _, _, stranger, _ = interrupted
     assert stranger.code == 2, stranger.output
     assert error_of(stranger).startswith(f"error: cluster.address: cannot reach {head.address}: ")
+
+
+def test_a_run_that_asks_a_cluster_for_more_gpus_than_it_has_says_so_at_once_and_when_it_gives_up(
+    interrupted, started, folder, head
+):
+    asking = started(
+        "train", "experiment=tiny_grpo", *QUICK, "train.steps=1", "train.prompts_per_step=3", "cluster.policy_ranks=3",
+        "cluster.gpus_per_policy_rank=1", "cluster.gpus_per_rollout_engine=1", "cluster.start_timeout_seconds=5",
+        f"runs_folder={folder}/runs", "run_name=asking", f"cluster.address={head.address}", **head.token,
+    ).finished(120)  # fmt: skip
+    lacking = "the actors ask for 4 GPUs, and the cluster has 2"
+    assert asking.code == 1, asking.output
+    assert f"warning: {lacking}: the start waits for more nodes, up to cluster.start_timeout_seconds" in asking.output
+    line = error_of(asking)
+    assert line.startswith("error: start of actors: no answer within 5 s from ")
+    assert line.endswith(f": {lacking}; lower cluster.gpus_per_*, or add nodes")
+    assert head.process.process.poll() is None

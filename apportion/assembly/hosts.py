@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import os
 
+from apportion.conf import machine
 from apportion.conf.preference_schema import RanksConfig
 from apportion.conf.schema import ClusterConfig, Config
+from apportion.platform import room
 
 
 def joins(config: Config) -> bool:
-    return config.cluster.address is not None or bool(os.environ.get("RAY_ADDRESS"))
+    return machine.joins(config.cluster)
 
 
-def thread_count(cluster: ClusterConfig | RanksConfig) -> int:
-    return cluster.threads or os.cpu_count() or 1
+def thread_count(cluster: ClusterConfig | RanksConfig, gpus: float = 0.0) -> int:
+    """Threads of a compute actor with so many GPUs: its share of its node's cores, all of them without a GPU. On a cluster
+    it may get any node, so the smallest counts."""
+    if cluster.threads is not None:
+        return cluster.threads
+    if machine.joins(cluster) and (node := room.smallest(room.alive_nodes(), gpus)) is not None:
+        return machine.threads_of(gpus, int(node.cores), node.gpus)
+    here = machine.this_machine()
+    return machine.threads_of(gpus, here.cores, here.gpus)
 
 
 def cores_environment(threads: int) -> dict[str, str]:
-    """For compute actors, which take turns on all cores; Ray would set their threads to num_cpus. Passive: threads that
+    """For compute actors; Ray would set their threads to num_cpus. Passive: threads that
     wait for each other sleep. By default they spin, and two actors at work at once (policy and critic), or anything else
     on the machine, then make a step several times as long."""
     policy = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
@@ -30,7 +39,7 @@ def device_environment(gpus: float) -> dict[str, str]:
 
 
 def compute_environment(config: Config, gpus: float) -> dict[str, str]:
-    return cores_environment(thread_count(config.cluster)) | device_environment(gpus)
+    return cores_environment(thread_count(config.cluster, gpus)) | device_environment(gpus)
 
 
 def engine_environment(config: Config, gpus: float, alone: bool) -> dict[str, str]:

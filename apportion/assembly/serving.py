@@ -86,7 +86,7 @@ def rollout_spec(config: Config, model: str, index: int, step: int = 0) -> Rollo
     settled = rollout_settings(r, config.cluster.gpus_per_rollout_engine)
     # vLLM's own stream of random numbers is in no checkpoint: a resumed run begins another, not the first steps' again.
     seed = (config.seed + index + 1009 * step) % 2**32
-    threads = thread_count(config.cluster)
+    threads = thread_count(config.cluster, config.cluster.gpus_per_rollout_engine)
     longest = config.data.max_prompt_tokens + max(r.max_response_tokens, config.evaluation.max_response_tokens or 0)
     spec = EngineSpec(
         model=model,
@@ -125,9 +125,9 @@ def _credit_spec(config: Config, model: str, needs: Needs | None) -> CreditSpec:
 
 
 def judge_requests(config: Config, model: str, folder: RunFolder) -> list[ActorRequest]:
-    spec = judge_spec(config, model, folder.path, thread_count(config.cluster))
     cpus = float(own_model(config.judge) is not None)
     gpus = config.cluster.gpus_per_judge
+    spec = judge_spec(config, model, folder.path, thread_count(config.cluster, gpus))
     environment = engine_environment(config, gpus, alone=False)
     return [
         ActorRequest(f"judge-{i}", JudgeWorker, (spec,), cpus, gpus, environment) for i in range(config.judge.workers)

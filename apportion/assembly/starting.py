@@ -14,12 +14,15 @@ from apportion.platform.cluster import STARTING, Actor, ActorRequest, Call, Clus
 
 def start(config: Config, cluster: Cluster, requests: dict[str, list[ActorRequest]]) -> Actors:
     """Every actor of every role at once, since each spends its start on imports and on loading; and wait for all."""
+    cluster.expect([request for asked in requests.values() for request in asked])
     started = {role: cluster.launch(asked) for role, asked in requests.items()}
-    joining = [
-        call
-        for role in ("policy", "critic")
-        for call in join(cluster, started.get(role, []), config.cluster, config.seed, config.train.deterministic)
-    ]
+    joining = []
+    for role, gpus in (
+        ("policy", config.cluster.gpus_per_policy_rank),
+        ("critic", config.cluster.gpus_per_critic_rank),
+    ):
+        ranks, threads = started.get(role, []), thread_count(config.cluster, gpus)
+        joining += join(cluster, ranks, config.cluster, config.seed, config.train.deterministic, threads)
     if environments := started.get("environment", []):
         engines = started["rollout"]
         owners = sharing(len(environments), len(engines))
@@ -34,17 +37,22 @@ def start(config: Config, cluster: Cluster, requests: dict[str, list[ActorReques
 
 
 def join(
-    cluster: Cluster, actors: list[Actor], settings: ClusterConfig | RanksConfig, seed: int, deterministic: bool
+    cluster: Cluster,
+    actors: list[Actor],
+    settings: ClusterConfig | RanksConfig,
+    seed: int,
+    deterministic: bool,
+    threads: int,
 ) -> list[Call]:
-    """The first rank says where it can be met, then all of them load and join: the calls under way."""
+    """The first rank says where it can be met, then all of them load and join: the calls under way. `threads` is what each
+    of them has."""
     if not actors:
         return []
     address, port = _meeting_point(cluster, actors[0], settings.start_timeout_seconds)
     # Ranks wait for each other no less long than anyone waits for them.
     seconds = max(settings.start_timeout_seconds, settings.call_timeout_seconds)
     worlds = [
-        World(rank, len(actors), address, port, thread_count(settings), seed, deterministic, seconds)
-        for rank in range(len(actors))
+        World(rank, len(actors), address, port, threads, seed, deterministic, seconds) for rank in range(len(actors))
     ]
     return [actor.call("setup", world) for actor, world in zip(actors, worlds, strict=True)]
 

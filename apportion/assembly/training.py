@@ -75,7 +75,7 @@ def reference_requests(config: Config, model: str) -> list[ActorRequest]:
         micro_batch_tokens=config.reference.micro_batch_tokens,
         logits_chunk_tokens=policy_settings(config, None).logits_chunk_tokens,
         temperature=config.rollout.temperature,
-        threads=thread_count(config.cluster),
+        threads=thread_count(config.cluster, c.gpus_per_reference_rank),
         share_prompts=config.policy.share_prompts,
     )
     environment = compute_environment(config, c.gpus_per_reference_rank)

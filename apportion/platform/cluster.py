@@ -20,11 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from apportion.platform import errors, health, logs, start
+from apportion.platform import cuda, errors, health, logs, start
 from apportion.platform.death import cause_of_death, lost_node, useful_words, witness
 from apportion.platform.errors import ActorError, ApportionError, CheckpointError, ConfigError
-from apportion.platform.notices import notices
+from apportion.platform.notices import notices, notify
 from apportion.platform.process import ProcessInfo, tail
+from apportion.platform.room import asked
 from apportion.platform.session import MARK
 from apportion.platform.teardown import Remains
 
@@ -124,7 +125,17 @@ class Cluster:
         # CPUs are Ray's accounting only: compute actors take turns on the cores.
         count = max(int(cpus) + 1, os.cpu_count() or 1)
         local = {"num_cpus": count, "include_dashboard": False, "object_store_memory": memory, "_temp_dir": str(folder)}
+        if gpus := len(cuda.driver().gpus):  # as the plan has counted them; Ray would ask another library
+            local["num_gpus"] = gpus
         ray.init(address="local", **local, **common)
+
+    def expect(self, requests: Sequence[ActorRequest]) -> None:
+        """Say at once what a joined cluster lacks of what will be asked for. An autoscaler may add it, so the run waits; a
+        start that times out says it again."""
+        asked.gpus = [request.gpus for request in requests] if self.joined else []
+        lacking = asked.lacking()
+        if lacking is not None:
+            notify(f"warning: {lacking}: the start waits for more nodes, up to cluster.start_timeout_seconds")
 
     def launch(self, requests: Sequence[ActorRequest]) -> list[Actor]:
         """Start actors side by side without waiting for them; `ready` does."""
@@ -190,6 +201,7 @@ class Cluster:
         self._ended = True
         self._remains.end([actor.handle for actor in self._actors])
         self._actors = []
+        asked.gpus = []
         witness.forget()
         logs.shorten_all(self.log_folder)
 
@@ -283,6 +295,11 @@ def _late(calls: list[Call], seconds: float, what: str) -> str:
     names = ", ".join(f"{c.actor.name}{_where(c.actor)} ({c.method})" for c in calls)
     first = _last_lines(calls[0].actor)
     setting = "cluster.start_timeout_seconds" if what == STARTING else "cluster.call_timeout_seconds"
+    lacking = asked.lacking() if what == STARTING else None
+    if lacking is not None:
+        return (
+            f"{what}: no answer within {seconds:.0f} s from {names}: {lacking}; lower cluster.gpus_per_*, or add nodes"
+        )
     return f"{what}: no answer within {seconds:.0f} s from {names}; raise {setting} if it is only slow{first}"
 
 
