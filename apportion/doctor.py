@@ -10,17 +10,17 @@ import os
 import resource
 import shutil
 import socket
-import subprocess
 import sys
 import sysconfig
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from apportion.conf.devices import this_machine
+from apportion import gpu_doctor
+from apportion.conf.machine import this_machine
 from apportion.data.builtin import cache_folder
+from apportion.finding import Finding
 from apportion.platform import start
 
 GIB = 2**30
@@ -40,31 +40,21 @@ PINNED = {
 COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing looked at. `level` is ok, warn (works, but) or fail (will not work); `mend` says what to do."""
-
-    level: str
-    what: str
-    got: str
-    mend: str = ""
-
-
 def examine() -> list[Finding]:
     """Look at this machine; takes a second or two."""
     machine = this_machine()
-    gpus = gpu_names()
     installed = installed_versions()
+    gpus = gpu_doctor.measure(installed)
     return [
         check_python(sys.version_info[:3]),
         check_compiler(shutil.which("g++") or shutil.which("c++"), _ninja(), _headers().is_file()),
-        *check_versions(installed, bool(gpus)),
+        *check_versions(installed, gpus.has_gpu),
         *check_companions(installed),
         check_builtin_model(installed, (cache_folder() / "models").is_dir()),
         check_cores(machine.cores),
         check_memory(machine.memory_bytes, available_memory()),
         check_shared_memory(*disk_space(Path("/dev/shm"))),
-        check_gpus(gpus, machine.gpus),
+        *gpu_doctor.findings(gpus),
         check_ports(loopback_works(), os.environ),
         *check_cluster(os.environ, answers(os.environ.get("RAY_ADDRESS", ""))),
         check_temporary(
@@ -197,16 +187,6 @@ def check_shared_memory(total: int, free: int) -> Finding:
     return Finding("ok", "/dev/shm", got)
 
 
-def check_gpus(names: list[str], devices: int) -> Finding:
-    """`names` is what nvidia-smi says, `devices` how many /dev/nvidia* this process could open."""
-    if devices > len(names):
-        got = f"{devices} devices, {len(names)} answer nvidia-smi"
-        return Finding("warn", "GPUs", got, "mend the driver (nvidia-smi says what is wrong), or install its tools")
-    if not names:
-        return Finding("ok", "GPUs", "none: sampling and updating take turns on the CPU")
-    return Finding("ok", "GPUs", f"{len(names)} ({', '.join(sorted(set(names)))})")
-
-
 def check_ports(loopback: bool, environment: Mapping[str, str]) -> Finding:
     """Ray and the training ranks meet on ports that the system hands out."""
     if not loopback:
@@ -307,19 +287,6 @@ def _headers() -> Path:
 
 def _ninja() -> bool:
     return shutil.which("ninja") is not None or (Path(sys.executable).parent / "ninja").exists()
-
-
-def gpu_names() -> list[str]:
-    """Names of the GPUs that the driver knows; none where there is no driver or it does not answer."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return []
-    try:
-        command = [tool, "--query-gpu=name", "--format=csv,noheader"]
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [line.strip() for line in answer.stdout.splitlines() if line.strip()]
 
 
 def available_memory() -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from apportion import doctor
+from apportion import doctor, gpu_doctor
 from apportion.cli import main
 from apportion.doctor import GIB, Finding
 
@@ -103,9 +103,9 @@ def test_disk_has_to_hold_a_checkpoint(tmp_path, free, level):
 
 
 def test_gpus_that_do_not_answer_are_told():
-    assert doctor.check_gpus([], 0).got == "none: sampling and updating take turns on the CPU"
-    assert doctor.check_gpus(["H200", "H200"], 2) == Finding("ok", "GPUs", "2 (H200)")
-    assert doctor.check_gpus([], 1).level == "warn"
+    assert gpu_doctor.check_gpus([], 0).got == "none: sampling and updating take turns on the CPU"
+    assert gpu_doctor.check_gpus(["H200", "H200"], 2) == Finding("ok", "GPUs", "2 (H200)")
+    assert gpu_doctor.check_gpus([], 1).level == "warn"
 
 
 def test_ports_and_an_address_in_the_environment():
