@@ -196,7 +196,8 @@ REFUSED += [
     ),
     (
         [*ON_GPUS, "cluster.policy_ranks=9", "train.prompts_per_step=9"],
-        "cluster.policy_ranks: got 9 with cluster.gpus_per_policy_rank=1, expected at most the 8 of this machine",
+        "cluster.policy_ranks: got 9 with cluster.gpus_per_policy_rank=1, expected at most 8, one for each GPU of this "
+        "machine",
     ),
     (
         [*ON_GPUS, "cluster.gpus_per_rollout_engine=16", "rollout.tensor_parallel_size=16"],
@@ -249,7 +250,7 @@ def test_a_preference_stage_is_held_against_the_machine(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert said(machine_of(A100)) is None
     assert said(machine_of(A100), "cluster.policy_ranks=2") == (
-        "cluster.policy_ranks: got 2 with cluster.gpus_per_policy_rank=1, expected at most the 1 of this machine"
+        "cluster.policy_ranks: got 2 with cluster.gpus_per_policy_rank=1, expected at most 1, one for each GPU of this machine"
     )
     assert said(machine_of(A100), "cluster.policy_ranks=2", "cluster.address=10.0.0.1:6379") is None
     assert said(machine_of(T4), "model.dtype=bfloat16").startswith("model.dtype: got bfloat16 on Tesla T4")
@@ -342,7 +343,7 @@ def test_actors_are_laid_out_over_nodes():
     )
     ranks = ["algorithm=grpo", "train.prompts_per_step=12", ON_GPUS[0]]
     assert refusal(nodes, *ranks, "cluster.policy_ranks=17", "train.prompts_per_step=17") == (
-        "cluster.policy_ranks: got 17 with cluster.gpus_per_policy_rank=1, expected at most the 16 of 2 nodes"
+        "cluster.policy_ranks: got 17 with cluster.gpus_per_policy_rank=1, expected at most 16, one for each GPU of 2 nodes"
     )
     six = ["cluster.gpus_per_rollout_engine=6", "rollout.tensor_parallel_size=6", "cluster.rollout_engines=2"]
     make_plan(composed(*ranks, *six, "cluster.policy_ranks=4"), nodes)
@@ -400,14 +401,15 @@ def test_engines_take_their_share_of_each_gpu(words, expected):
     assert engine_bytes(composed(*words), machine) == [round(share * A100.memory_bytes) for share in expected]
 
 
-def test_train_and_evaluate_refuse_a_gpu_in_use_before_anything_starts(monkeypatch, capsys):
+BUSY = Gpu(A100.name, A100.memory_bytes, A100.capability, 40 * GIB)
+
+
+def test_train_refuses_a_gpu_in_use_before_anything_starts_and_plan_notes_it(monkeypatch, capsys):
     from apportion import build, plan
     from apportion.cli import main
-    from apportion.conf import machine as here
 
-    busy = Gpu(A100.name, A100.memory_bytes, A100.capability, 40 * GIB)
-    for module in (plan, devices, here):
-        monkeypatch.setattr(module, "this_machine", lambda: machine_of(busy))
+    for module in (plan, devices):
+        monkeypatch.setattr(module, "this_machine", lambda: machine_of(BUSY))
     monkeypatch.setattr(build, "train", lambda *_: pytest.fail("the run was built"))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     words = ["experiment=tiny_grpo", "cluster.gpus_per_policy_rank=0.5", "cluster.gpus_per_rollout_engine=0.5"]
@@ -417,6 +419,41 @@ def test_train_and_evaluate_refuse_a_gpu_in_use_before_anything_starts(monkeypat
     )
     assert main(["plan", *words, "rollout.gpu_memory_utilization=0.6"]) == 0
     assert "GPU 0: got 40.0 GiB in use" in capsys.readouterr().out
+    monkeypatch.setattr(build, "train", lambda *_: 0)
+    assert main(["train", *words, "rollout.gpu_memory_utilization=0.4"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("gpus", "words", "line"),
+    [
+        ([BUSY], [], "GPU 0: got 40.0 GiB in use by other processes and 71.2 GiB planned, "),
+        ([T4], ["model.dtype=bfloat16"], "model.dtype: got bfloat16 on Tesla T4 of compute capability 7.5, "),
+        (
+            [A100],
+            ["cluster.rollout_engines=2"],
+            "cluster: got 2 GPUs over all actors, expected what fits the 1 of this",
+        ),
+        (
+            [A100],
+            ["cluster.gpus_per_reward_worker=0.5"],
+            "cluster: got 1.5 GPUs over all actors, expected what fits the 1",
+        ),
+        (
+            [A100],
+            ["cluster.gpus_per_rollout_engine=2"],
+            "cluster.gpus_per_rollout_engine: got 2 with rollout.tensor_par",
+        ),
+        ([A100], [], "checkpoint: got 'nowhere', "),  # the checkpoint that is not there
+    ],
+)
+def test_an_evaluation_is_held_against_the_machine(gpus, words, line, monkeypatch):
+    from apportion import build
+
+    monkeypatch.setattr(devices, "this_machine", lambda: machine_of(*gpus))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ConfigError) as error:
+        build.evaluate(composed("cluster.gpus_per_rollout_engine=1", *words), "nowhere")
+    assert str(error.value).startswith(line)
 
 
 def test_ranks_wait_for_each_other_as_long_as_anyone_waits_for_them(monkeypatch):

@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from apportion.platform.cluster import Actor, ActorRequest, Call, Cluster, gather, module_folders, python_path
+from apportion.platform.cuda import Driver, Gpu
 from apportion.platform.errors import ActorError, ApportionError, CheckpointError, ConfigError, RewardError
 from apportion.platform.process import (
     ActorBase,
@@ -65,6 +67,26 @@ def cluster(tmp_path_factory):
     joined = Cluster(None, "waiting", 1, tmp_path_factory.mktemp("logs"), 0.1)
     yield joined
     joined.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("driver", "gpus"),
+    [
+        (Driver((Gpu("A100", 2**36, (8, 0)),) * 2, (13, 0)), {"num_gpus": 2}),
+        (Driver((), (13, 0)), {"num_gpus": 0}),
+        (Driver(problem="the CUDA driver crashes (signal 11)"), {"num_gpus": 0}),
+        (Driver(installed=False), {}),
+    ],
+)
+def test_a_ray_of_the_runs_own_counts_the_gpus_that_the_plan_counted(driver, gpus, monkeypatch, tmp_path):
+    import ray
+
+    given = {}
+    monkeypatch.setattr(ray, "init", lambda **options: given.update(options))
+    monkeypatch.setattr("apportion.platform.cluster.cuda.driver", lambda: driver)
+    Cluster._connect(SimpleNamespace(), None, "run", 1, 0.1, tmp_path)
+    assert {name: value for name, value in given.items() if name == "num_gpus"} == gpus
+    assert given["address"] == "local"
 
 
 @pytest.fixture(scope="module")

@@ -111,17 +111,18 @@ def check_dtype(key: str, dtype: str, gpus: float, machine: Machine) -> None:
 
 def check_ranks_fit(ranks: int, gpus: float, machine: Machine) -> None:
     """Ranks that train together have a GPU each."""
-    if machine.gpus and gpus >= 1 and ranks * gpus > machine.all_gpus:
+    if machine.gpus and gpus >= 1 and ranks > machine.all_gpus:
+        where = f"{machine.nodes} nodes" if machine.nodes > 1 else _name(machine)
         raise ConfigError(
             f"cluster.policy_ranks: got {ranks} with cluster.gpus_per_policy_rank={gpus:g}, expected at most "
-            f"{_number(machine)}"
+            f"{machine.all_gpus}, one for each GPU of {where}"
         )
 
 
 def check_engine_fits(section: str, parallel: int, gpus: float, machine: Machine) -> None:
     """`section` is rollout or judge; an engine's GPUs are on one node."""
     if machine.gpus and gpus > machine.gpus:
-        of = "this machine" if machine.assumed is None and machine.nodes == 1 else "a node"
+        of = _name(machine) if machine.nodes == 1 else "a node"
         raise ConfigError(
             f"{section}.tensor_parallel_size: got {parallel}, expected at most {machine.gpus}, the GPUs of {of}: an engine's "
             "GPUs are on one node"
@@ -146,7 +147,11 @@ def check_room(gpus: Sequence[float], machine: Machine) -> None:
 def _number(machine: Machine) -> str:
     if machine.nodes > 1:
         return f"the {machine.all_gpus} of {machine.nodes} nodes"
-    return f"the {machine.gpus} of {'this machine' if machine.assumed is None else 'the machine'}"
+    return f"the {machine.gpus} of {_name(machine)}"
+
+
+def _name(machine: Machine) -> str:
+    return "this machine" if machine.assumed is None else "the machine"
 
 
 def check_free(config: Config) -> None:

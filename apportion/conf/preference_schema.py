@@ -130,8 +130,9 @@ class HeldOutConfig:
 class RanksConfig:
     address: str | None = None  # null: RAY_ADDRESS if set (a submitted job), else an embedded local Ray
     policy_ranks: int = 1
-    gpus_per_policy_rank: float = 0.0
-    threads: int | None = None  # of each rank; null: every core of its node
+    gpus_per_policy_rank: float = 0.0  # 1, or a part of one for a single rank
+    # Of each rank; null: the share of its node's cores that its GPUs are of the node's, all without a GPU
+    threads: int | None = None
     start_timeout_seconds: float = 600.0
     call_timeout_seconds: float = 1800.0  # no wait on a rank is longer
     object_store_gib: float | None = None

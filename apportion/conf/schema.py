@@ -55,13 +55,14 @@ class ClusterConfig:
     policy_ranks: int = 1
     rollout_engines: int = 1
     reference_ranks: int = 1
-    gpus_per_policy_rank: float = 0.0
-    gpus_per_rollout_engine: float = 0.0  # a whole number times rollout.tensor_parallel_size
-    gpus_per_reference_rank: float = 0.0
-    gpus_per_judge: float = 0.0  # of each worker; a whole number times judge.tensor_parallel_size
+    gpus_per_policy_rank: float = 0.0  # 1, or a part of one for a single rank
+    gpus_per_rollout_engine: float = 0.0  # rollout.tensor_parallel_size, or a part of one
+    gpus_per_reference_rank: float = 0.0  # 1, or a part of one
+    gpus_per_judge: float = 0.0  # of each worker: judge.tensor_parallel_size, or a part of one
     gpus_per_critic_rank: float = 0.0  # the critic has as many ranks as the policy
     gpus_per_reward_worker: float = 0.0  # for reward models and functions that use one
-    threads: int | None = None  # of each compute actor; null: every core of its node
+    # Of each compute actor; null: the share of its node's cores that its GPUs are of the node's, all without a GPU
+    threads: int | None = None
     start_timeout_seconds: float = 600.0
     call_timeout_seconds: float = 1800.0  # no wait on an actor is longer
     object_store_gib: float | None = None

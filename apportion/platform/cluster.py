@@ -125,8 +125,9 @@ class Cluster:
         # CPUs are Ray's accounting only: compute actors take turns on the cores.
         count = max(int(cpus) + 1, os.cpu_count() or 1)
         local = {"num_cpus": count, "include_dashboard": False, "object_store_memory": memory, "_temp_dir": str(folder)}
-        if gpus := len(cuda.driver().gpus):  # as the plan has counted them; Ray would ask another library
-            local["num_gpus"] = gpus
+        driver = cuda.driver()
+        if driver.installed:  # as the plan has counted them: Ray would ask another library, which may say otherwise
+            local["num_gpus"] = len(driver.gpus)
         ray.init(address="local", **local, **common)
 
     def expect(self, requests: Sequence[ActorRequest]) -> None:
