@@ -195,7 +195,7 @@ def _links(topology: str) -> dict[tuple[int, int], str]:
     lines = [re.sub(r"\x1b\[[\d;]*m", "", line).split() for line in topology.splitlines()]
     header = next((words for words in lines if words[:2] == ["GPU0", "GPU1"]), [])
     columns = sum(1 for word in header if re.fullmatch(r"GPU\d+", word))
-    pairs = {}
+    pairs: dict[tuple[int, int], str] = {}
     for words in lines:
         if len(words) > columns and words[1:] and words is not header and re.fullmatch(r"GPU\d+", words[0]):
             row = int(words[0].removeprefix("GPU"))

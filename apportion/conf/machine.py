@@ -91,7 +91,7 @@ def _groups(controller: str, folder: Path, membership: str | None) -> Iterator[P
             membership = Path("/proc/self/cgroup").read_text(encoding="utf-8")
         except OSError:
             membership = ""
-    yield folder
+    yield from (folder, folder / controller)
     for line in membership.splitlines():
         _, _, rest = line.partition(":")
         controllers, _, own = rest.partition(":")
