@@ -174,6 +174,11 @@ REFUSED += [
         "cluster.gpus_per_policy_rank: got 0 with cluster.gpus_per_reference_rank=0.5, expected a GPU for the policy too, 1 "
         "or a part of one: on the CPU its updates would take most of each step",
     ),
+    (
+        ["cluster.policy_ranks=2", "cluster.gpus_per_policy_rank=1"],
+        "cluster.gpus_per_critic_rank: got 0 with cluster.gpus_per_policy_rank=1, expected a GPU for the critic too, 1: on "
+        "the CPU it would take most of each step",
+    ),
     (["cluster.policy_ranks=2", "cluster.gpus_per_policy_rank=2"],
      f"cluster.gpus_per_policy_rank: got 2, {TOO_MANY} cluster.policy_ranks=4"),
     ([*ON_GPUS, "cluster.gpus_per_critic_rank=8"],

@@ -83,17 +83,20 @@ def _check_sides(config: Config, there: dict[str, str]) -> None:
     """A role on the CPU of a run whose policy has a GPU, or the other way round, makes a step many times as long."""
     gpus = {role: getattr(config.cluster, key) for role, key in there.items()}
     policy = gpus["policy"]
+    alone = config.cluster.policy_ranks == 1  # ranks that train together cannot share a GPU
     for role in ("critic", "reference"):
         if policy and gpus.get(role) == 0:
+            share = "1 or a part of one" if alone or role == "reference" else "1"
             raise ConfigError(
                 f"cluster.{there[role]}: got 0 with cluster.gpus_per_policy_rank={policy:g}, expected a GPU for the {role} "
-                "too, 1 or a part of one: on the CPU it would take most of each step"
+                f"too, {share}: on the CPU it would take most of each step"
             )
     other = next((role for role in gpus if gpus[role]), None)
     if not policy and other is not None:
+        share = "1 or a part of one" if alone else "1"
         raise ConfigError(
             f"cluster.gpus_per_policy_rank: got 0 with cluster.{there[other]}={gpus[other]:g}, expected a GPU for the policy "
-            "too, 1 or a part of one: on the CPU its updates would take most of each step"
+            f"too, {share}: on the CPU its updates would take most of each step"
         )
 
 
