@@ -21,18 +21,14 @@ from apportion.conf.defaults import engine_settings, policy_settings, rollout_se
 from apportion.conf.devices import engine_bytes, in_use
 from apportion.conf.environment import check_environment
 from apportion.conf.families import check_family
+from apportion.conf.gpu_plan import plan_gpus
 from apportion.conf.judges import check_judge, own_model
 from apportion.conf.layout import check_resume
 from apportion.conf.machine import Machine, this_machine, threads_of
-from apportion.conf.memory import (
-    GIB,
-    logits_bytes,
-    rollout_memory,
-    teacher_memory,
-    training_memory,
-)
+from apportion.conf.memory import GIB, frozen_memory, rollout_memory, teacher_memory, training_memory
 from apportion.conf.models import VALUE_BYTES, ModelFacts, check_own_tokenizer, read_model
 from apportion.conf.parts import check_parts
+from apportion.conf.placement import GpuUse, gpu_lines
 from apportion.conf.schema import CheckpointConfig, Config
 from apportion.conf.sources import check_sources
 from apportion.conf.teachers import check_distillation
@@ -54,7 +50,7 @@ class Quantity:
 
 @dataclass(frozen=True)
 class ActorPlan:
-    """`count` actors of one role. `memory` is bytes of each one, by what they are for."""
+    """`count` actors of one role. `memory` is bytes of each one in main memory, by what they are for."""
 
     role: str
     count: int
@@ -62,7 +58,7 @@ class ActorPlan:
     gpus: float
     threads: int | None  # None: its share of the cores of a node that is not known yet
     memory: dict[str, int] = field(default_factory=dict)
-    on_gpu: bool = False  # where the model's part of the memory is
+    on_gpu: bool = False  # where the model is
     memory_known: bool = True
 
     @property
@@ -79,6 +75,7 @@ class Plan:
     actors: list[ActorPlan]
     needs: frozenset[str]
     notes: list[str]
+    gpus: list[GpuUse] = field(default_factory=list)
 
     @property
     def needs_reference(self) -> bool:
@@ -105,6 +102,7 @@ class Plan:
         for a in self.actors:
             threads = ("share" if a.gpus else "all") if a.threads is None else str(a.threads)
             lines.append(f"  {a.role:<11} {a.count:>5} {a.cpus:>5g} {a.gpus:>5g} {threads:>8}  {_memory_text(a)}")
+        lines += gpu_lines(self.gpus)
         if self.notes:
             lines += ["", "notes", *(f"  - {note}" for note in self.notes)]
         return "\n".join(lines)
@@ -142,12 +140,14 @@ def make_plan(config: Config, machine: Machine | None = None) -> Plan:
     with refusals():
         check_sources(config)
     _check_memory(config, actors, here)
+    gpu_plan = plan_gpus(config, needs, model, teachers, here)
     return Plan(
         title=f"{config.recipe}: {config.algorithm.name} on {config.model.path}, {config.train.steps} steps",
         quantities=_quantities(config, "influences" in needs),
         actors=actors,
         needs=needs,
-        notes=_notes(config, needs, model, here, actors) + start.session_notes(session, os.environ),
+        notes=_notes(config, needs, model, here, actors) + gpu_plan.notes + start.session_notes(session, os.environ),
+        gpus=gpu_plan.uses,
     )
 
 
@@ -232,12 +232,9 @@ def _actors(
         actors.append(compute("critic", cluster.policy_ranks, cluster.gpus_per_critic_rank, memory, own is not None))
     if "reference_logprobs" in needs:
         own = model if config.reference.model is None else read_model(config.reference.model, "reference.model")
-        frozen = {} if own is None else {"weights": own.parameters * VALUE_BYTES[config.model.dtype]}
-        frozen |= (
-            {} if own is None else {"logits": logits_bytes(policy_settings(config, model).logits_chunk_tokens, own, 2)}
-        )
+        memory = frozen_memory(config, own)
         actors.append(
-            compute("reference", cluster.reference_ranks, cluster.gpus_per_reference_rank, frozen, own is not None)
+            compute("reference", cluster.reference_ranks, cluster.gpus_per_reference_rank, memory, own is not None)
         )
     if "critiques" in needs:
         actors.append(_judge_plan(config, machine))
@@ -265,7 +262,7 @@ def _judge_plan(config: Config, machine: Machine | None) -> ActorPlan:
     if path is None:
         return ActorPlan("judge", judge.workers, 0, gpus, 1, process)
     model = read_model(path, "judge.model")
-    memory = {} if model is None else {"weights": model.parameters * VALUE_BYTES[judge.dtype]}
+    memory = {} if model is None or gpus else {"weights": model.parameters * VALUE_BYTES[judge.dtype]}
     if gpus == 0 and judge.engine == "vllm":
         memory["kv cache"] = max(1, round(judge.kv_cache_gib)) * GIB
     return ActorPlan(
@@ -283,11 +280,7 @@ def _judge_plan(config: Config, machine: Machine | None) -> ActorPlan:
 def _check_memory(config: Config, actors: Iterable[ActorPlan], machine: Machine | None) -> None:
     """Refuse what certainly exceeds this machine: weights, optimiser and caches, without the rough terms."""
     rough = ("activations", "process", "batch", "logits", "teachers' logits")
-    firm = sum(
-        actor.count * sum(size for name, size in actor.memory.items() if name not in rough)
-        for actor in actors
-        if not actor.on_gpu
-    )
+    firm = sum(actor.count * sum(size for name, size in actor.memory.items() if name not in rough) for actor in actors)
     if machine is not None and firm > machine.memory_bytes * machine.nodes:
         raise ConfigError(
             f"model.path: got {config.model.path}, whose weights, optimiser and caches take {firm / GIB:.1f} GiB, "
@@ -325,7 +318,7 @@ def _notes(
     if machine is None:
         notes.append("the cluster's size is not known here: it is joined by address")
     else:
-        host = sum(actor.count * actor.bytes_each for actor in actors if not actor.on_gpu)
+        host = sum(actor.count * actor.bytes_each for actor in actors)
         whose = "this machine has" if machine.assumed is None else "the machine has"
         each = "" if machine.nodes == 1 else f"{machine.nodes} x "
         free = f"{each}{machine.cores} cores, {each}{machine.gpus} GPUs, {each}{_size(machine.memory_bytes)} memory"
@@ -375,7 +368,7 @@ def _memory_text(actor: ActorPlan) -> str:
     if not actor.memory_known:
         return "not known"
     parts = " + ".join(f"{name} {_size(size)}" for name, size in actor.memory.items() if size >= GIB // 100)
-    return f"{_size(actor.bytes_each)}{' (GPU)' if actor.on_gpu else ''} = {parts}"
+    return f"{_size(actor.bytes_each)} = {parts}{', and its GPU' if actor.on_gpu else ''}"
 
 
 def _size(size: int) -> str:

@@ -35,6 +35,8 @@ class ModelFacts:
     vocabulary: int
     context: int | None
     shapes: dict[str, tuple[int, int]]  # linear layers of one block by name: (inputs, outputs)
+    tied: bool = False  # the output head is the embedding
+    head_norms: bool = False  # queries and keys have a norm in each head
 
     def kv_bytes_per_token(self, value_bytes: int) -> int:
         return 2 * self.layers * self.key_value_heads * self.head_dim * value_bytes
@@ -244,4 +246,6 @@ def _facts(config: dict[str, Any], counted: int | None) -> ModelFacts:
         vocabulary=vocabulary,
         context=config.get("max_position_embeddings"),
         shapes=shapes,
+        tied=bool(config.get("tie_word_embeddings")),
+        head_norms=str(config.get("model_type", "")).startswith("qwen3"),
     )

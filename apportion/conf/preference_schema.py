@@ -13,6 +13,7 @@ from apportion.conf.checks import LARGEST_SEED, MISSING, SMALLEST_STORE_GIB, at_
 from apportion.conf.devices import check_attention, check_dtype, check_ranks, check_ranks_fit, check_room
 from apportion.conf.machine import Machine, joins, this_machine
 from apportion.conf.models import check_own_tokenizer, check_rows_of_several, check_targets, read_limits
+from apportion.conf.preference_memory import check_gpu_memory
 from apportion.conf.schema import CheckpointConfig, EngineConfig, LoraConfig, ModelConfig, TrackingConfig
 from apportion.platform.errors import ConfigError
 
@@ -136,6 +137,9 @@ class RanksConfig:
     start_timeout_seconds: float = 600.0
     call_timeout_seconds: float = 1800.0  # no wait on a rank is longer
     object_store_gib: float | None = None
+    memory_check: bool = (
+        True  # false: estimates of GPU memory (activations, logits) refuse nothing, firm parts still do
+    )
 
     def __post_init__(self) -> None:
         for name in ("policy_ranks", "threads", "start_timeout_seconds", "call_timeout_seconds"):
@@ -248,6 +252,8 @@ def check(config: PreferenceConfig, machine: Machine | None = None) -> None:
         check_targets(policy.lora.targets, config.model.path)
     if isinstance(config, DpoRunConfig) and config.dpo.reference:
         check_reference(config, config.dpo.reference)
+    if not joins(config.cluster):
+        check_gpu_memory(config, machine or this_machine())
 
 
 def _check_ranks(config: PreferenceConfig, machine: Machine | None) -> None:

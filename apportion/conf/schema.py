@@ -67,6 +67,9 @@ class ClusterConfig:
     call_timeout_seconds: float = 1800.0  # no wait on an actor is longer
     object_store_gib: float | None = None
     weight_transfer: str = "object_store"  # or broadcast: NCCL between GPUs, gloo without
+    memory_check: bool = (
+        True  # false: estimates of GPU memory (activations, logits) refuse nothing, firm parts still do
+    )
 
     def __post_init__(self) -> None:
         for name in ("policy_ranks", "rollout_engines", "reference_ranks"):
