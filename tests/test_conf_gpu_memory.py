@@ -81,7 +81,7 @@ def test_checkpointing_keeps_one_hidden_state_a_layer_and_one_layer():
 B = 10**9
 MODEL = ModelFacts(2 * B, 10, 1000, 4, 100, 50_000, None, {"q_proj": (1000, 1000), "k_proj": (1000, 400),
                    "v_proj": (1000, 400), "o_proj": (1000, 1000), "gate_proj": (1000, 4000)})  # fmt: skip
-ON_GPU = EngineSettings(logits_chunk_tokens=4096, fused_adam=True, overlap_comm=True, bucket_elements=200_000_000)
+ON_GPU = EngineSettings(micro_batch_tokens=8192, logits_chunk_tokens=4096, fused_adam=True, overlap_comm=True, bucket_elements=200_000_000)
 
 
 def trained(stage, ranks, dtype="bfloat16", offload=False, weights=None):
@@ -121,6 +121,10 @@ def test_lora_a_critic_and_a_reward_model_train_less():
 def test_logits_are_a_chunk_twice_and_the_heads_gradient():
     memory = gpu_memory.training(gpu_memory.policy_weights(MODEL, None), replace(ON_GPU, zero_stage=2), 1, "bfloat16")
     assert memory["logits"] == 4096 * 50_000 * 4 * 2 + 50_000 * 1000 * 2
+    short = replace(ON_GPU, zero_stage=2, micro_batch_tokens=1000)  # a micro-batch with fewer tokens than a chunk
+    few = gpu_memory.training(gpu_memory.policy_weights(MODEL, None), short, 1, "bfloat16")
+    assert few["logits"] == 1000 * 50_000 * 4 * 2 + 50_000 * 1000 * 2
+    assert gpu_memory.frozen(MODEL, 8192, 4096, "bfloat16")["logits"] == 4096 * 50_000 * 4 * 2
     with_entropy = gpu_memory.policy_weights(MODEL, None, entropy=True)
     assert with_entropy.copies == 4
     assert "logits" not in gpu_memory.training(gpu_memory.critic_weights(MODEL), ON_GPU, 1, "bfloat16")

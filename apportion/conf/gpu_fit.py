@@ -28,6 +28,7 @@ _COSTS = (
     "gradient_checkpointing",
     "gpu_memory_utilization",
     "max_sequences",
+    "tensor_parallel_size",
     "zero_stage",
     "policy_ranks",
     "offload_optimizer",
@@ -50,7 +51,7 @@ class Fit:
     machine: Machine | None  # None: nothing is known of it
     tenants: Callable[[Any, Facts], list[Tenant]]
     longest: int  # tokens that a micro-batch has to hold
-    options: Callable[[Any, GpuUse], list[Option]]
+    options: Callable[[Any, list[GpuUse]], list[Option]]  # for GPUs that hold too much
     accepts: Callable[[Any, Facts], bool] = lambda config, facts: True  # beside the sum on each GPU
 
     def check(self, config: Any, facts: Facts) -> list[GpuUse]:
@@ -58,7 +59,7 @@ class Fit:
         uses = self._uses(config, facts) or []  # None: the numbers of GPUs do not fit, which check_devices refuses
         over = [use for use in uses if _excess(config, use) > 0]
         if over:
-            raise ConfigError(self._refusal(config, facts, max(over, key=lambda use: _excess(config, use))))
+            raise ConfigError(self._refusal(config, facts, sorted(over, key=lambda use: -_excess(config, use))))
         return uses
 
     def _uses(self, config: Any, facts: Facts) -> list[GpuUse] | None:
@@ -73,7 +74,8 @@ class Fit:
         uses = self._uses(config, facts)
         return uses is not None and all(_excess(config, use) <= 0 for use in uses) and self.accepts(config, facts)
 
-    def _refusal(self, config: Any, facts: Facts, use: GpuUse) -> str:
+    def _refusal(self, config: Any, facts: Facts, over: list[GpuUse]) -> str:
+        use = over[0]
         assert use.gpu is not None
         estimates = config.cluster.memory_check
         total = use.bytes if estimates else use.firm_bytes
@@ -84,10 +86,10 @@ class Fit:
         smaller = self._smaller_batch(config, facts, use)
         if smaller is not None:
             key, tokens = smaller
-            option = self._option(config, facts, use)
+            option = self._option(config, facts, over)
             also = "" if option is None else f", or {option}"
             return f"{got}; the largest {key} that fits is {tokens}{also}"
-        answers = [f"{option} fits"] if (option := self._option(config, facts, use)) is not None else []
+        answers = [f"{option} fits"] if (option := self._option(config, facts, over)) is not None else []
         largest = self._largest_model(config, facts, use)
         if largest is not None:
             answers.append(f"at these settings a model of at most {largest} billion parameters fits")
@@ -112,10 +114,10 @@ class Fit:
     def _most_tokens(self, config: Any, facts: Facts, key: str) -> int | None:
         return _most(self.longest, _value(config, key), lambda n: self.fits(altered(config, {key: n}), facts))
 
-    def _option(self, config: Any, facts: Facts, use: GpuUse) -> str | None:
+    def _option(self, config: Any, facts: Facts, over: list[GpuUse]) -> str | None:
         """The fewest settings that fit, the cheapest of them; with a smaller micro-batch only where that takes fewer."""
-        options = sorted(self.options(config, use), key=lambda option: _COSTS.index(_name(next(iter(option.changes)))))
-        key = self._batch_key(config, use)
+        options = sorted(self.options(config, over), key=lambda option: _COSTS.index(_name(next(iter(option.changes)))))
+        key = self._batch_key(config, over[0])
         for count in range(1, _AT_ONCE + 2):
             for chosen in combinations(options, count):
                 made = altered(config, _merged(chosen))
@@ -190,7 +192,7 @@ def _largest(use: GpuUse, estimates: bool) -> str:
         (amount, f"{tenant.role} {name}")
         for tenant in use.tenants
         for name, amount in _parts(tenant).items()
-        if estimates or name not in ESTIMATES
+        if amount and (estimates or name not in ESTIMATES)
     ]
     most = sorted(parts, key=lambda part: -part[0])[:4]
     return ", ".join(f"{name} {size(amount)}" for amount, name in most)

@@ -80,7 +80,8 @@ def training(weights: Weights, settings: EngineSettings, ranks: int, dtype: str)
     memory["activations"] = activation_bytes(settings.micro_batch_tokens, weights.model, value, checkpointing)
     if weights.copies:
         model = weights.model
-        memory["logits"] = settings.logits_chunk_tokens * model.vocabulary * 4 * weights.copies
+        chunk = min(settings.logits_chunk_tokens, settings.micro_batch_tokens)
+        memory["logits"] = chunk * model.vocabulary * 4 * weights.copies
         if weights.trains_head and stage >= 2:  # below, the gradients of all parameters exist at once
             memory["logits"] += model.vocabulary * model.hidden * value
     memory["context"] = CONTEXT
@@ -158,12 +159,12 @@ def layer_bytes(model: ModelFacts, value: int) -> int:
 
 
 def frozen(model: ModelFacts, tokens: int, chunk: int, dtype: str) -> dict[str, int]:
-    """A model that only runs forward: one layer's tensors exist at a time."""
+    """A model that only runs forward, `tokens` at a time: one layer's tensors exist at once."""
     value = VALUE_BYTES[dtype]
     return {
         "weights": model.parameters * value,
         "activations": tokens * (layer_bytes(model, value) + 2 * value * model.hidden),
-        "logits": chunk * model.vocabulary * 4 * 2,
+        "logits": min(chunk, tokens) * model.vocabulary * 4 * 2,
         "context": CONTEXT,
     }
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from apportion.actors.engine_settings import EngineSettings
 from apportion.conf import gpu_memory
 from apportion.conf.defaults import engine_settings
 from apportion.conf.devices import Machine
-from apportion.conf.gpu_fit import Facts, Fit, training_options
-from apportion.conf.models import read_model
+from apportion.conf.gpu_fit import Facts, Fit, Option, training_options
+from apportion.conf.models import ModelFacts, read_model
 from apportion.conf.placement import GpuUse, Tenant
 
 if TYPE_CHECKING:
@@ -17,32 +18,50 @@ if TYPE_CHECKING:
 
 def check_gpu_memory(config: PreferenceConfig, machine: Machine) -> list[GpuUse]:
     """What each GPU holds; ConfigError where that is more than it has. `machine` is the one that ranks start on."""
-    facts: dict[str, Any] = {"policy": read_model(config.model.path)}
+    if config.cluster.gpus_per_policy_rank == 0:
+        return []
+    facts: dict[str, ModelFacts | None] = {"policy": read_model(config.model.path)}
     reference = config.dpo.reference if hasattr(config, "dpo") else None
     if reference is not None:
         facts["reference"] = read_model(reference, "dpo.reference")
-    if config.cluster.gpus_per_policy_rank == 0:
-        return []
-    return Fit(machine, _ranks, (2 if config.pairs else 1) * config.data.max_tokens, _options).check(config, facts)
+    longest = (2 if config.pairs else 1) * config.data.max_tokens
+    return Fit(machine, _ranks, longest, _options, lambda c, f: _offload_fits(c, f, machine)).check(config, facts)
 
 
 def _ranks(config: PreferenceConfig, facts: Facts) -> list[Tenant]:
-    c, model, dtype, lora = config.cluster, facts["policy"], config.model.dtype, config.policy.lora
+    c, model, dtype = config.cluster, facts["policy"], config.model.dtype
     if model is None:
         memory = {"context": gpu_memory.CONTEXT}
         return [Tenant(config.stage, c.policy_ranks, c.gpus_per_policy_rank, memory, known=False)]
-    scores = config.stage == "reward_model"
-    weights = gpu_memory.score_weights(model, lora) if scores else gpu_memory.policy_weights(model, lora)
-    settings = engine_settings(config.policy, c.gpus_per_policy_rank, model)
+    weights, settings = _weights(config, model), _settings(config, model)
     memory = gpu_memory.training(weights, settings, c.policy_ranks, dtype)
     start = gpu_memory.start_bytes(weights, settings, dtype)
     reference = facts.get("reference")
     if reference is not None:  # read before the first step, which makes the moments; then freed
-        beside = gpu_memory.frozen(reference, 0, settings.logits_chunk_tokens, dtype)
+        tokens = 2 * settings.micro_batch_tokens
+        beside = gpu_memory.frozen(reference, tokens, settings.logits_chunk_tokens, dtype)
         start = max(start, memory["weights"] + memory.get("masters", 0) + sum(beside.values()))
     return [Tenant(config.stage, c.policy_ranks, c.gpus_per_policy_rank, memory, start)]
 
 
-def _options(config: PreferenceConfig, use: GpuUse) -> list[Any]:
-    settings = engine_settings(config.policy, config.cluster.gpus_per_policy_rank, read_model(config.model.path))
-    return training_options(config, "policy", settings)
+def _weights(config: PreferenceConfig, model: ModelFacts) -> gpu_memory.Weights:
+    lora = config.policy.lora
+    scores = config.stage == "reward_model"
+    return gpu_memory.score_weights(model, lora) if scores else gpu_memory.policy_weights(model, lora)
+
+
+def _settings(config: PreferenceConfig, model: ModelFacts | None) -> EngineSettings:
+    return engine_settings(config.policy, config.cluster.gpus_per_policy_rank, model)
+
+
+def _offload_fits(config: PreferenceConfig, facts: Facts, machine: Machine) -> bool:
+    """Whether main memory holds what is offloaded."""
+    model, ranks = facts["policy"], config.cluster.policy_ranks
+    if model is None:
+        return True
+    held = gpu_memory.offloaded(_weights(config, model), _settings(config, model), ranks, config.model.dtype)
+    return ranks * sum(held.values()) <= machine.memory_bytes * machine.nodes
+
+
+def _options(config: PreferenceConfig, over: list[GpuUse]) -> list[Option]:
+    return training_options(config, "policy", _settings(config, read_model(config.model.path)))
