@@ -83,17 +83,15 @@ class Fit:
             f"GPU memory: got {size(total)} on one {use.gpu.name} ({_largest(use, estimates)}), expected at most its "
             f"{size(use.gpu.memory_bytes)}"
         )
-        smaller = self._smaller_batch(config, facts, use)
-        if smaller is not None:
-            key, tokens = smaller
-            option = self._option(config, facts, over)
+        key, option = self._batch_key(config, use), self._option(config, facts, over)
+        tokens = None if key is None else self._most_tokens(config, facts, key)
+        if tokens is not None:
             also = "" if option is None else f", or {option}"
             return f"{got}; the largest {key} that fits is {tokens}{also}"
-        answers = [f"{option} fits"] if (option := self._option(config, facts, over)) is not None else []
+        answers = [] if option is None else [f"{option} fits"]
         largest = self._largest_model(config, facts, use)
         if largest is not None:
             answers.append(f"at these settings a model of at most {largest} billion parameters fits")
-        key = self._batch_key(config, use)
         none = "" if key is None else f"; no {key} fits"
         return f"{got}{none}; {', or '.join(answers) or 'expected more or larger GPUs'}"
 
@@ -104,13 +102,6 @@ class Fit:
             return None
         return f"{_section(max(there, key=lambda t: t.memory.get('activations', 0)).role)}.micro_batch_tokens"
 
-    def _smaller_batch(self, config: Any, facts: Facts, use: GpuUse) -> tuple[str, int] | None:
-        key = self._batch_key(config, use)
-        if key is None:
-            return None
-        tokens = self._most_tokens(config, facts, key)
-        return None if tokens is None else (key, tokens)
-
     def _most_tokens(self, config: Any, facts: Facts, key: str) -> int | None:
         return _most(self.longest, _value(config, key), lambda n: self.fits(altered(config, {key: n}), facts))
 
@@ -118,12 +109,13 @@ class Fit:
         """The fewest settings that fit, the cheapest of them; with a smaller micro-batch only where that takes fewer."""
         options = sorted(self.options(config, over), key=lambda option: _COSTS.index(_name(next(iter(option.changes)))))
         key = self._batch_key(config, over[0])
-        for count in range(1, _AT_ONCE + 2):
+        for count in range(1, _AT_ONCE + 1):
             for chosen in combinations(options, count):
-                made = altered(config, _merged(chosen))
-                if self.fits(made, facts):
+                if self.fits(altered(config, _merged(chosen)), facts):
                     return _text(chosen)
-            for chosen in combinations(options, count - 1) if key is not None and count > 1 else ():
+            if key is None or count == 1:
+                continue
+            for chosen in combinations(options, count - 1):
                 made = altered(config, _merged(chosen))
                 if made is not None and (tokens := self._most_tokens(made, facts, key)) is not None:
                     return f"{_text(chosen)} with {key}={tokens}"
@@ -132,9 +124,8 @@ class Fit:
     def _largest_model(self, config: Any, facts: Facts, use: GpuUse) -> str | None:
         """In billions of parameters: as many layers fewer as the parameters are, everything else as it is."""
         own, key, gpus = facts["policy"], self._batch_key(config, use), config.cluster.gpus_per_policy_rank
-        checkpointing = engine_settings(
-            config.policy, gpus, own
-        ).gradient_checkpointing  # a default may change with the size
+        # Said explicitly: the default changes with the model's size.
+        checkpointing = engine_settings(config.policy, gpus, own).gradient_checkpointing
         least = altered(config, {"policy.gradient_checkpointing": checkpointing} | ({key: self.longest} if key else {}))
 
         def fits(thousandths: int) -> bool:

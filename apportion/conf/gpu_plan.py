@@ -43,8 +43,14 @@ def plan_gpus(
         lambda c, over: _options(c, facts, over),
         lambda c, f: _accepts(c, f, machine),
     )
-    uses, notes = fit.check(config, facts), []
-    for share in vllm_shares(config, facts) if gpu_bytes is not None else []:
+    uses = fit.check(config, facts)
+    return GpuPlan(uses, [] if gpu_bytes is None else _check_caches(vllm_shares(config, facts), gpu_bytes))
+
+
+def _check_caches(shares: list[VllmShare], gpu_bytes: int) -> list[str]:
+    """Notes on caches that hold fewer sequences than are decoded; ConfigError for one that does not hold any."""
+    notes = []
+    for share in shares:
         held = share.held(gpu_bytes)
         if held < 1:
             raise ConfigError(_no_cache(share, gpu_bytes))
@@ -53,7 +59,7 @@ def plan_gpus(
                 f"the KV cache holds {held} longest sequences of rollout.max_sequences={share.sequences}; more "
                 "rollout.gpu_memory_utilization may decode faster"
             )
-    return GpuPlan(uses, notes)
+    return notes
 
 
 def _facts(config: Config, needs: frozenset[str], model: ModelFacts | None) -> dict[str, ModelFacts | None]:
@@ -103,8 +109,8 @@ def _options(config: Config, facts: Facts, over: list[GpuUse]) -> list[Option]:
     ):
         if role in roles:
             options += training_options(config, role, engine_settings(section, gpus, facts[role]))
-    if config.algorithm.distillation is not None:  # its own checks refuse both
-        options = [o for o in options if o.text != "policy.zero_stage=3" and "policy.lora" not in o.changes]
+    if config.algorithm.distillation is not None:  # teachers are whole on each rank
+        options = [option for option in options if option.text != "policy.zero_stage=3"]
     if "rollout" in roles and config.rollout.engine == "transformers":
         rows = rows_side_by_side(config)
         fewer = [rows // 2**halvings for halvings in range(1, 8) if rows // 2**halvings >= 1]

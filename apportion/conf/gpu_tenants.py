@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import ceil
+from pathlib import Path
 
 from apportion.actors.reward_sources import parse_entries
 from apportion.conf import gpu_memory
@@ -66,17 +67,19 @@ def _critic(config: Config, model: ModelFacts | None) -> Tenant:
 
 def _reward(config: Config) -> Tenant:
     """Reward models are counted where they are on this machine; what a function takes is not known."""
-    entries = parse_entries(config.reward.functions, config.reward.timeout_seconds)
-    models = []
+    workers, gpus = config.reward.workers, config.cluster.gpus_per_reward_worker
+    entries = parse_entries(config.reward.functions, config.reward.timeout_seconds) if gpus else []
+    weights, known = 0, 0
     for entry in entries:
         kind, _, path = str(entry.function).partition(":")
-        if kind == "model" and config.cluster.gpus_per_reward_worker:
-            models.append((read_model(path, "reward.functions"), entry.params.get("dtype", "float32")))
-    known = [(facts, dtype) for facts, dtype in models if facts is not None]
-    weights = sum(facts.parameters * VALUE_BYTES[dtype] for facts, dtype in known)
-    memory = {"weights": weights, "context": CONTEXT}
-    every = len(known) == len(entries)
-    return Tenant("reward", config.reward.workers, config.cluster.gpus_per_reward_worker, memory, known=every)
+        is_folder = Path(path).expanduser().is_dir()  # or one that a stage of `before` makes, which is not here yet
+        model = None
+        if kind == "model" and (is_folder or not path.startswith(("/", ".", "~"))):
+            model = read_model(path, "reward.functions")
+        if model is not None:
+            weights += model.parameters * VALUE_BYTES.get(entry.params.get("dtype", "float32"), 4)
+            known += 1
+    return Tenant("reward", workers, gpus, {"weights": weights, "context": CONTEXT}, known=known == len(entries))
 
 
 def _engine(config: Config, facts: Facts, role: str, count: int, gpus: float, gpu_bytes: int | None) -> Tenant:

@@ -21,7 +21,8 @@ def check_gpu_memory(config: PreferenceConfig, machine: Machine) -> list[GpuUse]
     if config.cluster.gpus_per_policy_rank == 0:
         return []
     facts: dict[str, ModelFacts | None] = {"policy": read_model(config.model.path)}
-    reference = config.dpo.reference if hasattr(config, "dpo") else None
+    dpo = getattr(config, "dpo", None)  # of that stage alone
+    reference = None if dpo is None else dpo.reference
     if reference is not None:
         facts["reference"] = read_model(reference, "dpo.reference")
     longest = (2 if config.pairs else 1) * config.data.max_tokens
