@@ -81,7 +81,9 @@ def test_checkpointing_keeps_one_hidden_state_a_layer_and_one_layer():
 B = 10**9
 MODEL = ModelFacts(2 * B, 10, 1000, 4, 100, 50_000, None, {"q_proj": (1000, 1000), "k_proj": (1000, 400),
                    "v_proj": (1000, 400), "o_proj": (1000, 1000), "gate_proj": (1000, 4000)})  # fmt: skip
-ON_GPU = EngineSettings(micro_batch_tokens=8192, logits_chunk_tokens=4096, fused_adam=True, overlap_comm=True, bucket_elements=200_000_000)
+ON_GPU = EngineSettings(
+    micro_batch_tokens=8192, logits_chunk_tokens=4096, fused_adam=True, overlap_comm=True, bucket_elements=200_000_000
+)
 
 
 def trained(stage, ranks, dtype="bfloat16", offload=False, weights=None):
