@@ -5,6 +5,8 @@ from __future__ import annotations
 from apportion.actors.engine import World
 from apportion.actors.environment_client import share, sharing
 from apportion.assembly.hosts import thread_count
+from apportion.assembly.order import LOADS_IN_SETUP, waves
+from apportion.assembly.report import say
 from apportion.conf.preference_schema import RanksConfig
 from apportion.conf.schema import ClusterConfig, Config
 from apportion.loop.state import Actors
@@ -13,27 +15,47 @@ from apportion.platform.cluster import STARTING, Actor, ActorRequest, Call, Clus
 
 
 def start(config: Config, cluster: Cluster, requests: dict[str, list[ActorRequest]]) -> Actors:
-    """Every actor of every role at once, since each spends its start on imports and on loading; and wait for all."""
+    """Start every actor of every role and wait for all. They start side by side, since each spends its start on imports and
+    on loading, unless `order.waves` has some wait for others. Each wave has cluster.start_timeout_seconds."""
     cluster.expect([request for asked in requests.values() for request in asked])
-    started = {role: cluster.launch(asked) for role, asked in requests.items()}
-    joining = []
-    for role, gpus in (
-        ("policy", config.cluster.gpus_per_policy_rank),
-        ("critic", config.cluster.gpus_per_critic_rank),
-    ):
-        ranks, threads = started.get(role, []), thread_count(config.cluster, gpus)
-        joining += join(cluster, ranks, config.cluster, config.seed, config.train.deterministic, threads)
+    order = waves({role: [request.gpus for request in asked] for role, asked in requests.items()})
+    if len(order) > 1:
+        say("engines first: they share a GPU")
+    started: dict[str, list[Actor]] = {role: [] for role in requests}
+    for number, wave in enumerate(order):
+        new = []
+        for role, asked in requests.items():
+            # What loads in `setup` may come up, import and wait before its turn.
+            due = [one for i, one in enumerate(asked) if (number == 0 if role in LOADS_IN_SETUP else (role, i) in wave)]
+            launched = cluster.launch(due)
+            started[role] += launched
+            new += launched
+        joining = []
+        for role in LOADS_IN_SETUP:
+            if (role, 0) in wave:
+                gpus = getattr(config.cluster, f"gpus_per_{role}_rank")
+                threads = thread_count(config.cluster, gpus)
+                joining += join(
+                    cluster, started[role], config.cluster, config.seed, config.train.deterministic, threads
+                )
+        if number == len(order) - 1:
+            joining += _meetings(config, cluster, started)
+        cluster.ready(new, config.cluster.start_timeout_seconds, joining)
+    [credit] = started.pop("credit")
+    return Actors(credit=credit, **{"policy": [], **started})
+
+
+def _meetings(config: Config, cluster: Cluster, started: dict[str, list[Actor]]) -> list[Call]:
+    """What actors of several roles do together before the first step: the calls under way."""
+    calls = []
     if environments := started.get("environment", []):
         engines = started["rollout"]
         owners = sharing(len(environments), len(engines))
-        joining += [a.call("connect", share(environments, i, len(engines)), owners) for i, a in enumerate(engines)]
-    joining += [actor.call("prepare") for actor in started["credit"]]
+        calls += [a.call("connect", share(environments, i, len(engines)), owners) for i, a in enumerate(engines)]
+    calls += [actor.call("prepare") for actor in started["credit"]]
     if config.cluster.weight_transfer == "broadcast" and started.get("policy"):
-        joining += _channel(config, cluster, started["policy"][0], started["rollout"])
-    everyone = [actor for actors in started.values() for actor in actors]
-    cluster.ready(everyone, config.cluster.start_timeout_seconds, joining)
-    [credit] = started.pop("credit")
-    return Actors(credit=credit, **{"policy": [], **started})
+        calls += _channel(config, cluster, started["policy"][0], started["rollout"])
+    return calls
 
 
 def join(
