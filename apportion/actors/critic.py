@@ -18,6 +18,7 @@ from apportion.actors.modules import ValueModel
 from apportion.actors.policy import UpdateReport
 from apportion.algorithms.surrogates import value_losses
 from apportion.batch import Batch, Signals, Totals
+from apportion.platform import progress
 from apportion.platform.process import ActorBase
 from apportion.platform.random_states import load_random_states, save_random_states
 
@@ -52,6 +53,7 @@ class CriticWorker(ActorBase):
     def signals(self, shard: Batch) -> tuple[float, Signals]:
         """Seconds, and `values` [R] of the state before each action token, and `bootstrap_values` [B] of the state after the last."""
         start = time.perf_counter()
+        progress.begin("forward passes")
         values = np.zeros(int(shard.response_lengths.sum()), np.float32)
         bootstrap = np.zeros(len(shard), np.float32)
         totals = shard.prompt_lengths + shard.response_lengths
@@ -73,6 +75,7 @@ class CriticWorker(ActorBase):
 
     def update(self, shard: Batch, minibatches: int) -> UpdateReport:
         report, start = UpdateReport(Totals()), time.perf_counter()
+        progress.begin("micro-batches")
         for _ in range(self.spec.epochs):
             for step in range(minibatches):
                 chosen = np.flatnonzero(shard.minibatch_ids == step)

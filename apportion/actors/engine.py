@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from apportion.actors.engine_settings import EngineSettings
 from apportion.actors.extensions import compile_extensions
+from apportion.platform import progress
 from apportion.platform.errors import ConfigError, TrainingError
 from apportion.platform.rendezvous import open_store
 from apportion.platform.schedule import learning_rate_at
@@ -140,7 +141,9 @@ class DeepSpeedEngine:
         return self._engine.module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._engine(*args, **kwargs)
+        out = self._engine(*args, **kwargs)
+        progress.advance()
+        return out
 
     def train_step(self, micro_batches: Sequence[M], empty: M, loss: Callable[[M], Tensor]) -> OptimizerStep:
         """One optimiser step over this rank's micro-batches.

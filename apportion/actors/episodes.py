@@ -22,6 +22,7 @@ from apportion.batch import Prompt, Trajectory
 from apportion.data.errors import DataError
 from apportion.data.prompts import PromptEncoder, load_tokenizer
 from apportion.data.turns import TurnEncoder
+from apportion.platform import progress
 
 NO_TOKENS = "rollout: the engine gave no token for the first turn"
 
@@ -151,6 +152,7 @@ class EpisodeRunner:
                 break
             self._act(episodes, live, sampling, (seeds, turn), report)
             self._step(episodes, [n for n in live if episodes[n].live], turn, sampling.max_tokens, report)
+            progress.advance()
         cut = [number for number, episode in enumerate(episodes) if episode.finish_reason == "length"]
         self._environments.finish(cut)
         failed = [episode.failure for episode in episodes if episode.failure is not None]

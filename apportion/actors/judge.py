@@ -35,6 +35,7 @@ from apportion.algorithms.steps import split_steps, step_of_tokens, token_starts
 from apportion.batch import Batch, Critique, Marks, Prompt, Totals
 from apportion.data.columns import value_at
 from apportion.data.prompts import load_tokenizer
+from apportion.platform import progress
 from apportion.platform.process import ActorBase
 
 COUNTED = ("judge/critiques", "judge/failed/")  # metrics of a step that are sums; names that begin so
@@ -256,4 +257,5 @@ class JudgeWorker(ActorBase):
 
     def judge(self, batch: Batch, prompts: list[Prompt], part: int, parts: int) -> tuple[JudgeReport, Marks]:
         """Every `parts`-th trajectory, from `part` on."""
+        progress.begin("engine steps")
         return self._judge.judge(batch, prompts, range(part, len(batch), parts))

@@ -25,6 +25,7 @@ from apportion.algorithms.correction import ImportanceCorrection, mean_weight, m
 from apportion.algorithms.interface import Surrogate, SurrogateInput
 from apportion.algorithms.kl import kl_estimates, kl_losses
 from apportion.batch import Batch, Signals, Totals
+from apportion.platform import progress
 from apportion.platform.channel import ChannelAddress, WeightChannel
 from apportion.platform.process import ActorBase
 from apportion.platform.random_states import load_random_states, save_random_states
@@ -111,6 +112,7 @@ class PolicyWorker(ActorBase):
     def signals(self, shard: Batch) -> tuple[float, Signals]:
         """Seconds, and log-probs and entropies of the weights as they are now, on the shard's response axis."""
         start = time.perf_counter()
+        progress.begin("forward passes")
         logprobs = np.zeros(int(shard.response_lengths.sum()), np.float32)
         entropies = np.zeros_like(logprobs)
         self.engine.module().eval()
@@ -157,6 +159,7 @@ class PolicyWorker(ActorBase):
         """`minibatches` optimiser steps an epoch over this rank's part of the batch."""
         report = UpdateReport(Totals())
         assert shard.minibatch_ids is not None
+        progress.begin("micro-batches")
         start, teaching = time.perf_counter(), self._teaching(shard)
         self._watch(shard, teaching, report.totals)
         for _ in range(self.spec.loss.epochs):

@@ -35,6 +35,7 @@ from apportion.algorithms.preference import (
 )
 from apportion.batch import Batch, Totals
 from apportion.data.pair_tokens import PreferenceData
+from apportion.platform import progress
 from apportion.platform.process import ActorBase
 from apportion.platform.random_states import load_random_states, save_random_states
 
@@ -134,6 +135,7 @@ class PreferenceWorker(ActorBase):
         """Seconds, and the frozen model's log-probs of these examples; called before the first optimiser step, when
         this rank's own weights are the starting ones (fresh adapters change nothing)."""
         start = time.perf_counter()
+        progress.begin("forward passes")
         own = self.spec.reference_model is None
         module = self.engine.module() if own else self._causal_lm(self.spec.reference_model or "", False, None)
         if not own:
@@ -156,6 +158,7 @@ class PreferenceWorker(ActorBase):
         sums = np.full(len(data.batch), np.nan, np.float32)
         for part in self._keeping_pace(self._parts(data, examples, 2)):
             outs = self._row_outputs(forward, part).cpu().numpy()
+            progress.advance()
             if part is not self._idle:
                 sums[part.rows] = outs
         return sums
@@ -165,6 +168,7 @@ class PreferenceWorker(ActorBase):
     def update(self, share: StepShare) -> StepReport:
         """One optimiser step over this rank's part of it."""
         report, start = StepReport(Totals(), None), time.perf_counter()
+        progress.begin("micro-batches")
         report.totals.add(f"{self.objective.name}/loss", 0.0, 0.0)  # known also of a rank without examples
         parts = self._parts(self.train, share.examples, 1, share.weights)
         report.tokens = sum(part.micro.real_tokens for part in parts)
@@ -178,6 +182,7 @@ class PreferenceWorker(ActorBase):
     def evaluate(self, examples: np.ndarray) -> StepReport:
         """Sums over these held-out examples, under `eval/...`."""
         report, start = StepReport(Totals(), None), time.perf_counter()
+        progress.begin("micro-batches")
         assert self.held_out is not None
         self.engine.module().eval()
         for part in self._keeping_pace(self._parts(self.held_out, examples, 2)):

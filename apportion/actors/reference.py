@@ -13,6 +13,7 @@ from apportion.actors.loading import load_causal_lm
 from apportion.actors.microbatch import cut
 from apportion.actors.modules import CausalLMLogprobs
 from apportion.batch import Batch, Signals
+from apportion.platform import progress
 from apportion.platform.process import ActorBase
 
 
@@ -42,9 +43,11 @@ class ReferenceWorker(ActorBase):
     def signals(self, shard: Batch) -> tuple[float, Signals]:
         """Seconds, and `reference_logprobs` [R], at the sampling temperature, as the policy's own are."""
         start = time.perf_counter()
+        progress.begin("forward passes")
         out = np.zeros(int(shard.response_lengths.sum()), np.float32)
         for micro in cut(shard, np.arange(len(shard)), self.spec.micro_batch_tokens, self.spec.share_prompts):
             m = micro.to(self.device)
             logprobs, _ = self.module(m.input_ids, m.rows, m.columns, m.targets, self.spec.temperature, tree=m.layout)
             out[micro.packed_index] = logprobs.cpu().numpy()
+            progress.advance()
         return time.perf_counter() - start, Signals(reference_logprobs=out)

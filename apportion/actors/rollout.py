@@ -12,6 +12,7 @@ from apportion.actors.engines.given_responses import GivenResponses
 from apportion.actors.environment_client import RemoteEnvironments
 from apportion.actors.episodes import EpisodeRunner, EpisodeSpec, Seeds
 from apportion.batch import Batch, Prompt, Trajectory
+from apportion.platform import progress
 from apportion.platform.channel import ChannelAddress
 from apportion.platform.cluster import Actor
 from apportion.platform.process import ActorBase
@@ -61,6 +62,7 @@ class RolloutWorker(ActorBase):
         self, prompts: list[Prompt], first_group: int, responses: int, sampling: Sampling
     ) -> tuple[RolloutReport, Batch]:
         """A group of `responses` trajectories for each prompt; group ids count up from `first_group`."""
+        progress.begin("engine steps")
         if self._runner is not None:
             return self._play(self._runner, prompts, first_group, responses, sampling)
         requests = [

@@ -135,7 +135,7 @@ class RanksConfig:
     # Of each rank; null: the share of its node's cores that its GPUs are of the node's, all without a GPU
     threads: int | None = None
     start_timeout_seconds: float = 600.0
-    call_timeout_seconds: float = 1800.0  # no wait on a rank is longer
+    call_timeout_seconds: float = 1800.0  # no rank may go longer without progress (docs/reliability.md)
     object_store_gib: float | None = None
     memory_check: bool = (
         True  # false: estimates of GPU memory (activations, logits) refuse nothing, firm parts still do

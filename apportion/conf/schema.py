@@ -64,7 +64,7 @@ class ClusterConfig:
     # Of each compute actor; null: the share of its node's cores that its GPUs are of the node's, all without a GPU
     threads: int | None = None
     start_timeout_seconds: float = 600.0
-    call_timeout_seconds: float = 1800.0  # no wait on an actor is longer
+    call_timeout_seconds: float = 1800.0  # no actor may go longer without progress (docs/reliability.md)
     object_store_gib: float | None = None
     weight_transfer: str = "object_store"  # or broadcast: NCCL between GPUs, gloo without
     memory_check: bool = (

@@ -20,11 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from apportion.platform import cuda, errors, health, logs, start
+from apportion.platform import cuda, errors, health, logs, progress, start
 from apportion.platform.death import cause_of_death, lost_node, useful_words, witness
 from apportion.platform.errors import ActorError, ApportionError, CheckpointError, ConfigError
 from apportion.platform.notices import notices, notify
 from apportion.platform.process import ProcessInfo, tail
+from apportion.platform.progress import Clocks
 from apportion.platform.room import asked
 from apportion.platform.session import MARK
 from apportion.platform.teardown import Remains
@@ -54,6 +55,7 @@ class Actor:
     handle: Any
     log: str
     info: ProcessInfo | None = None
+    progress: str = ""  # the key under which it counts what it does
 
     def call(self, method: str, *arguments: Any, returns: int = 1) -> Call:
         bound = getattr(self.handle, method)
@@ -150,11 +152,12 @@ class Cluster:
                 "APPORTION_MODULES": module_folders(),
                 **start.worker_variables(),
             }
-            marks = {"APPORTION_LOG": log, MARK: self._remains.mark}
+            key = f"{self._remains.mark}/{request.name}"
+            marks = {"APPORTION_LOG": log, MARK: self._remains.mark, progress.KEY: key}
             variables = {**marks, **paths, **(request.environment or {})}
             options = {"num_cpus": request.cpus, "num_gpus": request.gpus, "runtime_env": {"env_vars": variables}}
             handle = ray.remote(request.cls).options(**options).remote(*request.arguments)
-            actors.append(Actor(request.name, handle, log))
+            actors.append(Actor(request.name, handle, log, progress=key))
         self._actors += actors
         return actors
 
@@ -214,10 +217,12 @@ def put(value: Any) -> Any:
 
 
 def gather(calls: Sequence[Call], timeout_seconds: float, what: str) -> list[Any]:
-    """Results of the first reference of each call, in order. ActorError names who died, failed or is late."""
+    """Results of the first reference of each call, in order. ActorError names who died, failed or is late: its actor has
+    made no progress for `timeout_seconds`."""
     import ray
 
-    deadline = time.monotonic() + min(timeout_seconds, health.seconds_left())
+    lost_at = time.monotonic() + health.seconds_left()
+    clocks = Clocks((call.actor.progress for call in calls), timeout_seconds)
     for call in calls:
         witness.watch(call.actor.info)
     # Of a future the main thread waits in Python, not in a call into Ray, which may hang where Ray does.
@@ -225,10 +230,11 @@ def gather(calls: Sequence[Call], timeout_seconds: float, what: str) -> list[Any
     results: dict[Any, Any] = {}
     while pending:
         health.check()
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise ActorError(_late(list(pending.values()), timeout_seconds, what))
-        ready, _ = wait(pending, timeout=min(left, POLL_SECONDS), return_when=FIRST_COMPLETED)
+        clocks.look(call.actor.progress for call in pending.values())
+        left = {id(call): clocks.left(call.actor.progress) for call in pending.values()}
+        if late := [call for call in pending.values() if not left[id(call)] or time.monotonic() >= lost_at]:
+            raise ActorError(_late(late, clocks, timeout_seconds, what))
+        ready, _ = wait(pending, timeout=min(*left.values(), POLL_SECONDS, clocks.every), return_when=FIRST_COMPLETED)
         notices.tell()
         for future in ready:
             call = pending.pop(future)
@@ -292,16 +298,20 @@ def _own_signals() -> Iterator[None]:
                     signal.signal(number, handler)
 
 
-def _late(calls: list[Call], seconds: float, what: str) -> str:
-    names = ", ".join(f"{c.actor.name}{_where(c.actor)} ({c.method})" for c in calls)
+def _late(calls: list[Call], clocks: Clocks, seconds: float, what: str) -> str:
+    names, missing = [], "answer within"
+    for call in calls:
+        count, did = clocks.count(call.actor.progress), call.method
+        if count is not None:
+            did, missing = f"{did}; {count.done:,} {count.unit} before", "progress for"
+        names.append(f"{call.actor.name}{_where(call.actor)} ({did})")
     first = _last_lines(calls[0].actor)
     setting = "cluster.start_timeout_seconds" if what == STARTING else "cluster.call_timeout_seconds"
     lacking = asked.lacking() if what == STARTING else None
     if lacking is not None:
-        return (
-            f"{what}: no answer within {seconds:.0f} s from {names}: {lacking}; lower cluster.gpus_per_*, or add nodes"
-        )
-    return f"{what}: no answer within {seconds:.0f} s from {names}; raise {setting} if it is only slow{first}"
+        waited = f"no answer within {seconds:.0f} s from {', '.join(names)}"
+        return f"{what}: {waited}: {lacking}; lower cluster.gpus_per_*, or add nodes"
+    return f"{what}: no {missing} {seconds:.0f} s from {', '.join(names)}; raise {setting} if it is only slow{first}"
 
 
 def _where(actor: Actor) -> str:

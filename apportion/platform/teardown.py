@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from apportion.platform import health
+from apportion.platform import health, progress
 from apportion.platform.session import (
     MARK,
     Watcher,
@@ -85,7 +85,8 @@ class Remains:
         with contextlib.suppress(KeyboardInterrupt):
             health.watch(None)  # it asks Ray, which ends now
         self._decide(keep=failed or lost is not None)
-        asking = threading.Thread(target=_end_ray, args=(handles,), name="ray-shutdown", daemon=True)
+        shared = self.mark if self._root is None else None
+        asking = threading.Thread(target=_end_ray, args=(handles, shared), name="ray-shutdown", daemon=True)
         asking.start()
         with contextlib.suppress(KeyboardInterrupt):  # asked again: what remains is killed at once
             asking.join(RAY_SECONDS if lost is None else LOST_SECONDS)
@@ -134,12 +135,16 @@ class Remains:
         os._exit(1)
 
 
-def _end_ray(handles: Sequence[Any]) -> None:
+def _end_ray(handles: Sequence[Any], mark: str | None) -> None:
+    """`mark` is that of a run in a cluster that lives on."""
     import ray
 
     for handle in handles:
         with contextlib.suppress(Exception):  # it may be gone already, and so may Ray
             ray.kill(handle)
+    if mark is not None:
+        with contextlib.suppress(Exception):
+            progress.forget(mark)
     with contextlib.suppress(Exception):  # what Ray cannot end is killed afterwards
         ray.shutdown()
 

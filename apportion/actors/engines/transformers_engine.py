@@ -12,8 +12,15 @@ from apportion.actors.engine import own_device
 from apportion.actors.engines import EngineSpec, Request, Sample, Sampling
 from apportion.actors.loading import attention_softcap
 from apportion.data.response_text import ResponseText
+from apportion.platform import progress
 from apportion.platform.channel import ChannelAddress, WeightChannel
 from apportion.platform.weights import SyncReceipt, TensorEntry, WeightBundle, as_bytes, checksum, receive
+
+
+def _count_step(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+    """A stopping criterion that stops nothing: it is called once a decoding step, which is progress."""
+    progress.advance()
+    return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
 
 class TransformersEngine:
@@ -70,6 +77,7 @@ class TransformersEngine:
             output_scores=True,
             tokenizer=self._tokenizer,
             stop_strings=sampling.stop or None,
+            stopping_criteria=[_count_step],
             **(
                 {}
                 if greedy

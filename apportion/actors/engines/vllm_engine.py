@@ -13,6 +13,7 @@ import numpy as np
 from apportion.actors.engines import EngineSpec, Request, Sample, Sampling
 from apportion.actors.engines.vllm_worker import Answer, index_of
 from apportion.data.response_text import ResponseText
+from apportion.platform import progress
 from apportion.platform.channel import ChannelAddress
 from apportion.platform.errors import WeightSyncError
 from apportion.platform.weights import SyncReceipt, TensorEntry, WeightBundle
@@ -48,6 +49,7 @@ class VllmEngine:
             disable_log_stats=True,
             worker_extension_cls="apportion.actors.engines.vllm_worker.WeightReceiver",
         )
+        count_steps(self._llm.llm_engine)
         self._spell = ResponseText(self._llm.get_tokenizer())
 
     def generate(self, requests: list[Request], sampling: Sampling) -> list[Sample]:
@@ -107,6 +109,17 @@ class VllmEngine:
         answers = self._llm.collective_rpc("apportion_receive", args=(index_of(entries), version, check))
         self._llm.reset_prefix_cache()
         return _read_back(merge_receipts(answers, entries, version, name, check), check)
+
+
+def count_steps(engine: Any) -> None:
+    """Count each decoding step of a vLLM engine as progress of the call that is under way."""
+    step = engine.step
+
+    def counted() -> Any:
+        progress.advance()
+        return step()
+
+    engine.step = counted
 
 
 def thread_binding(spec: EngineSpec, allowed: list[int]) -> str:
