@@ -12,7 +12,7 @@ from apportion.assembly.hosts import joins
 from apportion.assembly.inputs import load_held_out, load_prompts
 from apportion.assembly.loop_settings import evaluation_settings, loop_settings, sync_check
 from apportion.assembly.needs import Needs, needs_of
-from apportion.assembly.report import examples, print_report, rewarded, say, summary_of
+from apportion.assembly.report import device_summary, examples, print_report, rewarded, say, summary_of
 from apportion.assembly.serving import judge_requests, serving_requests
 from apportion.assembly.starting import start
 from apportion.assembly.training import critic_requests, policy_requests, reference_requests
@@ -27,6 +27,7 @@ from apportion.conf.teachers import check_same_tokenizer, check_teachers, teache
 from apportion.data.builtin import resolve_model
 from apportion.data.prompts import PromptStream, load_tokenizer
 from apportion.edges import closing, refusals, row_errors, terminated_as_interrupt, told_first
+from apportion.loop.device_memory import DevicePeaks
 from apportion.loop.evaluation import Evaluator
 from apportion.loop.resume import check_steps_left
 from apportion.loop.state import Actors
@@ -89,6 +90,7 @@ def _train(config: Config, resolved: dict[str, Any], locks: ExitStack) -> int:
         cluster.check_shared(writers, folder.path, config.cluster.start_timeout_seconds)
         trainer = _trainer(config, needs, actors, prompts, tracker, folder)
         trainer.sync_check = sync_check(config, actors, tokenizer, model, tracker.warn)
+        trainer.device_peaks = DevicePeaks(cluster.on_gpus(), config.cluster.call_timeout_seconds)
         trainer.evaluator = _evaluator(config, actors, held_out, tracker.warn) if held_out else None
         if checkpoint:
             with refusals():
@@ -100,6 +102,7 @@ def _train(config: Config, resolved: dict[str, Any], locks: ExitStack) -> int:
             progress = trainer.run()
         memory = cluster.peak_memory_mib()
         summary = summary_of(config, progress, memory, time.perf_counter() - started, held_out)
+        summary |= device_summary(trainer.device_peaks)
         folder.write_summary(summary)
         tracker.log_summary(summary)
     print_report(summary, folder)

@@ -12,6 +12,7 @@ from apportion.actors.preference import PreferenceSpec, PreferenceWorker
 from apportion.algorithms import registry
 from apportion.algorithms.preference import Dpo, Objective, RewardModel, Sft
 from apportion.assembly.hosts import cores_environment, device_environment, thread_count
+from apportion.assembly.report import device_summary, print_device_memory
 from apportion.assembly.starting import join
 from apportion.conf.defaults import engine_settings
 from apportion.conf.layout import check_layout, layout_of
@@ -31,6 +32,7 @@ from apportion.data.pairs import PairColumns, read_demonstration, read_pair, row
 from apportion.data.prompts import PromptEncoder, load_tokenizer, template_text
 from apportion.data.sources import load_sources
 from apportion.edges import closing, refusals, terminated_as_interrupt, told_first
+from apportion.loop.device_memory import DevicePeaks
 from apportion.loop.resume import check_steps_left
 from apportion.platform.checkpoint import CheckpointStore
 from apportion.platform.cluster import Actor, ActorRequest, Cluster, gather
@@ -94,6 +96,7 @@ def _train(config: PreferenceConfig, resolved: dict[str, Any], locks: ExitStack)
         cluster.check_shared(ranks, folder.path, config.cluster.start_timeout_seconds)
         store = CheckpointStore(folder.checkpoints, config.checkpoint.keep)
         trainer = PreferenceTrainer(ranks, examples, held_out, settings, tracker, store)
+        trainer.device_peaks = DevicePeaks(cluster.on_gpus(), config.cluster.call_timeout_seconds)
         trainer.prepare()
         if checkpoint:
             with refusals():
@@ -106,12 +109,14 @@ def _train(config: PreferenceConfig, resolved: dict[str, Any], locks: ExitStack)
             "examples": len(examples),
             "held_out_examples": len(held_out) if held_out else 0,
             "peak_memory_mib": cluster.peak_memory_mib(),
+            **device_summary(trainer.device_peaks),
         }
         folder.write_summary(summary)
         tracker.log_summary(summary)
     if config.tracking.plots and config.tracking.jsonl:
         plot_run(folder.path)
     _report(progress)
+    print_device_memory(summary)
     _say(f"model: {folder.checkpoints / f'step-{progress.step:06d}' / 'model'}")
     return 0
 

@@ -18,6 +18,7 @@ import numpy as np
 from apportion.actors.preference import StepReport, StepShare
 from apportion.batch import Totals, pad_rows
 from apportion.data.pair_tokens import PreferenceData
+from apportion.loop.device_memory import DevicePeaks
 from apportion.loop.rescue import save_after_loss
 from apportion.loop.schedule import CheckpointSchedule
 from apportion.platform.checkpoint import CheckpointStore, RunState
@@ -171,6 +172,7 @@ class PreferenceTrainer:
         self.settings, self.tracker, self.store = settings, tracker, store
         self.order = make_order(settings, len(train))
         self.progress = StageProgress()
+        self.device_peaks = DevicePeaks()
         self._schedule = CheckpointSchedule(settings.checkpoint_every, settings.checkpoint_minutes)
         self._started = self._resumed = time.perf_counter()
 
@@ -232,7 +234,7 @@ class PreferenceTrainer:
         p.step_seconds += metrics["timing/step"]
         # Asked once: time that runs out during the evaluation or the checkpoint leaves room for a whole step more.
         last = self._finished()
-        p.metrics = metrics | self._evaluate_if_due(last)
+        p.metrics = metrics | self.device_peaks.measure() | self._evaluate_if_due(last)
         self.tracker.log(p.step, p.metrics)
         if self._schedule.due(p.step, time.perf_counter()):
             self.checkpoint()

@@ -18,6 +18,7 @@ from apportion.algorithms.kl import KlCoefficient
 from apportion.batch import Prompt, Totals
 from apportion.data.errors import DataError as SourceError
 from apportion.loop.calls import deal, longest, start_judging, with_refs
+from apportion.loop.device_memory import DevicePeaks
 from apportion.loop.evaluation import Evaluator
 from apportion.loop.failures import Failures
 from apportion.loop.metrics import StepReports, data_metrics, speed_metrics, step_metrics
@@ -57,6 +58,7 @@ class Trainer:
         self.progress = Progress()
         self.evaluator: Evaluator | None = None
         self.sync_check = SyncCheck.off(actors)
+        self.device_peaks = DevicePeaks()
         self._schedule = CheckpointSchedule(settings.checkpoint_every, settings.checkpoint_minutes)
         self._timing: dict[str, float] = {}
         self.failures = Failures(settings.max_failed_share, settings.max_failed_critiques, tracker.warn)
@@ -120,8 +122,7 @@ class Trainer:
         # Asked once: time that runs out during the evaluation or the checkpoint leaves room for a whole step more.
         last = self._finished()
         metrics = self._metrics(self._reports(experience, cut, credit, updates, critic))
-        if written is not None:
-            metrics["timing/checkpoint"] = written
+        metrics |= {} if written is None else {"timing/checkpoint": written}
         try:
             metrics |= self._evaluate_if_due(last)
         finally:
@@ -291,8 +292,7 @@ class Trainer:
         self.progress.accuracy_after, self.progress.answers_after = None, []  # of an earlier end are no longer true
         if self.evaluator is None:
             return {}
-        settings = self.evaluator.settings
-        last = settings.after and last
+        settings, last = self.evaluator.settings, last and self.evaluator.settings.after
         if not last and not (settings.every_steps and self.progress.step % settings.every_steps == 0):
             return {}
         try:
@@ -397,4 +397,4 @@ class Trainer:
         p.samples += reports.trajectories
         p.update_tokens += reports.update_tokens
         p.step_seconds += self._timing["step"]
-        return metrics | speed_metrics(reports, self._timing)
+        return metrics | speed_metrics(reports, self._timing) | self.device_peaks.measure()

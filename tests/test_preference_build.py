@@ -36,7 +36,7 @@ def rank(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     made = RecorderRank()
-    cluster = SimpleNamespace(check_shared=lambda *_: None, peak_memory_mib=dict, shutdown=lambda: None)
+    cluster = SimpleNamespace(check_shared=lambda *_: None, peak_memory_mib=dict, on_gpus=list, shutdown=lambda: None)
     monkeypatch.setattr(preference_build, "Cluster", lambda *_: cluster)
     monkeypatch.setattr(preference_build, "_ranks", lambda *_: [made])
     monkeypatch.setattr(preference_trainer, "put", lambda value: value)

@@ -36,6 +36,7 @@ from apportion.batch import Batch, Critique, Marks, Prompt, Totals
 from apportion.data.columns import value_at
 from apportion.data.prompts import load_tokenizer
 from apportion.platform import progress
+from apportion.platform.device_memory import DeviceMemory
 from apportion.platform.process import ActorBase
 
 COUNTED = ("judge/critiques", "judge/failed/")  # metrics of a step that are sums; names that begin so
@@ -252,10 +253,15 @@ class JudgeWorker(ActorBase):
         def decode(ids: list[int]) -> str:
             return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-        source = make_source(spec, lambda text: len(tokenizer(text)["input_ids"]))
-        self._judge = Judge(spec, source, decode)
+        self._source = make_source(spec, lambda text: len(tokenizer(text)["input_ids"]))
+        self._judge = Judge(spec, self._source, decode)
 
     def judge(self, batch: Batch, prompts: list[Prompt], part: int, parts: int) -> tuple[JudgeReport, Marks]:
         """Every `parts`-th trajectory, from `part` on."""
         progress.begin("engine steps")
         return self._judge.judge(batch, prompts, range(part, len(batch), parts))
+
+    def device_memory(self) -> DeviceMemory | None:
+        """Of its engine, if it has one, whose workers may be processes of their own."""
+        source = self._source
+        return source.engine.device_memory() if isinstance(source, ModelJudge) else super().device_memory()

@@ -181,7 +181,7 @@ class ModelJudge:
         self._spec = spec
         tokenizer = load_tokenizer(settings.model, trust_remote_code=settings.trust_remote_code)
         self._encoder = PromptEncoder(tokenizer, chat=bool(tokenizer.chat_template))
-        self._engine = engine or make_engine(spec.engine, settings)
+        self.engine = engine or make_engine(spec.engine, settings)
         self._sampling = Sampling(spec.temperature, max_tokens=spec.max_tokens)
         self.name = f"model:{settings.model}:{spec.temperature:g}:{spec.max_tokens}:{settings.seed}"
 
@@ -213,7 +213,7 @@ class ModelJudge:
                 break
             chosen = places[start : start + size]
             requests = [Request(prompts[i], self._seed(prompts[i], k)) for i, k in chosen]
-            for (i, k), sample in zip(chosen, self._engine.generate(requests, self._sampling), strict=True):
+            for (i, k), sample in zip(chosen, self.engine.generate(requests, self._sampling), strict=True):
                 whole = sample.finish_reason == "stop"
                 out[i][k] = (
                     read_answer(sample.text, len(cases[i].steps)) if whole else Critique(None, "cut", sample.text)

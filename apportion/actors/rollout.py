@@ -15,6 +15,7 @@ from apportion.batch import Batch, Prompt, Trajectory
 from apportion.platform import progress
 from apportion.platform.channel import ChannelAddress
 from apportion.platform.cluster import Actor
+from apportion.platform.device_memory import DeviceMemory
 from apportion.platform.process import ActorBase
 from apportion.platform.weights import SyncReceipt, TensorEntry, WeightBundle
 
@@ -140,6 +141,10 @@ class RolloutWorker(ActorBase):
         receipt = self._engine.receive(entries, version, self._name, check)
         self._version = version
         return receipt
+
+    def device_memory(self) -> DeviceMemory | None:
+        """Of the engine, whose workers may be processes of their own."""
+        return self._engine.device_memory()
 
     def set_version(self, version: int) -> None:
         self._version = version

@@ -6,6 +6,7 @@ from typing import Any
 
 from apportion.batch import Prompt
 from apportion.conf.schema import Config
+from apportion.loop.device_memory import DevicePeaks
 from apportion.loop.state import Progress
 from apportion.platform.runs import RunFolder
 
@@ -32,6 +33,18 @@ def summary_of(
     }
 
 
+def device_summary(peaks: DevicePeaks) -> dict[str, Any]:
+    """What a summary has of GPUs, the time after the last step included; nothing where the run has none."""
+    peaks.measure()
+    return {"peak_device_memory_mib": peaks.mib} if peaks.mib else {}
+
+
+def print_device_memory(summary: dict[str, Any]) -> None:
+    if peaks := summary.get("peak_device_memory_mib"):
+        most = ", ".join(f"{name} {mib / 1024:.1f} GiB" for name, mib in peaks.items())
+        print(f"most GPU memory of each actor: {most}")
+
+
 def _rate(count: float, seconds: float) -> float | None:
     return count / seconds if seconds > 0 else None
 
@@ -55,6 +68,7 @@ def print_report(summary: dict[str, Any], folder: RunFolder) -> None:
         print(f"\n{plain_text(old['prompt'])}")
         print(f"  before: {plain_text(old['answer'])!r} ({rewarded(old['reward'])})")
         print(f"  after:  {plain_text(new['answer'])!r} ({rewarded(new['reward'])})")
+    print_device_memory(summary)
     print(
         f"\nrun folder: {folder.path} (summary.json, metrics.jsonl, samples.jsonl, tokens.html, plots, logs, checkpoints)"
     )

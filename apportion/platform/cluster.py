@@ -56,6 +56,7 @@ class Actor:
     log: str
     info: ProcessInfo | None = None
     progress: str = ""  # the key under which it counts what it does
+    gpus: float = 0.0
 
     def call(self, method: str, *arguments: Any, returns: int = 1) -> Call:
         bound = getattr(self.handle, method)
@@ -157,7 +158,7 @@ class Cluster:
             variables = {**marks, **paths, **(request.environment or {})}
             options = {"num_cpus": request.cpus, "num_gpus": request.gpus, "runtime_env": {"env_vars": variables}}
             handle = ray.remote(request.cls).options(**options).remote(*request.arguments)
-            actors.append(Actor(request.name, handle, log, progress=key))
+            actors.append(Actor(request.name, handle, log, progress=key, gpus=request.gpus))
         self._actors += actors
         return actors
 
@@ -197,6 +198,10 @@ class Cluster:
     def peak_memory_mib(self) -> dict[str, float]:
         values = gather([a.call("peak_memory_mib") for a in self._actors], 60, "peak memory")
         return {a.name: v for a, v in zip(self._actors, values, strict=True)}
+
+    def on_gpus(self) -> list[Actor]:
+        """The actors that were given a GPU, or a part of one."""
+        return [actor for actor in self._actors if actor.gpus > 0]
 
     def shutdown(self) -> None:
         """Leave nothing running, within a limit; safe to call twice and after a failure."""

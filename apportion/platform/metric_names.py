@@ -86,6 +86,8 @@ METRICS: dict[str, str] = {
     "perf/rollout_tokens_per_second": "tokens that the engines sampled (none of an environment), a second of timing/rollout",
     "perf/update_tokens_per_second": "prompt and response tokens that went forward and backward (the critic's, while it trains alone), a second of timing/update",
     "perf/overhead_share": "share of the step that is neither sampling nor forward or backward passes",
+    "gpu/<role>_gib": "most GPU memory that a process of this role reserved in this step, in GiB; absent on CPUs",
+    "gpu/used_gib": "memory in use after the step on the fullest GPU, by all processes, in GiB",
     "sft/grad_norm": "norm of the gradient before clipping",
     "sft/learning_rate": "learning rate of this optimiser step",
     "sft/loss": "weighted sum of the answers' token NLL: their mean, by sft.reduction",

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from apportion.platform import logs
+from apportion.platform.device_memory import DeviceMemory, device_memory
 from apportion.platform.inherited import keep_sockets_from_children
 from apportion.platform.rendezvous import hold_port
 
@@ -41,6 +42,10 @@ class ActorBase:
 
     def peak_memory_mib(self) -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    def device_memory(self) -> DeviceMemory | None:
+        """Of this process on its GPU, since the last call; None without one."""
+        return device_memory()
 
     def free_port(self, local: bool) -> tuple[str, int]:
         """This node's address as others reach it (loopback if all are here), and a port of it that this process keeps for

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from apportion.platform.channel import ChannelAddress
+from apportion.platform.device_memory import DeviceMemory
 from apportion.platform.weights import SyncReceipt, TensorEntry, WeightBundle
 
 ENGINES = {
@@ -84,6 +85,10 @@ class RolloutEngine(Protocol):
 
     def load(self, bundle: WeightBundle, name: str, check: bool) -> SyncReceipt:
         """Take new weights, and with `check` prove that the live model holds them."""
+        ...
+
+    def device_memory(self) -> DeviceMemory | None:
+        """The largest of its workers', since the last call; None without a GPU."""
         ...
 
     def join(self, address: ChannelAddress, first_member: int) -> None:

@@ -14,6 +14,7 @@ from apportion.actors.loading import attention_softcap
 from apportion.data.response_text import ResponseText
 from apportion.platform import progress
 from apportion.platform.channel import ChannelAddress, WeightChannel
+from apportion.platform.device_memory import DeviceMemory, device_memory
 from apportion.platform.weights import SyncReceipt, TensorEntry, WeightBundle, as_bytes, checksum, receive
 
 
@@ -129,6 +130,9 @@ class TransformersEngine:
     def _pad_id(self) -> int:
         pad = self._tokenizer.pad_token_id
         return pad if pad is not None else min(self._end_ids())
+
+    def device_memory(self) -> DeviceMemory | None:
+        return device_memory()
 
     def join(self, address: ChannelAddress, first_member: int) -> None:
         self._channel = WeightChannel(address, first_member, self._device)

@@ -15,6 +15,7 @@ from apportion.actors.engines.vllm_worker import Answer, index_of
 from apportion.data.response_text import ResponseText
 from apportion.platform import progress
 from apportion.platform.channel import ChannelAddress
+from apportion.platform.device_memory import DeviceMemory, most
 from apportion.platform.errors import WeightSyncError
 from apportion.platform.weights import SyncReceipt, TensorEntry, WeightBundle
 
@@ -101,6 +102,9 @@ class VllmEngine:
                 )
         self._llm.reset_prefix_cache()
         return _read_back(merge_receipts(answers, bundle.entries, bundle.version, name, check), check)
+
+    def device_memory(self) -> DeviceMemory | None:
+        return most(self._llm.collective_rpc("apportion_device_memory"))
 
     def join(self, address: ChannelAddress, first_member: int) -> None:
         self._llm.collective_rpc("apportion_join", args=(astuple(address), first_member))

@@ -13,6 +13,7 @@ from apportion.actors.engines.vllm_compare import TURNS, Compared, compare_live,
 from apportion.actors.engines.vllm_layout import is_experts
 from apportion.actors.engines.vllm_log import collected_log, is_machine_failure, load_errors
 from apportion.platform.channel import ChannelAddress, WeightChannel
+from apportion.platform.device_memory import device_memory
 from apportion.platform.weights import TensorEntry, WeightBundle, checksum, receive
 
 
@@ -61,6 +62,11 @@ class WeightReceiver:
     def apportion_compare(self, bundle: WeightBundle, turn: int | None = None) -> Compared:
         """The live model against a bundle, without loading it. `turn`: see `compare_live`."""
         return self._compare(self._checkpoint(bundle), turn)
+
+    def apportion_device_memory(self) -> tuple[int, int] | None:
+        """Peak and use of this worker's GPU, in bytes."""
+        memory = device_memory()
+        return None if memory is None else tuple(memory)
 
     def _checkpoint(self, bundle: WeightBundle) -> CheckpointWeights:
         model = self.model_config  # type: ignore[attr-defined]
