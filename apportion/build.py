@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from apportion.algorithms.kl import KlCoefficient
+from apportion.assembly.downloads import fetch_on_nodes, from_cache, hub_models
 from apportion.assembly.hosts import joins
 from apportion.assembly.inputs import load_held_out, load_prompts
 from apportion.assembly.loop_settings import evaluation_settings, loop_settings, sync_check
@@ -20,7 +21,7 @@ from apportion.batch import Prompt
 from apportion.conf.combinations import check_evaluation
 from apportion.conf.devices import check_evaluation_devices
 from apportion.conf.environment import check_environment
-from apportion.conf.judges import check_judge
+from apportion.conf.judges import check_judge, own_model
 from apportion.conf.layout import check_layout, layout_of
 from apportion.conf.schema import Config
 from apportion.conf.teachers import check_same_tokenizer, check_teachers, teacher_paths
@@ -155,7 +156,10 @@ def _actors(config: Config, needs: Needs, model: str, cluster: Cluster, folder: 
         requests["critic"] = critic_requests(config, model)
     if needs.judge:
         requests["judge"] = judge_requests(config, model, folder)
-    return start(config, cluster, requests)
+    models = hub_models(config)
+    fetch_on_nodes(cluster, models, requests, config.cluster.download_timeout_seconds)
+    own_judge = own_model(config.judge) is not None
+    return start(config, cluster, from_cache(requests, models, cluster.joined, own_judge))
 
 
 def _trainer(

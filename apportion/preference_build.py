@@ -11,6 +11,7 @@ from typing import Any
 from apportion.actors.preference import PreferenceSpec, PreferenceWorker
 from apportion.algorithms import registry
 from apportion.algorithms.preference import Dpo, Objective, RewardModel, Sft
+from apportion.assembly.downloads import fetch_on_nodes, from_cache, stage_models
 from apportion.assembly.hosts import cores_environment, device_environment, thread_count
 from apportion.assembly.report import device_summary, print_device_memory
 from apportion.assembly.starting import join
@@ -236,6 +237,9 @@ def _ranks(config: PreferenceConfig, cluster: Cluster, spec: PreferenceSpec) -> 
         for i in range(c.policy_ranks)
     ]
     cluster.expect(requests)
+    models = stage_models(config)
+    fetch_on_nodes(cluster, models, {"policy": requests}, c.download_timeout_seconds)
+    requests = from_cache({"policy": requests}, models, cluster.joined, own_judge=False)["policy"]
     actors = cluster.start(requests, c.start_timeout_seconds)
     calls = join(cluster, actors, c, config.seed, config.train.deterministic, threads)
     gather(calls, c.start_timeout_seconds, "start of ranks")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 
 from apportion.conf import machine
-from apportion.conf.preference_schema import RanksConfig
+from apportion.conf.preference_schema import PreferenceConfig, RanksConfig
 from apportion.conf.schema import ClusterConfig, Config
 from apportion.platform import room
 
 
-def joins(config: Config) -> bool:
+def joins(config: Config | PreferenceConfig) -> bool:
     return machine.joins(config.cluster)
 
 

@@ -136,13 +136,20 @@ class RanksConfig:
     threads: int | None = None
     start_timeout_seconds: float = 600.0
     call_timeout_seconds: float = 1800.0  # no rank may go longer without progress (docs/reliability.md)
+    download_timeout_seconds: float = 7200.0  # for all models of the hub, before actors start
     object_store_gib: float | None = None
     memory_check: bool = (
         True  # false: estimates of GPU memory (activations, logits) refuse nothing, firm parts still do
     )
 
     def __post_init__(self) -> None:
-        for name in ("policy_ranks", "threads", "start_timeout_seconds", "call_timeout_seconds"):
+        for name in (
+            "policy_ranks",
+            "threads",
+            "start_timeout_seconds",
+            "call_timeout_seconds",
+            "download_timeout_seconds",
+        ):
             at_least(f"cluster.{name}", getattr(self, name), 1)
         at_least("cluster.object_store_gib", self.object_store_gib, SMALLEST_STORE_GIB)
         at_least("cluster.gpus_per_policy_rank", self.gpus_per_policy_rank, 0)

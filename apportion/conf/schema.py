@@ -65,6 +65,7 @@ class ClusterConfig:
     threads: int | None = None
     start_timeout_seconds: float = 600.0
     call_timeout_seconds: float = 1800.0  # no actor may go longer without progress (docs/reliability.md)
+    download_timeout_seconds: float = 7200.0  # for all models of the hub, before actors start
     object_store_gib: float | None = None
     weight_transfer: str = "object_store"  # or broadcast: NCCL between GPUs, gloo without
     memory_check: bool = (
@@ -74,7 +75,7 @@ class ClusterConfig:
     def __post_init__(self) -> None:
         for name in ("policy_ranks", "rollout_engines", "reference_ranks"):
             at_least(f"cluster.{name}", getattr(self, name), 1)
-        for name in ("start_timeout_seconds", "call_timeout_seconds", "threads"):
+        for name in ("start_timeout_seconds", "call_timeout_seconds", "download_timeout_seconds", "threads"):
             at_least(f"cluster.{name}", getattr(self, name), 1)
         at_least("cluster.object_store_gib", self.object_store_gib, SMALLEST_STORE_GIB)
         one_of("cluster.weight_transfer", self.weight_transfer, ("object_store", "broadcast"))

@@ -32,6 +32,7 @@ from apportion.platform.teardown import Remains
 
 POLL_SECONDS = 1.0
 STARTING = "start of actors"  # what is waited for, where cluster.start_timeout_seconds is the limit
+DOWNLOADING = "download of models"  # likewise cluster.download_timeout_seconds
 _OWN_ERROR = re.compile(r"^apportion\.platform\.errors\.(\w+Error): ", re.MULTILINE)
 
 
@@ -45,6 +46,7 @@ class ActorRequest:
     cpus: float = 0.0
     gpus: float = 0.0
     environment: dict[str, str] | None = None
+    node: str | None = None  # the id of the node that it has to run on
 
 
 @dataclass
@@ -144,6 +146,7 @@ class Cluster:
     def launch(self, requests: Sequence[ActorRequest]) -> list[Actor]:
         """Start actors side by side without waiting for them; `ready` does."""
         import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         actors = []
         for request in requests:
@@ -157,6 +160,8 @@ class Cluster:
             marks = {"APPORTION_LOG": log, MARK: self._remains.mark, progress.KEY: key}
             variables = {**marks, **paths, **(request.environment or {})}
             options = {"num_cpus": request.cpus, "num_gpus": request.gpus, "runtime_env": {"env_vars": variables}}
+            if request.node is not None:
+                options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(request.node, soft=False)
             handle = ray.remote(request.cls).options(**options).remote(*request.arguments)
             actors.append(Actor(request.name, handle, log, progress=key, gpus=request.gpus))
         self._actors += actors
@@ -198,6 +203,21 @@ class Cluster:
     def peak_memory_mib(self) -> dict[str, float]:
         values = gather([a.call("peak_memory_mib") for a in self._actors], 60, "peak memory")
         return {a.name: v for a, v in zip(self._actors, values, strict=True)}
+
+    def nodes(self, gpus: bool) -> list[str]:
+        """Ids of the living nodes that may hold actors, with `gpus` those that have any."""
+        import ray
+
+        kind = "GPU" if gpus else "CPU"
+        return sorted(n["NodeID"] for n in ray.nodes() if n["Alive"] and n["Resources"].get(kind, 0) > 0)
+
+    def dismiss(self, actors: Sequence[Actor]) -> None:
+        """End actors that have done their work."""
+        import ray
+
+        for actor in actors:
+            self._actors.remove(actor)
+            ray.kill(actor.handle)
 
     def on_gpus(self) -> list[Actor]:
         """The actors that were given a GPU, or a part of one."""
@@ -311,11 +331,12 @@ def _late(calls: list[Call], clocks: Clocks, seconds: float, what: str) -> str:
             did, missing = f"{did}; {count.done:,} {count.unit} before", "progress for"
         names.append(f"{call.actor.name}{_where(call.actor)} ({did})")
     first = _last_lines(calls[0].actor)
-    setting = "cluster.start_timeout_seconds" if what == STARTING else "cluster.call_timeout_seconds"
     lacking = asked.lacking() if what == STARTING else None
     if lacking is not None:
         waited = f"no answer within {seconds:.0f} s from {', '.join(names)}"
         return f"{what}: {waited}: {lacking}; lower cluster.gpus_per_*, or add nodes"
+    settings = {STARTING: "start_timeout_seconds", DOWNLOADING: "download_timeout_seconds"}
+    setting = f"cluster.{settings.get(what, 'call_timeout_seconds')}"
     return f"{what}: no {missing} {seconds:.0f} s from {', '.join(names)}; raise {setting} if it is only slow{first}"
 
 
