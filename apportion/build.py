@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from apportion.algorithms.kl import KlCoefficient
-from apportion.assembly.downloads import fetch_on_nodes, from_cache, hub_models
+from apportion.assembly.downloads import fetch_here, fetch_on_nodes, from_cache, hub_models, reward_models
 from apportion.assembly.hosts import joins
 from apportion.assembly.inputs import load_held_out, load_prompts
 from apportion.assembly.loop_settings import evaluation_settings, loop_settings, sync_check
@@ -32,6 +32,7 @@ from apportion.loop.device_memory import DevicePeaks
 from apportion.loop.evaluation import Evaluator
 from apportion.loop.resume import check_steps_left
 from apportion.loop.state import Actors
+from apportion.plan import make_plan
 from apportion.platform.checkpoint import Checkpoint, CheckpointStore
 from apportion.platform.cluster import Cluster
 from apportion.platform.console import plain_text
@@ -60,6 +61,10 @@ def _train(config: Config, resolved: dict[str, Any], locks: ExitStack) -> int:
             check_layout(checkpoint.path, layout_of(config, needs.critic))
         if needs.judge:
             check_judge(config, joined=joins(config))
+        fetch_here(config, hub_models(config))
+        notes = make_plan(
+            config
+        ).notes  # again: sizes of what has come, or what a stage of `before` has made, are known now
         model = resolve_model(config.model.path)
         tokenizer = load_tokenizer(model, config.model.chat_template, config.model.trust_remote_code)
         teachers = teacher_paths(config)
@@ -78,6 +83,8 @@ def _train(config: Config, resolved: dict[str, Any], locks: ExitStack) -> int:
         for line in prompts.cautions(checkpoint.state.data) if checkpoint else []:
             tracker.warn(line)
     say(f"run folder: {folder.path}")
+    for note in notes:
+        say(f"note: {note}")
     with (
         terminated_as_interrupt(),
         closing(tracker),  # of a start that fails; otherwise they are closed before the cluster is torn down
@@ -124,6 +131,7 @@ def evaluate(config: Config, checkpoint: str) -> int:
             raise ConfigError("data.eval: got none, expected a source to evaluate on")
         check_evaluation(config, model)
         check_environment(config, joins(config))
+        fetch_here(config, reward_models(config))
         held_out = load_held_out(
             config, load_tokenizer(model, config.model.chat_template, config.model.trust_remote_code)
         )

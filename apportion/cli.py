@@ -117,17 +117,12 @@ def _train(words: list[str]) -> int:
         from apportion.conf.devices import check_free
         from apportion.plan import make_plan
 
-        plan = make_plan(config)  # what cannot run is refused before anything heavy is imported
+        make_plan(config)  # what cannot run is refused before anything heavy is imported
         check_free(config)
         _check_stages(config)
         run_before(config)
-        from apportion.assembly.downloads import fetch_here, hub_models
         from apportion.build import train
 
-        if fetch_here(config, hub_models(config)):
-            plan = make_plan(config)  # again: sizes are known now
-        for note in plan.notes:
-            print(f"note: {note}")
         return train(config, resolved)
 
     return _with_hydra("train", words, run, base=resumed(words))
@@ -183,10 +178,8 @@ def _evaluate(words: list[str]) -> int:
         refuse_other_stage("checkpoint", checkpoint, base, None)
 
     def run(config: Config, resolved: dict[str, Any]) -> int:
-        from apportion.assembly.downloads import fetch_here, reward_models
         from apportion.build import evaluate
 
-        fetch_here(config, reward_models(config))
         return evaluate(config, checkpoint)
 
     return _with_hydra("evaluate", overrides, run, base)
@@ -227,10 +220,8 @@ def _stage(stage: str) -> Callable[[list[str]], int]:
             from apportion.conf.preference_schema import check
 
             check(config)
-            from apportion.assembly.downloads import fetch_here, stage_models
             from apportion.preference_build import train
 
-            fetch_here(config, stage_models(config))
             return train(config, resolved)
 
         return _with_hydra(stage.replace("_", "-"), words, run, base=resumed(words, stage), stage=stage)

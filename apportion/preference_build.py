@@ -11,7 +11,7 @@ from typing import Any
 from apportion.actors.preference import PreferenceSpec, PreferenceWorker
 from apportion.algorithms import registry
 from apportion.algorithms.preference import Dpo, Objective, RewardModel, Sft
-from apportion.assembly.downloads import fetch_on_nodes, from_cache, stage_models
+from apportion.assembly.downloads import fetch_here, fetch_on_nodes, from_cache, stage_models
 from apportion.assembly.hosts import cores_environment, device_environment, thread_count
 from apportion.assembly.report import device_summary, print_device_memory
 from apportion.assembly.starting import join
@@ -66,6 +66,7 @@ def _train(config: PreferenceConfig, resolved: dict[str, Any], locks: ExitStack)
         if checkpoint:
             check_layout(checkpoint.path, layout_of(config))
         objective, settings = objective_of(config), _settings(config)
+        fetch_here(config, stage_models(config))
         model = resolve_model(config.model.path)
         if isinstance(config, DpoRunConfig) and config.dpo.reference:
             _check_reference(config, config.dpo.reference)

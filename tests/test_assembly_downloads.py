@@ -143,9 +143,9 @@ def test_offline_asks_nobody(hub, config, monkeypatch, capsys):
 
 def test_a_download_that_takes_too_long_ends_with_the_key_to_change(hub, config):
     hub.delay = 30.0
-    slow = replace(config.cluster, download_timeout_seconds=4.0)
+    slow = replace(config.cluster, download_timeout_seconds=1.0)
     with pytest.raises(
-        ConfigError, match=r"^cluster.download_timeout_seconds: got 4, in which owner/tiny did not come, expected more"
+        ConfigError, match=r"^cluster.download_timeout_seconds: got 1, in which owner/tiny did not come, expected more"
     ):
         fetch_here(SimpleNamespace(cluster=slow), [MODEL])
 

@@ -66,7 +66,7 @@ class WeightReceiver:
     def apportion_device_memory(self) -> tuple[int, int] | None:
         """Peak and use of this worker's GPU, in bytes."""
         memory = device_memory()
-        return None if memory is None else tuple(memory)
+        return None if memory is None else (memory.peak, memory.used)
 
     def _checkpoint(self, bundle: WeightBundle) -> CheckpointWeights:
         model = self.model_config  # type: ignore[attr-defined]
