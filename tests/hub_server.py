@@ -52,7 +52,7 @@ def serving(hub: Hub) -> Iterator[str]:
                 code = {401: "GatedRepo", 403: "GatedRepo"}.get(model, "RepoNotFound")
                 return self._send(model, b"{}", {"X-Error-Code": code, "X-Error-Message": "no"}, body)
             files = {str(file.relative_to(model)): file for file in sorted(model.rglob("*")) if file.is_file()}
-            if listing and parts[4] == "revision":
+            if listing and parts[4:5] in ([], ["revision"]):
                 siblings = [{"rfilename": name, "size": file.stat().st_size} for name, file in files.items()]
                 return self._json({"id": name, "sha": COMMIT, "siblings": siblings}, body)
             if listing:
