@@ -62,9 +62,8 @@ def _train(config: Config, resolved: dict[str, Any], locks: ExitStack) -> int:
         if needs.judge:
             check_judge(config, joined=joins(config))
         fetch_here(config, hub_models(config))
-        notes = make_plan(
-            config
-        ).notes  # again: sizes of what has come, or what a stage of `before` has made, are known now
+        # Once more: sizes of what has come, or of what a stage of `before` has made, are known now.
+        notes = make_plan(config).notes
         model = resolve_model(config.model.path)
         tokenizer = load_tokenizer(model, config.model.chat_template, config.model.trust_remote_code)
         teachers = teacher_paths(config)
