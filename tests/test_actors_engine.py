@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from apportion.actors.engine import DeepSpeedEngine, World
+from apportion.actors.engine_settings import EngineSettings
 from apportion.actors.loading import load_causal_lm
 from apportion.actors.lora import merged_weights
 from apportion.actors.modules import CausalLMLogprobs
@@ -21,19 +22,13 @@ pytestmark = pytest.mark.system
 
 
 @dataclass
-class Settings:
+class Settings(EngineSettings):
     learning_rate: float = 0.5
     weight_decay: float = 0.01
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
     adam_eps: float = 1.0  # so large that an update grows with its gradient, and a wrong scale shows
     max_grad_norm: float = 0.0
     schedule: str = "linear"
     warmup_steps: int = 1
-    min_lr_ratio: float = 0.0
-    zero_stage: int = 0
-    offload_optimizer: bool = False
-    gradient_checkpointing: bool = False
     micro_batch_tokens: int = 64
     logits_chunk_tokens: int = 8
 
@@ -155,6 +150,49 @@ def test_a_saved_engine_goes_on_as_if_it_had_not_stopped(tiny, world, tmp_path, 
     resumed = {n: w.clone() for n, w in again.named_weights()}
     for name, weight in straight.named_weights():
         assert torch.equal(weight, resumed[name]), name
+
+
+# What conf.defaults sets on a GPU, with a smaller bucket
+GPU = {"fused_adam": True, "overlap_comm": True, "bucket_elements": 30_000}
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_fused_adam_takes_the_steps_of_foreach_under_every_stage(tiny, world, zero_stage):
+    """Also with a bucket that all weights together do not fit into."""
+    common, dtype = {"zero_stage": zero_stage, "max_grad_norm": 0.05}, torch.bfloat16
+    plainly, right = trained(tiny, world, Settings(**common), 3, 5, dtype)
+    engine, outcomes = trained(tiny, world, Settings(**common, **GPU), 3, 5, dtype)
+    assert fused_flags(engine) == [(True, False)] and fused_flags(plainly) == [(False, True)]
+    assert [o.grad_norm for o in outcomes] == pytest.approx([o.grad_norm for o in right], rel=1e-3)
+    expected = {n: w.clone() for n, w in plainly.named_weights()}
+    moved = 0.0
+    start = dict(model_of(tiny, dtype).named_parameters())
+    for name, weight in engine.named_weights():
+        torch.testing.assert_close(weight, expected[name], msg=lambda m, n=name: f"{n}: {m}")
+        moved = max(moved, (weight.float() - start[name].float()).abs().max().item())
+    assert moved > 1e-3
+
+
+def fused_flags(engine) -> list[tuple[bool, bool]]:
+    return [(group["fused"], group["foreach"]) for group in engine._engine.basic_optimizer.param_groups]
+
+
+@pytest.mark.parametrize(("zero_stage", "fused"), [(0, True), (2, True), (2, False), (3, True)])
+def test_a_resumed_engine_steps_with_its_own_kernel_not_the_checkpoints(tiny, world, tmp_path, zero_stage, fused):
+    def settings(fused: bool) -> Settings:
+        return Settings(zero_stage=zero_stage, adam_eps=1e-3, learning_rate=1e-2, fused_adam=fused)
+
+    straight, _ = trained(tiny, world, settings(fused), 4, 3, torch.bfloat16)
+    half = DeepSpeedEngine(model_of(tiny, torch.bfloat16), settings(not fused), world, 4)
+    run(half, 2, 3)
+    half.save(tmp_path)
+    again = DeepSpeedEngine(model_of(tiny, torch.bfloat16), settings(fused), world, 4)
+    again.load(tmp_path)
+    run(again, 2, 3)
+    assert fused_flags(again) == [(fused, not fused)]
+    resumed = {n: w.clone() for n, w in again.named_weights()}
+    for name, weight in straight.named_weights():
+        torch.testing.assert_close(weight, resumed[name], msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_resuming_from_nothing_is_refused(tiny, world, tmp_path):

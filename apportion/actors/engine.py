@@ -106,10 +106,10 @@ class DeepSpeedEngine:
     def _config(self, dtype: torch.dtype) -> dict[str, Any]:
         s = self.settings
         zero: dict[str, Any] = {"stage": s.zero_stage, "stage3_param_persistence_threshold": 0}
-        if s.zero_stage > 0 and s.overlap_comm:
+        if s.zero_stage > 0 and s.overlap_comm and self.world.size > 1:  # takes a second bucket; one rank sends nothing
             zero["overlap_comm"] = True
         if s.zero_stage > 0 and s.bucket_elements is not None:
-            zero |= {"reduce_bucket_size": s.bucket_elements, "allgather_bucket_size": s.bucket_elements}
+            zero["reduce_bucket_size"] = s.bucket_elements
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
@@ -135,6 +135,8 @@ class DeepSpeedEngine:
                 config["data_types"] = {"grad_accum_dtype": "fp32"}
         elif dtype == torch.float16:
             config["fp16"] = {"enabled": True}
+            if s.zero_stage > 0 and self.device.type == "cuda":  # on CPUs as ever: in float16
+                config["data_types"] = {"grad_accum_dtype": "fp32"}
         return config
 
     def module(self) -> nn.Module:
@@ -232,6 +234,18 @@ class DeepSpeedEngine:
         if path is None:
             raise FileNotFoundError(f"{folder}/engine: nothing in it that this ZeRO stage and number of ranks can read")
         self.optimizer_steps = int(state["optimizer_steps"])
+        self._keep_kernel()
+
+    def _keep_kernel(self) -> None:
+        """Step with this engine's kernel. A checkpoint brings the one that it was written with: on a GPU an older one, or
+        one from CPUs, would bring `foreach` and its float32 copy of the weights."""
+        if self.settings.offload_optimizer:
+            return
+        fused, optimizer = self.settings.fused_adam, self._engine.basic_optimizer
+        for group in optimizer.param_groups:
+            group.update(fused=fused, foreach=not fused)
+        for parameter, state in optimizer.state.items():
+            state["step"] = state["step"].to(parameter.device if fused else "cpu", torch.float32)
 
 
 def on_rank_0(named: Iterator[tuple[str, Tensor]], world: World) -> dict[str, Tensor]:

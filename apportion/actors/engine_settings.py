@@ -24,5 +24,5 @@ class EngineSettings:
     micro_batch_tokens: int = 2048
     logits_chunk_tokens: int = 512
     fused_adam: bool = False  # one kernel and no float32 copy of the weights, where parameters are on a GPU
-    overlap_comm: bool = False  # reduce gradients beside the backward pass
-    bucket_elements: int | None = None  # of one reduction among ranks; None: DeepSpeed's own 5e8
+    overlap_comm: bool = False  # reduce gradients beside the backward pass, where there are several ranks
+    bucket_elements: int | None = None  # of one reduction of gradients; None: DeepSpeed's own 5e8
