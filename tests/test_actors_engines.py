@@ -76,12 +76,22 @@ def test_a_tensor_that_the_model_does_not_know_shows_in_the_receipt(engine):
     ("said", "reason"), [("stop", "stop"), ("length", "length"), ("abort", "abort"), (None, "abort")]
 )
 def test_a_vllm_output_becomes_a_sample_with_the_chosen_tokens_log_probs(said, reason):
-    logprobs = [
-        {7: SimpleNamespace(logprob=-0.5)},
-        {3: SimpleNamespace(logprob=-1.0), 9: SimpleNamespace(logprob=-2.0)},
-    ]
-    sample = _sample(SimpleNamespace(token_ids=[7, 9], logprobs=logprobs, finish_reason=said, text="ab"))
+    logprobs = SimpleNamespace(start_indices=[0, 1], token_ids=[7, 9, 3], logprobs=[-0.5, -2.0, -1.0])
+    sample = _sample(SimpleNamespace(token_ids=[7, 9], logprobs=logprobs, finish_reason=said), "ab")
     assert sample.token_ids.tolist() == [7, 9]
     assert sample.token_ids.dtype == np.int32
     np.testing.assert_array_equal(sample.logprobs, np.array([-0.5, -2.0], np.float32))
     assert (sample.finish_reason, sample.text) == (reason, "ab")
+
+
+@pytest.mark.parametrize("sampled", [[7, 3], [7], [7, 9, 9]])
+def test_log_probs_of_other_tokens_than_the_sampled_ones_are_refused(sampled):
+    logprobs = SimpleNamespace(start_indices=[0, 1], token_ids=[7, 9], logprobs=[-0.5, -2.0])
+    with pytest.raises(RuntimeError, match=f"^vLLM: got log-probs of other tokens than the {len(sampled)} that it"):
+        _sample(SimpleNamespace(token_ids=sampled, logprobs=logprobs, finish_reason="stop"), "ab")
+
+
+def test_a_response_without_tokens_is_a_sample():
+    empty = SimpleNamespace(start_indices=[], token_ids=[], logprobs=[])
+    sample = _sample(SimpleNamespace(token_ids=[], logprobs=empty, finish_reason="stop"), "")
+    assert (sample.token_ids.tolist(), sample.logprobs.tolist()) == ([], [])

@@ -48,6 +48,23 @@ class Engine(ActorBase):
     def load(self, bundle: WeightBundle, check: bool):
         return self.engine.load(bundle, f"{self.name}-0", check)
 
+    def as_vllm_says(self, requests: list[Request], sampling: Sampling) -> list[tuple[list[int], list[float], str]]:
+        """Ids, log-probs and text of vLLM's own bookkeeping: a dict a token, and text while it samples."""
+        engine = self.engine
+        params = [engine._params(sampling, r) for r in requests]
+        for param in params:
+            param.flat_logprobs, param.detokenize = False, True
+        prompts = [{"prompt_token_ids": r.token_ids.tolist()} for r in requests]
+        outputs = [o.outputs[0] for o in engine._llm.generate(prompts, params, use_tqdm=False)]
+        return [
+            (list(o.token_ids), [at[t].logprob for at, t in zip(o.logprobs, o.token_ids, strict=True)], o.text)
+            for o in outputs
+        ]
+
+    def addresses(self) -> dict[str, int]:
+        [found] = self.engine._llm.apply_model(lambda model: {n: p.data_ptr() for n, p in model.named_parameters()})
+        return found
+
     def compare(self, bundle: WeightBundle) -> list:
         """The live model against a bundle that is not loaded."""
         return self.engine._llm.collective_rpc("apportion_compare", args=(bundle,))
@@ -251,6 +268,27 @@ def test_both_engines_decode_greedily_what_the_trainers_model_does(synced, train
         with torch.no_grad():
             best = trained(ids[None]).logits[0, len(request.token_ids) - 1 : -1].argmax(-1)
         assert best.tolist() == one.token_ids.tolist()
+
+
+@pytest.mark.parametrize(("temperature", "stop"), [(1.0, []), (2.0, []), (2.0, ["e", "Q"])])
+def test_texts_and_log_probs_are_those_of_vllms_own_bookkeeping(synced, prompts, temperature, stop):
+    """The tiny model's tokens are bytes: most texts hold bytes that are no character, some end within one."""
+    half = np.append(prompts[0], np.int32(8 + 0xE2))  # and a prompt ends within one
+    asked = [Request(p, seed) for seed, p in enumerate([*prompts, half] * 8)]
+    sampling = Sampling(temperature, max_tokens=24, stop=stop)
+    right = synced.call("vllm", "as_vllm_says", asked, sampling)
+    samples = synced.answers("vllm", asked, sampling)
+    assert any("\ufffd" in text for _, _, text in right) and len({text for _, _, text in right}) > 16
+    for sample, (ids, logprobs, text) in zip(samples, right, strict=True):
+        assert (sample.token_ids.tolist(), sample.text) == (ids, text)
+        np.testing.assert_array_equal(sample.logprobs, np.array(logprobs, np.float32))
+
+
+def test_a_sync_leaves_the_weights_of_vllm_where_they_are(synced, bundle):
+    """CUDA graphs hold these addresses."""
+    before = synced.call("vllm", "addresses")
+    synced.call("vllm", "load", bundle, True)
+    assert synced.call("vllm", "addresses") == before and len(before) > 10
 
 
 @pytest.mark.parametrize("name", BOTH)

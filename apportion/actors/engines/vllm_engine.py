@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import tempfile
-from dataclasses import astuple, replace
+from dataclasses import astuple
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ class VllmEngine:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ["VLLM_NO_USAGE_STATS"] = "1"
         import vllm
+        from vllm.platforms import current_platform
 
         self._workers = spec.tensor_parallel_size
         self._llm = vllm.LLM(
@@ -41,27 +43,34 @@ class VllmEngine:
             max_num_seqs=spec.max_sequences,
             tensor_parallel_size=spec.tensor_parallel_size,
             gpu_memory_utilization=spec.gpu_memory_utilization,
+            # Graphs hold the addresses of weights. A sync keeps them: vLLM's reload copies into the tensors that are there.
             enforce_eager=not spec.compile,
             enable_prefix_caching=spec.prefix_caching,
-            # A prompt in pieces makes vLLM wind the request's generator back, which torch's CPU generator cannot do.
-            enable_chunked_prefill=False if spec.seeded else None,
+            # A prompt in pieces makes vLLM wind the request's generator back, which torch's CPU generator cannot do. On a
+            # GPU it can, and vLLM's newer runner draws from the seed and the position alone.
+            enable_chunked_prefill=False if spec.seeded and current_platform.is_cpu() else None,
             trust_remote_code=spec.trust_remote_code,
             logprobs_mode="processed_logprobs",
             disable_log_stats=True,
             worker_extension_cls="apportion.actors.engines.vllm_worker.WeightReceiver",
         )
         count_steps(self._llm.llm_engine)
-        self._spell = ResponseText(self._llm.get_tokenizer())
+        self._tokenizer = self._llm.get_tokenizer()
+        self._spell = ResponseText(self._tokenizer)
 
     def generate(self, requests: list[Request], sampling: Sampling) -> list[Sample]:
         prompts = [{"prompt_token_ids": r.token_ids.tolist()} for r in requests]
         params = [self._params(sampling, r) for r in requests]
         outputs = self._llm.generate(prompts, params, use_tqdm=False)
-        return [self._sample(o.outputs[0]) for o in outputs]
+        return [
+            _sample(output.outputs[0], self._text(prompt["prompt_token_ids"], output.outputs[0], param))
+            for prompt, output, param in zip(prompts, outputs, params, strict=True)
+        ]
 
-    def _sample(self, output: Any) -> Sample:
-        sample = _sample(output)
-        return replace(sample, text=self._spell(sample.token_ids)) if self._spell.keeps_tags else sample
+    def _text(self, prompt: list[int], output: Any, params: Any) -> str:
+        if self._spell.keeps_tags:
+            return self._spell(output.token_ids)
+        return str(output.text) if params.detokenize else detokenized(self._tokenizer, prompt, output.token_ids, params)
 
     def _params(self, sampling: Sampling, request: Request) -> Any:
         import vllm
@@ -76,6 +85,10 @@ class VllmEngine:
             skip_special_tokens=not self._spell.keeps_tags,  # else a stop text that is a special token would not stop
             seed=request.seed,
             logprobs=0,  # that of the sampled token alone
+            flat_logprobs=True,
+            # With text vLLM spells every token once more for its log-prob, in the thread that drives the GPU: 2 of 3 parts of
+            # what a token costs there. Only a stop text has to be looked for while sampling.
+            detokenize=bool(sampling.stop),
         )
 
     def score(self, token_ids: np.ndarray) -> np.ndarray:
@@ -170,13 +183,25 @@ def merge_receipts(
     return SyncReceipt(name, version, checksums, checked, wrong, proved, read_bytes)
 
 
-def _sample(output: Any) -> Sample:
-    ids = np.asarray(output.token_ids, np.int32)
-    logprobs = np.fromiter(
-        (lp[t].logprob for lp, t in zip(output.logprobs, ids.tolist(), strict=True)), np.float32, len(ids)
-    )
+def detokenized(tokenizer: Any, prompt: list[int], token_ids: list[int], params: Any) -> str:
+    """The text that vLLM makes of a response while it samples, by the same code, afterwards. It depends on the end of the
+    prompt too, and leaves out last bytes that are no whole character."""
+    from vllm.v1.engine.detokenizer import IncrementalDetokenizer
+
+    request: Any = SimpleNamespace(request_id="", prompt_token_ids=prompt, prompt_embeds=None, sampling_params=params)
+    detokenizer = IncrementalDetokenizer.from_new_request(tokenizer, request)
+    detokenizer.update(list(token_ids), stop_terminated=False)
+    return str(detokenizer.get_next_output_text(finished=True, delta=False))
+
+
+def _sample(output: Any, text: str) -> Sample:
+    """`output.logprobs` is flat, and at each position the sampled token comes first."""
+    ids, flat = list(output.token_ids), output.logprobs
+    if [flat.token_ids[start] for start in flat.start_indices] != ids:
+        raise RuntimeError(f"vLLM: got log-probs of other tokens than the {len(ids)} that it sampled, expected theirs")
+    logprobs = np.asarray(flat.logprobs, np.float32)[flat.start_indices]
     reason = output.finish_reason if output.finish_reason in ("stop", "length") else "abort"
-    return Sample(ids, logprobs, reason, output.text)
+    return Sample(np.asarray(ids, np.int32), logprobs, reason, text)
 
 
 def _shared_memory() -> str | None:
