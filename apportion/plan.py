@@ -17,7 +17,7 @@ from apportion.actors.reward_check import check_functions, check_outages, has_mo
 from apportion.conf.before import stages
 from apportion.conf.combinations import check_combinations, longest_sampled
 from apportion.conf.companions import check_companions, check_reward_models
-from apportion.conf.defaults import engine_settings, policy_settings, rollout_settings
+from apportion.conf.defaults import Choice, engine_settings, left_to_device, policy_settings, rollout_settings
 from apportion.conf.devices import engine_bytes, in_use
 from apportion.conf.environment import check_environment
 from apportion.conf.families import check_family
@@ -76,6 +76,7 @@ class Plan:
     needs: frozenset[str]
     notes: list[str]
     gpus: list[GpuUse] = field(default_factory=list)
+    choices: list[Choice] = field(default_factory=list)  # what the configuration leaves to the device
 
     @property
     def needs_reference(self) -> bool:
@@ -94,7 +95,7 @@ class Plan:
         return {quantity.name: quantity.value for quantity in self.quantities}[name]
 
     def render(self) -> str:
-        """For people, about forty lines."""
+        """For people, about fifty lines."""
         width = max(len(quantity.name) for quantity in self.quantities)
         lines = [self.title, "", "batches"]
         lines += [f"  {q.name:<{width}}  {q.value:>11,}  = {q.arithmetic}" for q in self.quantities]
@@ -103,6 +104,8 @@ class Plan:
             threads = ("share" if a.gpus else "all") if a.threads is None else str(a.threads)
             lines.append(f"  {a.role:<11} {a.count:>5} {a.cpus:>5g} {a.gpus:>5g} {threads:>8}  {_memory_text(a)}")
         lines += gpu_lines(self.gpus)
+        if self.choices:
+            lines += ["", "left to the device", *_choice_lines(self.choices)]
         if self.notes:
             lines += ["", "notes", *(f"  - {note}" for note in self.notes)]
         return "\n".join(lines)
@@ -148,6 +151,7 @@ def make_plan(config: Config, machine: Machine | None = None) -> Plan:
         needs=needs,
         notes=_notes(config, needs, model, here, actors) + gpu_plan.notes + start.session_notes(session, os.environ),
         gpus=gpu_plan.uses,
+        choices=left_to_device(config, needs, model),
     )
 
 
@@ -362,6 +366,16 @@ def _cache_notes(config: Config, model: ModelFacts) -> list[str]:
             "more rollout.kv_cache_gib may decode faster"
         ]
     return []
+
+
+def _choice_lines(choices: list[Choice]) -> list[str]:
+    """
+    >>> _choice_lines([Choice("rollout.compile", False, "no GPU")])
+    ['  rollout.compile  false  no GPU']
+    """
+    values = [str(c.value).lower() if isinstance(c.value, bool) else f"{c.value:g}" for c in choices]
+    width, wide = max(len(c.key) for c in choices), max(map(len, values))
+    return [f"  {c.key:<{width}}  {value:>{wide}}  {c.why}" for c, value in zip(choices, values, strict=True)]
 
 
 def _memory_text(actor: ActorPlan) -> str:

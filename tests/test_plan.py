@@ -257,7 +257,7 @@ REFUSALS = [
         "expected at most 8: the responses to a prompt are sampled on one engine",
     ),
     (
-        ["policy.offload_optimizer=true"],
+        ["policy.offload_optimizer=true", "policy.zero_stage=0"],
         "policy.offload_optimizer: got true with policy.zero_stage=0, expected zero_stage 1, 2 or 3",
     ),
     (

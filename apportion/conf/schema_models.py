@@ -59,9 +59,8 @@ class EngineConfig:
     offload_optimizer: bool = False
     gradient_checkpointing: bool | None = None  # null: on GPUs, above a billion parameters
     micro_batch_tokens: int = 2048  # padded tokens of one forward and backward pass
-    logits_chunk_tokens: int | None = (
-        None  # response positions whose logits exist at a time; null: 4096 on GPUs, 512 on CPUs
-    )
+    # response positions whose logits exist at a time; null: 4096 on GPUs, 512 on CPUs
+    logits_chunk_tokens: int | None = None
 
     def __post_init__(self) -> None:
         at = self.section
