@@ -22,11 +22,7 @@ def check_devices(config: Config, needs: frozenset[str], machine: Machine | None
     there = _roles(needs)
     for role, count in (("policy", cluster.gpus_per_policy_rank), ("critic", cluster.gpus_per_critic_rank)):
         settings = config.policy if role == "policy" else config.critic
-        if settings.offload_optimizer and count == 0:
-            raise ConfigError(
-                f"{role}.offload_optimizer: got true with cluster.gpus_per_{role}_rank=0, expected false: "
-                "without a GPU the optimiser is in main memory already"
-            )
+        check_offload(role, settings.offload_optimizer, count)
     check_ranks("cluster.gpus_per_policy_rank", cluster.gpus_per_policy_rank, cluster.policy_ranks)
     check_ranks("cluster.gpus_per_critic_rank", cluster.gpus_per_critic_rank, cluster.policy_ranks)
     check_share("cluster.gpus_per_reference_rank", cluster.gpus_per_reference_rank)
@@ -242,6 +238,14 @@ def check_engine(config: Config) -> None:
             "cluster.gpus_per_rollout_engine: got 0 with a vLLM that was built for CUDA, expected 1 (and "
             "cluster.gpus_per_policy_rank=1), or 0.5 for both with rollout.gpu_memory_utilization=0.4, or an installation "
             "with REQUIREMENTS=cpu"
+        )
+
+
+def check_offload(role: str, offload: bool, gpus: float) -> None:
+    if offload and gpus == 0:
+        raise ConfigError(
+            f"{role}.offload_optimizer: got true with cluster.gpus_per_{role}_rank=0, expected false: "
+            "without a GPU the optimiser is in main memory already"
         )
 
 

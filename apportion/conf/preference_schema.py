@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from apportion.conf.checks import LARGEST_SEED, MISSING, SMALLEST_STORE_GIB, at_least, between, one_of
-from apportion.conf.devices import check_attention, check_dtype, check_ranks, check_ranks_fit, check_room
+from apportion.conf.devices import check_attention, check_dtype, check_offload, check_ranks, check_ranks_fit, check_room
 from apportion.conf.machine import Machine, joins, this_machine
 from apportion.conf.models import check_own_tokenizer, check_rows_of_several, check_targets, read_limits
 from apportion.conf.preference_memory import check_gpu_memory
@@ -227,6 +227,7 @@ def check(config: PreferenceConfig, machine: Machine | None = None) -> None:
             f"policy.micro_batch_tokens: got {policy.micro_batch_tokens}, expected at least {needed} = {answers} x "
             f"data.max_tokens{both}; raise it or lower data.max_tokens"
         )
+    check_offload("policy", policy.offload_optimizer, config.cluster.gpus_per_policy_rank)
     _check_ranks(config, machine)
     check_attention(config.model.attention, "cluster.gpus_per_policy_rank", config.cluster.gpus_per_policy_rank)
     if data.packing and config.model.attention != "sdpa":
