@@ -12,7 +12,7 @@ from apportion.actors.preference import PreferenceSpec, PreferenceWorker
 from apportion.algorithms import registry
 from apportion.algorithms.preference import Dpo, Objective, RewardModel, Sft
 from apportion.assembly.downloads import fetch_here, fetch_on_nodes, from_cache, stage_models
-from apportion.assembly.hosts import cores_environment, device_environment, thread_count
+from apportion.assembly.hosts import cores_environment, device_environment, thread_count, training_environment
 from apportion.assembly.report import device_summary, print_device_memory
 from apportion.assembly.starting import join
 from apportion.conf.defaults import engine_settings
@@ -229,12 +229,14 @@ def _spec(config: PreferenceConfig, objective: Objective, model: str, steps: int
 def _ranks(config: PreferenceConfig, cluster: Cluster, spec: PreferenceSpec) -> list[Actor]:
     """Ranks that train together. The first says where it can be met, then all of them load and join."""
     c = config.cluster
-    threads = thread_count(c, c.gpus_per_policy_rank)
-    environment = cores_environment(threads) | device_environment(c.gpus_per_policy_rank)
+    gpus = c.gpus_per_policy_rank
+    threads = thread_count(c, gpus)
+    environment = cores_environment(threads) | device_environment(gpus)
+    environment |= training_environment(gpus, config.train.deterministic)
     if not cluster.joined:
         environment["GLOO_SOCKET_IFNAME"] = "lo"
     requests = [
-        ActorRequest(f"{config.stage}-{i}", PreferenceWorker, (spec,), 1, c.gpus_per_policy_rank, environment)
+        ActorRequest(f"{config.stage}-{i}", PreferenceWorker, (spec,), 1, gpus, environment)
         for i in range(c.policy_ranks)
     ]
     cluster.expect(requests)

@@ -111,6 +111,42 @@ def test_threads_of_engines_look_out_a_moment_for_their_next_part_and_others_sle
     }  # fmt: skip
 
 
+GPU_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG")
+GROWING = ("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+REPEATABLE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+@pytest.mark.parametrize(
+    ("own", "deterministic", "training"),
+    [
+        ({}, False, [GROWING]),
+        ({}, True, [GROWING, REPEATABLE]),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, True, [REPEATABLE]),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64", "CUBLAS_WORKSPACE_CONFIG": ":16:8"}, True, []),
+    ],
+)
+def test_ranks_on_gpus_get_what_torch_needs_there_and_engines_and_cpus_do_not(
+    own, deterministic, training, tmp_path, monkeypatch
+):
+    for name in GPU_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+
+    def shown(gpus: int) -> dict:
+        roles = ("policy_rank", "critic_rank", "reference_rank", "rollout_engine", "judge")
+        words = [f"cluster.gpus_per_{role}={gpus}" for role in roles]
+        config = composed(f"train.deterministic={deterministic}", *words, *JUDGE)
+        asked = [*policy_requests(config, "m"), *critic_requests(config, "m"), *reference_requests(config, "m")]
+        asked += [*judge_requests(config, "m", RunFolder(tmp_path))]
+        asked += serving_requests(config, "m", needs_of(config))["rollout"]
+        return {one.name: [(n, v) for n, v in one.environment.items() if n in GPU_VARIABLES] for one in asked}
+
+    ranks, engines = ("policy-0", "critic-0", "reference-0"), ("judge-0", "rollout-0")
+    assert shown(1) == {name: training if name in ranks else [] for name in (*ranks, *engines)}
+    assert shown(0) == {name: [] for name in (*ranks, *engines)}
+
+
 REFUSED = [
     (
         ["cluster.policy_ranks=2", "cluster.gpus_per_policy_rank=0.5"],
@@ -225,7 +261,13 @@ def test_one_rank_may_take_a_part_of_a_gpu():
 
 
 @pytest.mark.parametrize(
-    "word", ["cluster.gpus_per_policy_rank=0.5", "cluster.gpus_per_policy_rank=2", "model.attention=flash_attention_2"]
+    "word",
+    [
+        "cluster.gpus_per_policy_rank=0.5",
+        "cluster.gpus_per_policy_rank=2",
+        "model.attention=flash_attention_2",
+        "policy.offload_optimizer=true",
+    ],
 )
 def test_a_preference_stage_refuses_the_same(word):
     from apportion.conf.preference_schema import check

@@ -9,6 +9,8 @@ from apportion.conf.preference_schema import PreferenceConfig, RanksConfig
 from apportion.conf.schema import ClusterConfig, Config
 from apportion.platform import room
 
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch reads the first that is set
+
 
 def joins(config: Config | PreferenceConfig) -> bool:
     return machine.joins(config.cluster)
@@ -40,6 +42,22 @@ def device_environment(gpus: float) -> dict[str, str]:
 
 def compute_environment(config: Config, gpus: float) -> dict[str, str]:
     return cores_environment(thread_count(config.cluster, gpus)) | device_environment(gpus)
+
+
+def training_environment(gpus: float, deterministic: bool) -> dict[str, str]:
+    """What torch needs on the GPUs of ranks that train or score. A variable that the user has set keeps its value.
+
+    Not for vLLM: it holds its cache in one block, and what it registers with NCCL or other processes may not be remapped.
+    """
+    if gpus == 0:
+        return {}
+    environment = {}
+    if not any(name in os.environ for name in _ALLOCATOR):
+        # Rows of changing width would leave gaps that no later row fits into.
+        environment["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    if deterministic and "CUBLAS_WORKSPACE_CONFIG" not in os.environ:
+        environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # else torch calls its matrix products not deterministic
+    return environment
 
 
 def engine_environment(config: Config, gpus: float, alone: bool) -> dict[str, str]:

@@ -9,7 +9,7 @@ from apportion.actors.distillation import DistillationSpec
 from apportion.actors.policy import LossSpec, PolicySpec, PolicyWorker
 from apportion.actors.reference import ReferenceSpec, ReferenceWorker
 from apportion.algorithms.correction import ImportanceCorrection
-from apportion.assembly.hosts import compute_environment, joins, thread_count
+from apportion.assembly.hosts import compute_environment, joins, thread_count, training_environment
 from apportion.assembly.needs import needs_of
 from apportion.conf.defaults import engine_settings, policy_settings
 from apportion.conf.models import read_model
@@ -78,16 +78,20 @@ def reference_requests(config: Config, model: str) -> list[ActorRequest]:
         threads=thread_count(config.cluster, c.gpus_per_reference_rank),
         share_prompts=config.policy.share_prompts,
     )
-    environment = compute_environment(config, c.gpus_per_reference_rank)
+    environment = _environment(config, c.gpus_per_reference_rank)
     return [
         ActorRequest(f"reference-{i}", ReferenceWorker, (spec,), 1, c.gpus_per_reference_rank, environment)
         for i in range(c.reference_ranks)
     ]
 
 
+def _environment(config: Config, gpus: float) -> dict[str, str]:
+    return compute_environment(config, gpus) | training_environment(gpus, config.train.deterministic)
+
+
 def _rank_requests(config: Config, role: str, cls: type, spec: Any, gpus: float) -> list[ActorRequest]:
     """Ranks that train together, as many as the policy has."""
-    environment = compute_environment(config, gpus)
+    environment = _environment(config, gpus)
     if not joins(config):
         environment["GLOO_SOCKET_IFNAME"] = "lo"  # a Ray of our own: all ranks are on this machine
     ranks = range(config.cluster.policy_ranks)
