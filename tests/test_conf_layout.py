@@ -70,6 +70,19 @@ def test_what_the_ranks_cannot_read_is_refused_with_what_the_checkpoint_was_writ
     assert str(refused.value).startswith(line.format(folder)) and "\n" not in str(refused.value)
 
 
+def test_a_stage_that_is_left_to_a_gpu_is_refused_where_an_older_run_wrote_another():
+    folder = older(2, "mp_rank_00_model_states.pt")
+    words = ["policy.zero_stage=null", "cluster.gpus_per_policy_rank=1"]
+    with pytest.raises(ConfigError) as refused:
+        check_layout(folder, layout_of(config_of(*words)))
+    assert str(refused.value) == (
+        "policy.zero_stage: got 2, and the policy of old was written with 0: its optimizer state cannot be read otherwise; "
+        "expected 0, or a new run from its weights (model.path=old/model); policy.zero_stage=null is 2 on GPUs and 0 on CPUs"
+    )
+    check_layout(folder, layout_of(config_of("policy.zero_stage=null")))  # on CPUs as it always was
+    check_layout(folder, layout_of(config_of("policy.zero_stage=0", words[1])))
+
+
 def test_what_the_ranks_can_read_goes_on():
     folder = a_run(*ADAPTED)
     for words in ([], ["policy.zero_stage=1"], ["policy.lora.alpha=9"], ["policy.lora.targets=[q_proj,v_proj]"]):

@@ -68,9 +68,10 @@ def _refusal(folder: Path, role: str, what: str, found: Any, wanted: Any) -> str
     keys = {"ranks": "cluster.policy_ranks", "dtype": "model.dtype", "lora": "policy.lora"}
     key = keys.get(what, f"{role}.{what}")
     expected = " or ".join(map(str, _SAME_FILES[found])) if what == "zero_stage" else _shown(found)
+    null = f"; {key}=null is 2 on GPUs and 0 on CPUs" if what == "zero_stage" else ""
     return (
         f"{key}: got {_shown(wanted)}, and the {role} of {folder} was written with {_shown(found)}: its optimizer state "
-        f"cannot be read otherwise; expected {expected}, or a new run from its weights (model.path={folder / 'model'})"
+        f"cannot be read otherwise; expected {expected}, or a new run from its weights (model.path={folder / 'model'}){null}"
     )
 
 
