@@ -30,7 +30,7 @@ $(INSTALLED): requirements/install.sh requirements/$(REQUIREMENTS).txt requireme
 	@touch $@
 
 ifeq ($(REQUIREMENTS),cuda)
-QUICKSTART_GPU := cluster.gpus_per_policy_rank=0.5 cluster.gpus_per_rollout_engine=0.5 rollout.gpu_memory_utilization=0.4
+QUICKSTART_GPU := cluster.gpus_per_policy_rank=0.5 cluster.gpus_per_rollout_engine=0.5
 endif
 
 quickstart: $(INSTALLED)
