@@ -30,7 +30,9 @@ def encoder(model: str) -> Any:
     return PromptEncoder(load_tokenizer(model, None, False), None, True, {}, 128)
 
 
-def made_up_batch(prompt_tokens: int, least: int, most: int, responses: int = RESPONSES, seed: int = 0) -> Any:
+def made_up_batch(
+    prompt_tokens: int, least: int, most: int, responses: int = RESPONSES, seed: int = 0, vocabulary: int = 49000
+) -> Any:
     """Credited trajectories [responses], groups of 8 behind one prompt, no advantage of 0 (rows without any credit are
     left out of an update, which a bare loop would not do)."""
     from apportion.batch import Batch, Trajectory
@@ -39,9 +41,9 @@ def made_up_batch(prompt_tokens: int, least: int, most: int, responses: int = RE
     trajectories = []
     for index in range(responses):
         group = index // GROUP
-        prompt = np.random.default_rng((seed, group)).integers(5, 49000, prompt_tokens)
+        prompt = np.random.default_rng((seed, group)).integers(5, vocabulary, prompt_tokens)
         length = int(rng.integers(least, most + 1))
-        response = rng.integers(5, 49000, length)
+        response = rng.integers(5, vocabulary, length)
         trajectories.append(
             Trajectory(
                 f"p{group}", group, index % GROUP, np.concatenate([prompt, response]).astype(np.int32), prompt_tokens,

@@ -13,7 +13,6 @@ from typing import Protocol
 
 import numpy as np
 import torch
-import xxhash
 from torch import Tensor
 
 from apportion.platform.errors import WeightSyncError
@@ -132,6 +131,8 @@ def as_bytes(tensor: Tensor) -> np.ndarray:
 
 
 def checksum(raw: np.ndarray) -> str:
+    import xxhash  # here, so that engines import on a machine that has torch and transformers alone
+
     return xxhash.xxh3_64_hexdigest(raw.data)
 
 
