@@ -10,7 +10,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # A run has a dozen processes; without their bytecode each compiles the package, and the tests, anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help quickstart test unit check format bench bench-peer study families clean
+.PHONY: help quickstart test unit check format bench bench-peer study families gpu-check gpu-check-cpu clean
 
 help:
 	@echo "make quickstart   train a small model on arithmetic and show what it learned (10 minutes)"
@@ -22,6 +22,8 @@ help:
 	@echo "make bench-peer   speed against TRL, in an environment of its own"
 	@echo "make study        what the five credit methods' papers claim, on models of a million parameters (an hour)"
 	@echo "make families     which families of models a weight sync is proved for, on tiny models (10 minutes)"
+	@echo "REQUIREMENTS=cuda make gpu-check   the whole stack on an NVIDIA GPU: correctness, speed, memory (10 minutes)"
+	@echo "make gpu-check-cpu  the same checks without a GPU, small: it tests the checks themselves (5 minutes)"
 	@echo "REQUIREMENTS=cuda make quickstart   the same with CUDA builds, on a machine with an NVIDIA GPU"
 	@echo "make clean        remove .venv and caches (not runs/)"
 
@@ -66,6 +68,12 @@ study: $(INSTALLED)
 
 families: $(INSTALLED)
 	$(BIN)/python -m benchmarks.families
+
+gpu-check: $(INSTALLED)
+	$(BIN)/python -m benchmarks.gpu_check --out gpu-check.json
+
+gpu-check-cpu: $(INSTALLED)
+	$(BIN)/python -m benchmarks.gpu_check --cpu
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .coverage build

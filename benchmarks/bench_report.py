@@ -123,6 +123,14 @@ def store(parts: Sequence[Part]) -> list[Part]:
 ORDER = ("rollout", "update", "step", "peer", "credit")
 
 
+ON_A_GPU = (
+    "Nothing on this page was measured on a GPU. Two programs do that; both print a table and write JSON, and neither downloads "
+    "anything. `REQUIREMENTS=cuda make gpu-check` checks the whole stack in about ten minutes on one 80 GB GPU and writes "
+    "`gpu-check.json`. `python -m benchmarks.gpu_parts --out parts.json` needs torch and transformers alone, takes about six "
+    "minutes, and runs small without a GPU. [gpu.md](gpu.md) says what has been run where."
+)
+
+
 def write_page(parts: Sequence[Part]) -> None:
     lines = [
         "# Benchmarks",
@@ -131,6 +139,7 @@ def write_page(parts: Sequence[Part]) -> None:
         "Ratios are medians over measurements that take turns on the same machine, so that both sides see the same load.",
         "",
     ]
+    lines += [ON_A_GPU, ""]
     for text in dict.fromkeys(part.machine for part in parts):
         lines += [f"Machine: {text}.", ""]
     lines += ["| what | measured | target | |", "|---|---|---|---|"]

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from bare_side import Bare, cpu_environment
 from bench_report import Part, Row, Table, median_ratio, spread, write_part
 from bench_work import GROUP, RESPONSES, composed, encoder, rounds_or
 
@@ -34,47 +32,9 @@ def prompts(model: str, round_: int) -> list[Any]:
     return made
 
 
-class Bare:
-    """vLLM in a process of its own, which knows nothing of this project."""
-
-    def __init__(self, model: str, threads: int, config: Any) -> None:
-        ours, theirs = socket.socketpair()
-        os.set_inheritable(theirs.fileno(), True)
-        environment = os.environ | {
-            "OMP_NUM_THREADS": str(threads),
-            "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}",
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_LOGGING_LEVEL": "ERROR",
-            "VLLM_NO_USAGE_STATS": "1",
-        }
-        settings = {"model": model, "dtype": config.model.dtype, "max_model_len": 128, "max_num_seqs": RESPONSES}
-        settings |= {"enforce_eager": not config.rollout.compile}
-        script = str(Path(__file__).with_name("bare_vllm.py"))
-        self._process = subprocess.Popen(
-            [sys.executable, script, str(theirs.fileno()), json.dumps(settings)],
-            env=environment, pass_fds=[theirs.fileno()], stdout=subprocess.DEVNULL,
-        )  # fmt: skip
-        theirs.close()
-        self._stream = ours.makefile("rw")
-        self._read()
-
-    def _read(self) -> dict[str, Any]:
-        line = self._stream.readline()
-        if not line:
-            raise RuntimeError(f"bare vLLM stopped with exit code {self._process.wait()}")
-        return json.loads(line)
-
-    def generate(self, batch: list[Any], logprobs: bool) -> dict[str, Any]:
-        ids = [p.token_ids.tolist() for p in batch for _ in range(GROUP)]
-        self._stream.write(json.dumps({"ids": ids, "max_tokens": TOKENS, "logprobs": logprobs}) + "\n")
-        self._stream.flush()
-        return self._read()
-
-    def close(self) -> None:
-        self._stream.close()
-        self._process.terminate()
-        self._process.wait(30)
+def bare_settings(model: str, config: Any) -> dict[str, Any]:
+    settings = {"model": model, "dtype": config.model.dtype, "max_model_len": 128, "max_num_seqs": RESPONSES}
+    return settings | {"enforce_eager": not config.rollout.compile}
 
 
 def measure(model: str, config: Any, cluster: Any) -> tuple[dict[str, list[float]], dict[str, float]]:
@@ -87,7 +47,7 @@ def measure(model: str, config: Any, cluster: Any) -> tuple[dict[str, list[float
 
     spec, environment = rollout_spec(config, model, 0), engine_environment(config, 0, alone=True)
     [actor] = cluster.start([ActorRequest("rollout-0", RolloutWorker, (spec, "rollout-0"), 1, 0, environment)], 300)
-    bare = Bare(model, thread_count(config.cluster), config)
+    bare = Bare(bare_settings(model, config), cpu_environment(thread_count(config.cluster)))
     speeds: dict[str, list[float]] = {"ours": [], "bare": [], "bare with log-probs": []}
     try:
         for round_ in range(-1, ROUNDS):
@@ -96,7 +56,8 @@ def measure(model: str, config: Any, cluster: Any) -> tuple[dict[str, list[float
             call = actor.call("generate", batch, 0, GROUP, Sampling(1.0, max_tokens=TOKENS), returns=2)
             [report] = gather([call], 300, "rollout")
             seconds = time.perf_counter() - start
-            plain, scored = bare.generate(batch, False), bare.generate(batch, True)
+            ids = [p.token_ids.tolist() for p in batch for _ in range(GROUP)]
+            plain, scored = bare.generate(ids, TOKENS, False), bare.generate(ids, TOKENS, True)
             if round_ < 0:
                 continue  # the first pass warms both up
             speeds["ours"].append(report.sampled_tokens / seconds)

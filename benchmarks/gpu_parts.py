@@ -11,7 +11,6 @@ reported and the others go on; the exit status is 1 if any failed.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -50,39 +49,28 @@ def main(arguments: list[str]) -> int:
 
 
 def check(given: argparse.Namespace) -> int:
-    import torch
+    from benchmarks.gpu.apart import end_children_when_ended, gpu_is_there, run_all
+    from benchmarks.gpu.report import find, run_here
 
-    from benchmarks.gpu.apart import run_part_apart
-    from benchmarks.gpu.device import describe
-    from benchmarks.gpu.report import as_json, exit_status, find, run_here, show, summary
-
-    there = torch.cuda.is_available()
+    if given.one:
+        run_here(find(all_parts(), [given.one])[0], given.device, given.out)
+        return 0
+    there = given.device != "cpu" and gpu_is_there()
     if given.device == "cuda" and not there:
         print("--device: got cuda, and torch sees no GPU, expected cpu", file=sys.stderr)
         return 2
-    device = given.device or ("cuda" if there else "cpu")
-    if given.one:
-        run_here(find(all_parts(), [given.one])[0], device, given.out)
-        return 0
     try:
         chosen = find(all_parts(), given.parts)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    if device == "cpu":
+    if not there:
+        import torch
+
         torch.set_num_threads(1)  # models this small gain nothing from more
-    machine = describe(device)
-    print(", ".join(f"{name} {value}" for name, value in machine.items() if value is not None), flush=True)
-    outcomes = []
-    for part in chosen:
-        # A fault on a GPU spoils the process's CUDA context for whatever follows.
-        apart = device == "cuda"
-        outcomes.append(run_part_apart("benchmarks.gpu_parts", part, device) if apart else run_here(part, device))
-        print(show(outcomes[-1]), flush=True)
-        if given.out is not None:  # after each: a machine may be taken away
-            given.out.write_text(json.dumps(as_json("gpu_parts", machine, outcomes), indent=1) + "\n")
-    print(summary(outcomes))
-    return exit_status(outcomes)
+    end_children_when_ended()
+    # A fault on a GPU spoils a process's CUDA context for whatever follows: there each part has a process of its own.
+    return run_all("benchmarks.gpu_parts", chosen, "cuda" if there else "cpu", given.out, apart=there)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import gpu_parts
 from benchmarks.gpu import apart, attention, head, memory, optimizer, packed, report, sampling, transfer, update
@@ -20,6 +19,7 @@ from benchmarks.gpu.device import driver, relative_error, stated_flops
 from benchmarks.gpu.estimate import training_bytes
 from benchmarks.gpu.report import Part, Record, Skipped, run_here
 
+ROOT = Path(__file__).parent.parent
 # What a machine with torch and transformers alone lacks.
 LACKING = ("vllm", "ray", "deepspeed", "hydra", "omegaconf", "xxhash", "peft", "datasets", "wandb", "matplotlib")
 REFUSE = f"""

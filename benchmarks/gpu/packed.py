@@ -87,7 +87,7 @@ def variable_length(offsets: Tensor, longest: int) -> Attend:
 def run_varlen(record: Record) -> None:
     need_gpu(record)
     try:
-        import torch.nn.attention.varlen  # noqa: F401
+        import torch.nn.attention.varlen
     except ImportError as error:
         raise Skipped(f"torch {torch.__version__} lacks torch.nn.attention.varlen") from error
     ids = document_ids()

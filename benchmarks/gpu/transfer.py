@@ -11,7 +11,7 @@ import torch
 
 from apportion.platform.weights import WeightBundle, as_bytes, checksum
 from benchmarks.gpu.device import finish, seconds_of
-from benchmarks.gpu.models import free, random_model
+from benchmarks.gpu.models import random_model
 from benchmarks.gpu.report import Part, Record, Skipped
 
 WAIT_SECONDS = 60.0  # for the other process: its start and its imports
@@ -125,8 +125,6 @@ def run_checksums(record: Record) -> None:
     record.say("xxh3 of host memory", bundle.nbytes / seconds / 1e9, "GB/s")
     seconds = seconds_of(lambda: WeightBundle.pack(parameters, 0, bundle.data), device)
     record.say("copy, checksum and pack, as a sync does", bundle.nbytes / seconds / 1e9, "GB/s")
-    del model, parameters
-    free(device)
 
 
 IPC = Part("ipc", "a tensor handed to another process", run_ipc)
