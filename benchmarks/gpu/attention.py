@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -64,8 +65,8 @@ def compare(record: Record, label: str, sides: dict[str, tuple[Learner, list[Mic
     if exact and record.on_gpu:
         return
     for name, (learner, micros) in sides.items():
-        work = lambda learner=learner, micros=micros: learner.passes(micros, learner.ours)  # noqa: E731
-        seconds = seconds_of(work, record.device, repeats=2 if record.on_gpu else 1)
+        work = partial(learner.passes, micros, learner.ours)
+        seconds = seconds_of(work, record.device, repeats=2 if record.on_gpu else 1, warm_up=int(record.on_gpu))
         record.say(f"{label}, {name}: tokens/s", sum(m.real_tokens for m in micros) / seconds, "tokens/s")
         record.say(f"{label}, {name}: kernels", kernels_of(work))
         if record.on_gpu:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,9 +56,9 @@ def run_offload(record: Record) -> None:
     record.say("seconds to pin 4 GB", time.perf_counter() - start, "s")
     pageable = torch.empty(count)
     for name, room in (("pinned", host), ("pageable", pageable)):
-        out = seconds_of(lambda room=room: room.copy_(states, non_blocking=True), "cuda")
+        out = seconds_of(partial(room.copy_, states, non_blocking=True), "cuda")
         back = torch.empty_like(states)
-        into = seconds_of(lambda room=room, back=back: back.copy_(room, non_blocking=True), "cuda")
+        into = seconds_of(partial(back.copy_, room, non_blocking=True), "cuda")
         record.say(f"{name}: device to host", 4 * count / out / 1e9, "GB/s")
         record.say(f"{name}: host to device", 4 * count / into / 1e9, "GB/s")
         finish("cuda")

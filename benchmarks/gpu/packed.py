@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,9 +63,9 @@ def compare(record: Record, label: str, sides: dict[str, Attend]) -> None:
     for name, value, reference in zip(("output", "dq", "dk", "dv"), found, wanted, strict=True):
         record.hold(f"{label}: relative error, {name}", relative_error(value, reference), ERROR_BOUND)
     for name, attend in sides.items():
-        forward = 1000 * seconds_of(lambda attend=attend: attend(*inputs), "cuda")
+        forward = 1000 * seconds_of(partial(attend, *inputs), "cuda")
         record.say(f"{label}, {name}: ms forward", forward, "ms")
-        both = lambda attend=attend: both_passes(attend)  # noqa: E731
+        both = partial(both_passes, attend)
         record.say(f"{label}, {name}: ms forward and backward", 1000 * seconds_of(both, "cuda"), "ms")
         record.say(f"{label}, {name}: peak memory", peak_bytes(both) / GIB, "GiB")
 

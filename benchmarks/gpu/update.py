@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -140,8 +141,8 @@ def measure(record: Record, shape: str, checkpointing: bool, flops: tuple[float,
     work = model_flops(model, tokens, tokens / len(batch))
     measured, stated = flops
     for side, loss in (("ours", learner.ours), ("bare torch", learner.bare)):
-        update = lambda loss=loss: learner.update(micros, loss)  # noqa: E731
-        seconds = seconds_of(update, device, repeats=2 if record.on_gpu else 1)
+        update = partial(learner.update, micros, loss)
+        seconds = seconds_of(update, device, repeats=2 if record.on_gpu else 1, warm_up=int(record.on_gpu))
         record.say(f"{name}, {side}: tokens/s", tokens / seconds, "tokens/s")
         record.say(f"{name}, {side}: share of the measured matmul rate", work / seconds / measured)
         if stated is not None:
