@@ -228,7 +228,7 @@ def test_fused_and_foreach_adam_agree_and_another_rate_does_not(monkeypatch):
 def test_measured_states_are_what_the_parameters_say():
     measured, model = memory.measured_states("tiny", "cpu")
     count = sum(p.numel() for p in model.parameters())
-    assert measured == {"weights": 2 * count, "masters": 4 * count, "gradients": 4 * count, "adam": 8 * count}
+    assert measured == {"weights": 2 * count, "masters": 4 * count, "gradients": 4 * count, "moments": 8 * count}
 
 
 def test_checkpointing_keeps_fewer_activations():
@@ -243,7 +243,7 @@ def test_checkpointing_keeps_fewer_activations():
 def test_the_estimate_is_asked_for_with_the_sizes_of_the_model():
     estimated = training_bytes("1.5B", 2048, 4096, True)
     assert estimated["weights"] == pytest.approx(2 * 1.54e9, rel=0.01)
-    assert estimated["adam"] == pytest.approx(8 * 1.54e9, rel=0.01)
+    assert estimated["moments"] == pytest.approx(8 * 1.54e9, rel=0.01)
 
 
 def test_weights_come_back_from_the_host_as_they_were():

@@ -21,4 +21,6 @@ def training_bytes(shape: str, micro_batch_tokens: int, chunk: int, checkpointin
     config = Config(model=ModelConfig(path=shape), policy=policy, cluster=ClusterConfig(gpus_per_policy_rank=1))
     description: dict[str, Any] = COMMON | SHAPES[shape]
     facts = _facts(description, None)  # there is no folder: nothing is saved to be measured
-    return training_memory(config, policy_settings(config, facts), facts)
+    memory = training_memory(config, policy_settings(config, facts), facts)
+    memory["moments"] = memory.pop("adam")
+    return memory

@@ -15,7 +15,7 @@ from benchmarks.gpu.report import Part, Record
 
 # Weights, masters, moments and gradients follow from the number of parameters: an estimate is right to within this.
 STATE_BOUND = 0.02
-STATES = ("weights", "masters", "adam", "gradients")
+STATES = ("weights", "masters", "moments", "gradients")
 
 
 class Watch:
@@ -69,7 +69,7 @@ def measured_states(shape: str, device: str) -> tuple[dict[str, int], Any]:
     optimizer = torch.optim.AdamW(masters, fused=device == "cuda", foreach=device != "cuda")
     optimizer.step()
     moments = [v for state in optimizer.state.values() for v in state.values() if v.numel() > 1]
-    measured["adam"] = watch.grown(moments)
+    measured["moments"] = watch.grown(moments)
     return measured, model
 
 
@@ -127,8 +127,8 @@ def run(record: Record) -> None:
             estimated = training_bytes(shape, tokens, chunk, checkpointing)
             for name, value in found.items():
                 record.say(f"{label}, {name}: measured", value / GIB, "GiB")
-                if name in estimated:
-                    record.say(f"{label}, {name}: estimate / measured", estimated[name] / value)
+                purpose = name.partition(",")[0]
+                record.say(f"{label}, {name}: estimate / measured", estimated[purpose] / value)
         unknown = sorted(set(estimated) - {*STATES, "activations", "logits"})
         if unknown:
             record.say(f"{shape}: purposes of the estimate that are not measured here", ", ".join(unknown))
