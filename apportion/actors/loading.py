@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apportion.data.model_errors import of_model_files, reason
 from apportion.platform.errors import ConfigError
 from apportion.platform.tracking import one_line
 
@@ -25,7 +26,7 @@ def load_causal_lm(
     """A causal LM ready to be trained; with `lora` (rank, alpha, dropout, targets) only its adapters are."""
     from transformers import AutoModelForCausalLM
 
-    with attention_refused(attention, path):
+    with model_refused(path, trust_remote_code), attention_refused(attention, path):
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=getattr(torch, dtype), attn_implementation=attention, trust_remote_code=trust_remote_code
         )
@@ -45,6 +46,20 @@ def load_causal_lm(
     adapted = get_peft_model(model, settings, autocast_adapter_dtype=False)
     _check_mergeable(model, lora)
     return adapted
+
+
+@contextmanager
+def model_refused(path: str, trust_remote_code: bool = False) -> Iterator[None]:
+    """What transformers raises over a model's files in one line; with code of the model's own all of it may be its fault."""
+    try:
+        yield
+    except Exception as error:
+        if trust_remote_code or not of_model_files(error):
+            raise
+        raise ConfigError(
+            f"{path}: the model cannot be loaded ({type(error).__name__}: {reason(error)}), expected the whole folder of a "
+            "causal language model: fetch it again"
+        ) from error
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from apportion.actors.reward_sources import RewardEntry
 from apportion.data.builtin import resolve_model
 from apportion.data.errors import DataError
 from apportion.data.messages import as_messages
+from apportion.data.model_errors import of_model_files, reason
 from apportion.data.prompts import TokenizerPath
 from apportion.data.rendering import Renderer
 from apportion.platform.errors import ConfigError
@@ -136,10 +137,12 @@ def _load(path: str, settings: dict[str, Any]) -> tuple[Any, Any]:
         model = AutoModelForSequenceClassification.from_pretrained(
             folder, dtype=getattr(torch, settings["dtype"]), trust_remote_code=trust
         )
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"reward.functions model:{path}: could not be loaded ({str(error).splitlines()[0]})"
-        ) from None
+    except ConfigError:
+        raise
+    except Exception as error:
+        if trust or not of_model_files(error):
+            raise
+        raise ConfigError(f"reward.functions model:{path}: could not be loaded ({reason(error)})") from None
     if model.config.pad_token_id is None:
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         if pad is None:

@@ -15,11 +15,17 @@ from apportion.platform.errors import ConfigError
 
 INDEX = "model.safetensors.index.json"
 _BIN_INDEX = "pytorch_model.bin.index.json"  # of the older format, which is read where there are no safetensors
-_LARGEST_SIZE = 2**40  # of a model's dimension: what is above it is damage
+_LARGEST_SIZE = 2**31  # of a model's dimension: what is above it is damage
+_MOST_LAYERS = 10_000
 _SIZES = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
     "head_dim", "max_position_embeddings", "n_positions",
 )  # fmt: skip
+_OF_EACH_LAYER = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "head_dim")  # may be lists
+_KINDS: dict[str, tuple[type, str]] = {
+    "layer_types": (list, "a list"), "architectures": (list, "a list"), "model_type": (str, "text"),
+    "sliding_window": (int, "a whole number"), "quantization_config": (dict, "a mapping"), "auto_map": (dict, "a mapping"),
+}  # fmt: skip
 _ROLES = {"eos_token": "end-of-sequence", "pad_token": "padding", "bos_token": "beginning-of-sequence"}
 
 
@@ -38,10 +44,18 @@ def check_sizes(config: Mapping[str, Any], file: Path) -> None:
     """ConfigError for a dimension that no model has."""
     for name in _SIZES:
         size = config.get(name)
-        if size is None or isinstance(size, list):  # one for each layer, in some families
+        if size is None or (isinstance(size, list) and name in _OF_EACH_LAYER):
             continue
-        if isinstance(size, bool) or not isinstance(size, int) or not 0 < size < _LARGEST_SIZE:
+        most = _MOST_LAYERS if name == "num_hidden_layers" else _LARGEST_SIZE
+        if isinstance(size, bool) or not isinstance(size, int) or size <= 0:
             raise ConfigError(f"{file}: got {name} {size!r:.40}, expected a whole number above 0")
+        if size > most:
+            raise ConfigError(f"{file}: got {name} {size!r:.40}, expected a whole number of at most {most:,}")
+    for name, (kind, expected) in _KINDS.items():
+        if not isinstance(config.get(name), kind | None):
+            raise ConfigError(f"{file}: got {name} {config[name]!r:.40}, expected {expected}")
+    if not all(isinstance(name, str) for name in config.get("layer_types") or ()):
+        raise ConfigError(f"{file}: got layer_types {config['layer_types']!r:.40}, expected a list of text")
 
 
 def tensors_of(folder: Path | None) -> dict[str, list[int]]:
@@ -96,7 +110,8 @@ def check_weights(folder: Path, path: str, key: str) -> None:
         raise ConfigError(f"{key}: {error}") from error
     index = folder / INDEX
     names_parts = index.is_file() and not (folder / "model.safetensors").is_file()
-    if names_parts and not isinstance(read_json(index, "an index of the weights").get("weight_map"), dict):
+    weight_map = read_json(index, "an index of the weights").get("weight_map") if names_parts else {}
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ConfigError(f"{key}: got {index} without a weight_map, expected an index of the weights: fetch it again")
     for name in missing_shards(folder):
         raise ConfigError(
@@ -116,7 +131,7 @@ def missing_shards(folder: Path) -> list[str]:
     try:
         index = json.loads((folder / name).read_text(encoding="utf-8"))
         return sorted({name for name in index["weight_map"].values() if not (folder / name).is_file()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return []
 
 
@@ -242,7 +257,9 @@ def _roles(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for role in _ROLES:
         token = settings.get(role)
         text = token.get("content") if isinstance(token, dict) else token
-        if isinstance(text, str) and text:
+        if token is not None and not isinstance(text, str):
+            raise ValueError(f"{role} is {str(token)!r:.40}")
+        if text:
             yield role, text
 
 

@@ -54,6 +54,7 @@ class ModelLimits:
     context: int | None = None
 
 
+_NEEDED = ("hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads", "intermediate_size")
 # What the builtin models will be once they are made.
 _BUILTIN_CONFIGS: dict[str, dict[str, Any]] = {
     "smollm2-135m-instruct": {
@@ -97,10 +98,11 @@ def read_model(path: str, key: str = "model.path") -> ModelFacts | None:
     ConfigError, under the configuration's `key`, for a builtin that does not exist or a folder that is no model's.
     """
     config, folder = _described(path, key)
-    try:
-        return _facts(config, _counted(folder))
-    except KeyError:  # nothing is known, or an architecture that writes its sizes in other words
-        return None
+    if not all(isinstance(config.get(name), int) for name in _NEEDED) or any(
+        isinstance(config.get(name), list) for name in ("num_key_value_heads", "head_dim")
+    ):
+        return None  # nothing is known, or an architecture that writes its sizes in other words or for each layer
+    return _facts(config, _counted(folder))
 
 
 def read_limits(path: str, key: str = "model.path") -> ModelLimits:

@@ -40,6 +40,17 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f" (did you mean '{close[0]}'?)" if close else ""
 
 
+def listed(names: Iterable[str], most: int = 30) -> str:
+    """Names of columns for a message of one line.
+
+    >>> listed(["prompt", "two\\nlines", "c", "d"], most=3)
+    "prompt, 'two\\\\nlines', c and 1 more"
+    """
+    every = list(names)
+    shown = [name if name.isprintable() and len(name) <= 40 else repr(name[:40]) for name in every[:most]]
+    return ", ".join(shown) + (f" and {len(every) - most} more" if len(every) > most else "")
+
+
 @dataclass
 class BadRows:
     """What happens to a row that cannot be used: an error, or skipping that is counted by reason."""

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
+from apportion.data.arrow import UNREADABLE, first_line
 from apportion.data.errors import BadRows, DataError, nearest
-from apportion.data.rows import Row, RowCheck, SourceSpec, prompt_problem
+from apportion.data.rows import Row, RowCheck, SourceSpec, prompt_problem, size_problem
 
 # What an eval source takes where neither the spec nor the name says a split, in this order.
 DEFAULT_SPLITS = {"train": ("train",), "eval": ("test", "validation", "eval")}
 PORTION = 1000  # rows read at a time
+# What `datasets` raises for damaged files; it reads their JSON without looking at its types.
+_DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError)
 
 
 class TableRows(Sequence[Row]):
@@ -66,10 +70,13 @@ def load_saved(
 
     if spec.parameters:
         raise DataError(f"{spec.source}: got {next(iter(spec.parameters))!r}, a saved dataset has no such parameter")
+    _check_saved(path)
     try:
         saved = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{spec.source}: not readable as a saved dataset ({_first_line(error)})") from None
+    except _DAMAGED as error:
+        raise DataError(
+            f"{spec.source}: not readable as a saved dataset ({type(error).__name__}: {first_line(error)}); save it again"
+        ) from None
     if isinstance(saved, datasets.DatasetDict):
         saved = saved[_choose_split(spec, split, list(saved))]
     return _rows(saved, spec, column, bad, check)
@@ -98,8 +105,8 @@ def load_hub(
         table = datasets.load_dataset(name, config, split=chosen, revision=revision)
     except DataError:
         raise
-    except (OSError, ValueError, RuntimeError, LookupError) as error:
-        raise DataError(f"{spec.source}: could not be loaded ({type(error).__name__}: {_first_line(error)})") from None
+    except (*_DAMAGED, datasets.exceptions.DatasetsError) as error:
+        raise DataError(f"{spec.source}: could not be loaded ({type(error).__name__}: {first_line(error)})") from None
     return _rows(table, spec, column, bad, check)
 
 
@@ -123,8 +130,13 @@ def _rows(table: Any, spec: SourceSpec, column: str, bad: BadRows, check: RowChe
         problem = prompt_problem(dict.fromkeys(table.column_names), column)
         raise DataError(f"{spec.source}: {problem[1] if problem else ''}")
     numbers: list[int] = []
-    for number, values in enumerate(table.select_columns([column]) if one_column else table):
-        problem = check(values, column)
+    table = table.with_format(None)  # rows of Python values, whatever the dataset was saved with
+    names = [n for n in table.column_names if not one_column or n == column or _may_fail(table.features.arrow_schema, n)]
+    for number, values in enumerate(_values(table, names, spec.source)):
+        if isinstance(values, str):
+            problem: tuple[str, str] | None = ("broken", values)
+        else:
+            problem = size_problem(values) or check(values, column)
         if problem is None:
             numbers.append(number)
         else:
@@ -134,6 +146,88 @@ def _rows(table: Any, spec: SourceSpec, column: str, bad: BadRows, check: RowChe
     return TableRows(table, numbers, spec.source)
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def _values(table: Any, names: list[str], source: str) -> Iterator[dict[str, Any] | str]:
+    """Each row's values of these columns, or what is wrong with any of its columns."""
+    chosen = table.select_columns(names)
+    for start in range(0, len(table), PORTION):
+        stop = min(start + PORTION, len(table))
+        if _invalid(table, start, stop, source) is None:
+            try:
+                columns = chosen[start:stop]
+            except UNREADABLE:
+                pass
+            else:
+                for place in range(stop - start):
+                    yield {name: column[place] for name, column in columns.items()}
+                continue
+        for number in range(start, stop):
+            try:
+                yield _invalid(table, number, number + 1, source) or chosen[number]
+            except UNREADABLE as error:
+                yield f"not readable ({first_line(error)})"
+
+
+def _invalid(table: Any, start: int, stop: int, source: str) -> str | None:
+    """Whether these rows hold text that is not UTF-8. DataError where Arrow's own numbers are damaged, which say where a
+    text begins: the rows around it may read well and be wrong."""
+    import pyarrow
+
+    try:
+        table.data.slice(start, stop - start).validate(full=True)
+    except pyarrow.ArrowException as error:
+        if "UTF8" not in str(error):
+            raise DataError(
+                f"{source}: damaged in rows {start + 1} to {stop} ({first_line(error)}); fetch or save it again"
+            ) from None
+        return "not readable as text in UTF-8"
+    return None
+
+
+def _may_fail(schema: Any, name: str) -> bool:
+    """Whether the column has values without a Python form that Arrow itself takes: a date out of range."""
+    import pyarrow
+
+    waiting = [schema.field(name).type]
+    while waiting:
+        kind = waiting.pop()
+        if pyarrow.types.is_temporal(kind):
+            return True
+        if pyarrow.types.is_nested(kind):
+            waiting += [kind.field(place).type for place in range(kind.num_fields)]
+    return False
+
+
+def _check_saved(path: Path) -> None:
+    """DataError for a saved dataset whose own files do not have the form that `datasets` writes, or lead out of it."""
+    whole = path / "dataset_dict.json"
+    parts = [path]
+    if whole.is_file():
+        splits = _mapping(whole).get("splits")
+        if not isinstance(splits, list) or not splits or not all(_is_name(name) for name in splits):
+            raise DataError(f"{whole}: got splits {str(splits)[:60]}, expected names of folders beside it; save it again")
+        parts = [path / name for name in splits]
+    for part in parts:
+        for file in (part / "state.json", part / "dataset_info.json"):
+            if not file.is_file():
+                raise DataError(f"{file}: no such file, expected a dataset that is saved whole; save it again")
+        files = _mapping(part / "state.json").get("_data_files")
+        names = [entry.get("filename") if isinstance(entry, dict) else None for entry in files] if isinstance(files, list) else []
+        if not names or not all(_is_name(name) for name in names):
+            raise DataError(
+                f"{part / 'state.json'}: got _data_files {str(files)[:60]}, expected names of files beside it; save it again"
+            )
+        _mapping(part / "dataset_info.json")
+
+
+def _mapping(file: Path) -> dict[str, Any]:
+    try:
+        read = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file}: not valid JSON ({first_line(error)}); save the dataset again") from None
+    if not isinstance(read, dict):
+        raise DataError(f"{file}: got a JSON {type(read).__name__}, expected an object; save the dataset again")
+    return read
+
+
+def _is_name(name: Any) -> bool:
+    return isinstance(name, str) and name == Path(name).name

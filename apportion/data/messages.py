@@ -17,7 +17,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from apportion.data.errors import DataError
+from apportion.data.errors import DataError, listed, nearest
 
 Message = dict[str, Any]
 
@@ -37,6 +37,8 @@ SHAREGPT_ROLES = {
     "observation": "tool",
     "function_call": "assistant",
 }
+# What chat templates know; "ipython", "environment" and "observation" are names of a tool's answer in some of them.
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "environment", "observation")
 TEXT_PARTS = ("text", "input_text", "output_text")
 THOUGHT_PARTS = {"thinking": "thinking", "reasoning": "text"}  # type of a part -> where its text is
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
@@ -121,10 +123,12 @@ def _message(message: Any, number: int) -> Message:
     role = message.get("role") if message.get("role") is not None else message.get("from")
     if not isinstance(role, str) or not ("content" in message or "value" in message):
         raise DataError(f"got message {str(dict(message))[:60]!r}, expected role and content")
-    who = f"message {number} ({role})"
+    who = f"message {number} ({listed([role])})"
     content = message.get("content")
     if message.get("role") is None:
         role, content, message = _from_sharegpt(role, message, who)
+    elif role not in ROLES:
+        raise DataError(f"{who}: got role {role!r:.40}, expected one of {', '.join(ROLES)}{nearest(role, ROLES)}")
     others = {k: v for k, v in message.items() if v is not None and k not in ("role", "content", "from", "value")}
     others = without_nulls(others)
     thoughts: list[str] = [others.pop(key) for key in REASONING_KEYS if key in others]
@@ -170,6 +174,7 @@ def _text(content: Any, thoughts: list[str], who: str, needed: bool) -> str:
     texts: list[str] = []
     for part in content:
         kind = part.get("type") or "text" if isinstance(part, Mapping) else "text"
+        kind = kind if isinstance(kind, str) else str(kind)[:40]
         where = THOUGHT_PARTS.get(kind, "text")
         text = part.get(where) if isinstance(part, Mapping) else part
         if (kind not in TEXT_PARTS and kind not in THOUGHT_PARTS) or not isinstance(text, str):

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
-from apportion.data.errors import BadRows, DataError, UnusableError
+from apportion.data.errors import BadRows, DataError, UnusableError, listed
 from apportion.data.messages import Message, clean_messages, clean_tools
 from apportion.data.readers import read_file
 
@@ -71,7 +71,7 @@ def read_pair(values: Mapping[str, Any], columns: PairColumns) -> Example:
     if missing:
         raise UnusableError(
             "missing_column",
-            f"no column {missing[0]!r}, got {', '.join(values)}; name the right one with data.chosen_column and "
+            f"no column {missing[0]!r}, got {listed(values)}; name the right one with data.chosen_column and "
             "data.rejected_column",
         )
     chosen, rejected = (_plain(values[name], name) for name in (columns.chosen, columns.rejected))
@@ -84,7 +84,7 @@ def read_pair(values: Mapping[str, Any], columns: PairColumns) -> Example:
     elif prompt is None:
         raise UnusableError(
             "missing_column",
-            f"no column {columns.prompt!r}, got {', '.join(values)}; expected one, or conversations that begin alike "
+            f"no column {columns.prompt!r}, got {listed(values)}; expected one, or conversations that begin alike "
             "in both answers (messages, or text with Human: and Assistant: turns)",
         )
     else:
@@ -120,7 +120,7 @@ def _demonstration(values: Mapping[str, Any], columns: PairColumns) -> Example:
         if columns.prompt not in values:
             raise UnusableError(
                 "missing_column",
-                f"no column {columns.prompt!r}, got {', '.join(values)}; name it with data.prompt_column",
+                f"no column {columns.prompt!r}, got {listed(values)}; name it with data.prompt_column",
             )
         _refuse_bad_label(values, columns)
         _refuse_empty({completion: values[completion]})
@@ -128,7 +128,7 @@ def _demonstration(values: Mapping[str, Any], columns: PairColumns) -> Example:
     if columns.chosen not in values:
         raise UnusableError(
             "missing_column",
-            f"no column {columns.messages!r}, {names[0]!r} or {columns.chosen!r}, got {', '.join(values)}; name the "
+            f"no column {columns.messages!r}, {names[0]!r} or {columns.chosen!r}, got {listed(values)}; name the "
             "right one with data.messages_column, data.completion_column or data.chosen_column",
         )
     chosen = _plain(values[columns.chosen], columns.chosen)
@@ -139,7 +139,7 @@ def _demonstration(values: Mapping[str, Any], columns: PairColumns) -> Example:
         messages = _ending_with_an_answer(_messages(chosen, columns.chosen))
         return Example(messages[:-1], [messages[-1:]])
     if columns.prompt not in values:
-        raise UnusableError("missing_column", f"no column {columns.prompt!r}, got {', '.join(values)}")
+        raise UnusableError("missing_column", f"no column {columns.prompt!r}, got {listed(values)}")
     return Example(_prompt(values[columns.prompt], columns.prompt), [_answer(chosen, columns.chosen)])
 
 

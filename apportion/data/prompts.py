@@ -18,6 +18,7 @@ from apportion.batch import Prompt
 from apportion.data.digest import digest_arrays
 from apportion.data.errors import BadRows, DataError, UnusableError, reason_of
 from apportion.data.messages import Message, as_messages, check_characters, clean_messages, clean_tools
+from apportion.data.model_errors import of_model_files, reason
 from apportion.data.rendering import NOT_RENDERED, Renderer
 from apportion.data.rows import Row
 from apportion.data.sources import Source
@@ -35,10 +36,11 @@ def load_tokenizer(path: str, chat_template: str | None = None, trust_remote_cod
     folder = resolve_model(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    except Exception as error:
+        if not of_model_files(error):
+            raise
         raise DataError(
-            f"{path}: its tokenizer cannot be loaded ({reason.strip()}); expected a model's folder with a tokenizer, "
+            f"{path}: its tokenizer cannot be loaded ({reason(error)}); expected a model's folder with a tokenizer, "
             "builtin:NAME, or a hub name and a way to the hub"
         ) from error
     if tokenizer.eos_token_id is None:
@@ -69,7 +71,10 @@ def template_text(chat_template: str | None) -> str | None:
     file = Path(chat_template).expanduser()
     if not file.is_file():
         raise DataError(f"model.chat_template: got {chat_template!r}, no such file; expected a jinja file")
-    return file.read_text(encoding="utf-8")
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"model.chat_template: got {file}, not readable as text in UTF-8 ({error})") from None
 
 
 @dataclass

@@ -9,6 +9,7 @@ and arguments may be written as JSON writes them.
 from __future__ import annotations
 
 import json
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -159,16 +160,32 @@ def left_out(message: Message, index: int, what: str | None = None) -> UnusableE
 
 
 @contextmanager
-def template_refusals() -> Iterator[None]:
-    """What a chat template raises over messages, as a DataError. A template is a program: one that meets a missing key
-    fails as a program does, without a special error."""
+def template_refusals(refused: str = "these messages", cure: str = "") -> Iterator[None]:
+    """What a chat template raises over messages, as a DataError. A template is a program: one that meets a missing key,
+    divides by zero or calls itself without end fails as a program does, without a special error."""
     from jinja2 import TemplateError
 
     try:
         yield
-    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-        line = next(iter(str(error).splitlines()), type(error).__name__)
-        raise DataError(f"the chat template refuses these messages ({line})") from error
+    except (
+        TemplateError, SyntaxError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RuntimeError,
+    ) as error:  # fmt: skip
+        said = error.msg if isinstance(error, SyntaxError) else str(error)
+        line = next(iter(said.splitlines()), "") or type(error).__name__
+        raise DataError(f"the chat template refuses {refused} ({line}{_line_of_template(error)}){cure}") from error
+
+
+def _line_of_template(error: BaseException) -> str:
+    """`, line 3 of the template`, or nothing where that is not known, or where the template itself refuses."""
+    from jinja2 import TemplateError, TemplateSyntaxError
+
+    if type(error) is TemplateError:  # of `raise_exception`
+        return ""
+    line = error.lineno if isinstance(error, TemplateSyntaxError) else None
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_filename == "<template>":
+            line = number
+    return "" if line is None else f", line {line} of the template"
 
 
 def strings(value: Any) -> Iterator[str]:

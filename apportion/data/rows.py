@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from apportion.data.errors import DataError
+from apportion.data.errors import DataError, listed
 from apportion.data.messages import clean_messages
 
 EXPECTED = (
     "a .jsonl, .json, .csv or .parquet file, a saved dataset's folder, hf:NAME, gym:TASK, function:NAME or arithmetic"
 )
+
+LARGEST_ROW = 2**25  # characters: more than any model reads; a small .gz may hold a line of gigabytes
 
 
 # (a row's columns, the prompt's column) -> why the row cannot be used, as (reason, message), or None where it can
@@ -59,6 +62,37 @@ def check_whole(source: str, key: str, value: Any, least: int | None = None) -> 
         raise DataError(f"{source}: got {key} {value!r}, expected a whole number{bound}")
 
 
+def check_names(place: str, names: Sequence[str]) -> None:
+    """DataError where two columns have one name."""
+    name, count = next(iter(Counter(names).most_common(1)), ("", 0))
+    if count > 1:
+        raise DataError(f"{place}: got {count} columns named {name!r:.60}, expected a name of its own for each; rename them")
+
+
+def size_problem(values: Any, most: int = LARGEST_ROW) -> tuple[str, str] | None:
+    """Why a row is too large, as (reason, message), or None where it is not.
+
+    >>> size_problem({"prompt": "1 + 1?"}, most=5)
+    ('too_large', 'the row has more than 5 characters, expected at most that; split it, or leave it out')
+    """
+    size = 0
+    waiting = [values]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str | bytes):
+            size += len(value)
+            if size > most:
+                return (
+                    "too_large",
+                    f"the row has more than {most:,} characters, expected at most that; split it, or leave it out",
+                )
+        elif isinstance(value, Mapping):
+            waiting += value.values()
+        elif isinstance(value, list | tuple):
+            waiting += value
+    return None
+
+
 def prompt_problem(values: Mapping[str, Any], column: str) -> tuple[str, str] | None:
     """Why this row gives no prompt, as (reason, message), or None where it does.
 
@@ -66,7 +100,7 @@ def prompt_problem(values: Mapping[str, Any], column: str) -> tuple[str, str] | 
     ('missing_column', "no column 'prompt', got question; name the right one with prompt_column")
     """
     if column not in values:
-        return "missing_column", f"no column {column!r}, got {', '.join(values)}; name the right one with prompt_column"
+        return "missing_column", f"no column {column!r}, got {listed(values)}; name the right one with prompt_column"
     prompt = values[column]
     if isinstance(prompt, str):
         return None if prompt.strip() else ("empty", f"column {column!r} is empty, expected text or messages")

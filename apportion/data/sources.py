@@ -15,8 +15,9 @@ Keys that no source shares (`max_terms`, `level`) are the source's own parameter
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from itertools import islice
@@ -28,7 +29,7 @@ from apportion.data.errors import BadRows, DataError, nearest
 from apportion.data.functions import load_function
 from apportion.data.hub import load_hub, load_saved, saved_by_datasets
 from apportion.data.readers import read_file
-from apportion.data.rows import EXPECTED, Row, RowCheck, SourceSpec, check_whole, prompt_problem
+from apportion.data.rows import EXPECTED, Row, RowCheck, SourceSpec, check_whole, prompt_problem, size_problem
 from apportion.data.tasks import EVAL_SEED_OFFSET, Arithmetic, GymRows
 
 SPLITS = ("train", "eval")
@@ -163,15 +164,42 @@ def _function_rows(spec: SourceSpec, name: str, bad: BadRows) -> Iterable[Row]:
             bad.reject("broken", f"{place}: got a {type(values).__name__}, expected a mapping of columns")
         elif not values:
             bad.reject("empty", f"{place}: empty row, expected a mapping of columns")
+        elif not all(isinstance(key, str) for key in values):
+            odd = next(key for key in values if not isinstance(key, str))
+            bad.reject("broken", f"{place}: got a column named {odd!r:.40}, expected text")
+        elif problem := size_problem(values):
+            bad.reject(problem[0], f"{place}: {problem[1]}")
         else:
             yield Row(number, place, dict(values))
 
 
 def _yielded(spec: SourceSpec, name: str) -> Iterable[Any]:
+    function = load_function(name)
+    _check_arguments(spec, function)
     try:
-        yield from load_function(name)(**spec.parameters)
+        rows = function(**spec.parameters)
+        if isinstance(rows, str | bytes | Mapping) or not (isinstance(rows, Iterable) or hasattr(rows, "__getitem__")):
+            raise DataError(
+                f"{spec.source}: the function returns a {type(rows).__name__}, expected rows: a list of mappings, or a "
+                "function that yields them"
+            )
+        yield from rows
     except SystemExit as error:  # it would end this process, with its own exit code
         raise DataError(f"{spec.source}: the function calls sys.exit({error.code!r}), expected it to return") from None
+
+
+def _check_arguments(spec: SourceSpec, function: Callable[..., Any]) -> None:
+    """DataError where the function does not take the source's parameters."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of some functions in C it is not known
+        return
+    try:
+        signature.bind(**spec.parameters)
+    except TypeError as error:
+        raise DataError(
+            f"{spec.source}: got parameters {', '.join(spec.parameters) or 'none'}, expected {signature} ({error})"
+        ) from None
 
 
 def _checked(rows: Iterable[Row], column: str, bad: BadRows, check: RowCheck) -> Iterable[Row]:

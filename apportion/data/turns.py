@@ -17,6 +17,7 @@ from apportion.data.errors import DataError
 from apportion.data.find import find_message
 from apportion.data.messages import as_messages
 from apportion.data.prompts import PromptEncoder
+from apportion.data.rendering import template_refusals
 from apportion.data.response_text import ResponseText
 
 MARKER = "apportionturn"  # a word that no template changes
@@ -90,17 +91,11 @@ class TurnEncoder:
         return rendered.partition(MARKER)[2]
 
     def _apply(self, messages: list[dict[str, str]], generation: bool) -> str:
-        from jinja2 import TemplateError
-
-        try:
+        roles = ", ".join(message["role"] for message in messages)
+        with template_refusals(f"a conversation of roles {roles}", "; set environment.observation_role"):
             return self._tokenizer.apply_chat_template(
                 messages, add_generation_prompt=generation, tokenize=False, **self.encoder.chat_template_kwargs
             )
-        except TemplateError as error:
-            roles = ", ".join(message["role"] for message in messages)
-            raise DataError(
-                f"chat template: refuses a conversation of roles {roles} ({error}); set environment.observation_role"
-            ) from None
 
     def _ids(self, text: str) -> np.ndarray:
         return self.encoder.known_ids(self.encoder.plain_ids(text))
