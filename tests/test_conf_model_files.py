@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from apportion.actors.loading import load_causal_lm
 from apportion.cli import compose_config, to_config
 from apportion.conf import preference_schema
 from apportion.conf.models import check_own_tokenizer, read_limits, read_model
@@ -90,6 +91,9 @@ def test_a_token_that_the_tokenizer_puts_around_a_text_needs_an_embedding(model,
         ("tokenizer.json", '{"model": {"vocab": {"a": null}}}'),
         ("tokenizer.json", '{"model": {"vocab": {}}, "added_tokens": [{"id": 3}]}'),
         ("tokenizer_config.json", "null"),
+        ("tokenizer_config.json", '{"eos_token": 5}'),
+        ("tokenizer_config.json", '{"pad_token": {"content": []}}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": 5}'),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "a"}}}'),
     ],
 )
@@ -196,6 +200,17 @@ def test_shards_are_accepted_when_all_are_there(tmp_path):
         ("{", "not readable"),
         ('{"num_hidden_layers": -2}', "got num_hidden_layers -2, expected a whole number above 0"),
         ('{"vocab_size": 1e30}', "got vocab_size 1e+30, expected a whole number above 0"),
+        (
+            '{"num_hidden_layers": 1000000000000}',
+            "got num_hidden_layers 1000000000000, expected a whole number of at most",
+        ),
+        ('{"max_position_embeddings": -1}', "got max_position_embeddings -1, expected a whole number above 0"),
+        ('{"max_position_embeddings": [5]}', "got max_position_embeddings [5], expected a whole number above 0"),
+        ('{"layer_types": 5}', "got layer_types 5, expected a list"),
+        ('{"layer_types": [5]}', "got layer_types [5], expected a list of text"),
+        ('{"sliding_window": "x"}', "got sliding_window 'x', expected a whole number"),
+        ('{"num_attention_heads": 0}', "got num_attention_heads 0, expected a whole number above 0"),
+        ("[" * 5000, "not readable (maximum recursion depth"),
         ('{"num_attention_heads": "many"}', "got num_attention_heads 'many', expected a whole number above 0"),
     ],
 )
@@ -256,3 +271,52 @@ def test_a_missing_part_of_weights_in_the_older_format_is_refused_unless_there_a
         read_model(str(model))
     torch.save({"w2": torch.zeros(10)}, model / "pytorch_model-00002-of-00002.bin")
     assert read_model(str(model)).vocabulary == 264
+
+
+def test_a_configuration_with_more_layers_than_the_weights_is_refused(model):
+    edit(model / "config.json", num_hidden_layers=3)
+    with pytest.raises(ConfigError) as error:
+        read_limits(str(model), "critic.model")
+    assert str(error.value) == (
+        f"critic.model: got {model}, whose config.json has num_hidden_layers 3 and whose weights have 2 layers, expected as "
+        "many: fetch both again"
+    )
+    edit(model / "config.json", num_hidden_layers=1)  # some weights have a layer more, for guesses
+    assert read_limits(str(model)).vocabulary == 264
+
+
+def test_a_configuration_with_sizes_of_each_layer_or_without_some_gives_no_facts_and_no_error(tmp_path):
+    sizes = {
+        "hidden_size": 8,
+        "num_hidden_layers": 2,
+        "vocab_size": 9,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+    }
+    for changes in (
+        {"hidden_size": None},
+        {"intermediate_size": [8, 16]},
+        {"num_key_value_heads": [1, 2]},
+        {"head_dim": [4]},
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(sizes | changes))
+        assert read_model(str(tmp_path)) is None
+        assert read_limits(str(tmp_path)).vocabulary == 9
+
+
+@pytest.mark.parametrize("text", ['{"weight_map": {"a": 5}}', '{"weight_map": []}', "[]", "[" * 5000])
+def test_an_index_of_another_form_is_refused(model, text):
+    (model / "model.safetensors").rename(model / "model-1-of-1.safetensors")
+    (model / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"index\.json.* expected an index of the weights"):
+        read_model(str(model))
+
+
+def test_a_model_that_transformers_cannot_read_is_one_line_and_code_of_its_own_keeps_its_traceback(model):
+    edit(model / "config.json", hidden_act="nothing")
+    with pytest.raises(
+        ConfigError, match=rf"^{model}: the model cannot be loaded \(KeyError: 'nothing'\), expected the whole"
+    ):
+        load_causal_lm(str(model), "float32")
+    with pytest.raises(KeyError):
+        load_causal_lm(str(model), "float32", trust_remote_code=True)

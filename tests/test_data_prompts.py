@@ -105,6 +105,30 @@ def test_a_template_of_ones_own_replaces_the_tokenizers(tokenizer, tmp_path):
     assert mine.decode(PromptEncoder(mine).token_ids("hi")) == "Q: hi A:"
     with pytest.raises(DataError, match="no such file; expected a jinja file"):
         load_tokenizer(str(folder), str(tmp_path / "other.jinja"))
+    (tmp_path / "bytes.jinja").write_bytes(b"\xff")
+    with pytest.raises(DataError, match=r"got .*bytes\.jinja, not readable as text in UTF-8"):
+        load_tokenizer(str(folder), str(tmp_path / "bytes.jinja"))
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("tokenizer.json", "[]"),
+        ("tokenizer.json", '{"model": 5}'),
+        ("tokenizer_config.json", "null"),
+        ("tokenizer_config.json", '{"tokenizer_class": "Nothing", "eos_token": 5}'),
+        ("config.json", '{"model_type": "llama", "num_attention_heads": 0}'),
+        ("config.json", '{"model_type": "llama", "attention_bias": 5}'),
+        ("special_tokens_map.json", "[" * 5000),
+    ],
+)
+def test_a_damaged_tokenizer_is_refused_in_one_line_with_its_folder(tokenizer, tmp_path, file, text):
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / file).write_text(text)
+    with pytest.raises(DataError) as caught:
+        load_tokenizer(str(tmp_path))
+    assert str(caught.value).startswith(f"{tmp_path}: its tokenizer cannot be loaded (")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_prompt_keeps_what_was_written_and_every_other_column(tokenizer):

@@ -175,6 +175,10 @@ def test_every_form_of_a_message_becomes_one(written, clean):
         ({"role": "user", "content": 7}, "got content '7', expected text or a list of text parts"),
         ({"role": "user", "content": None}, "content is null, expected text"),
         ({"role": "user"}, "expected role and content"),
+        ({"role": "wizard", "content": "a"}, "got role 'wizard', expected one of system, developer, user, assistant"),
+        ({"role": "User", "content": "a"}, r"got role 'User', .* \(did you mean 'user'\?\)"),
+        ({"role": "a\nb", "content": "a"}, r"^message 1 \('a\\nb'\): got role"),
+        ({"role": "user", "content": [{"type": ["x"], "text": "a"}]}, "got a part of type"),
         ({"from": "alien", "value": "a"}, "got from 'alien', expected one of human, user, gpt"),
         ({"from": "function_call", "value": "no JSON"}, "expected JSON with name and arguments"),
         (assistant("", tool_calls=["weather"]), "got tool call 'weather', expected a function with a name"),
@@ -696,3 +700,25 @@ def test_an_end_is_eos_or_else_the_first_special_token_or_else_everything(tiny):
     assert ends.find("<|spare_1|>\n<|end|>") == (12, 7)
     assert ends.find("\n<|spare_1|>\n") == (1, 11)
     assert ends.find("\nHuman:") == (0, 7)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ 1/0 }}", "division by zero, line 1 of the template"),
+        (
+            "\n{% for i in range(200000) %}x{% endfor %}",
+            "Range too big. The sandbox blocks ranges larger than MAX_RANGE",
+        ),
+        ("{% macro f() %}{{ f() }}{% endmacro %}\n{{ f() }}", "maximum recursion depth exceeded"),
+        ("{{ cycler() }}", "at least one item has to be provided, line 1 of the template"),
+        ("{% break %}", "('break' outside loop)"),
+        ("a\n{{ ", "unexpected 'end of template', line 2 of the template"),
+        ("{{ raise_exception('no system role') }}", "the chat template refuses these messages (no system role)"),
+    ],
+)
+def test_whatever_a_template_raises_makes_a_bad_row_with_the_line_of_the_template(template, said, ask):
+    with pytest.raises(DataError) as caught:
+        ask([user("What is 1 + 1?")], template)
+    line = str(caught.value)
+    assert line.startswith("the chat template refuses these messages (") and said in line and "\n" not in line

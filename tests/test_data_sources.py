@@ -215,6 +215,104 @@ def test_a_damaged_gz_file_is_refused_by_name(tmp_path, damage, ending):
     assert refusal(str(path), on_bad_row="skip").startswith(f"{path}: got a damaged .gz file (")
 
 
+def write_parquet(path, table, **options):
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(table, path, **options)
+    return path
+
+
+@pytest.mark.parametrize("compression", ["snappy", "gzip", "zstd", "brotli"])
+@pytest.mark.parametrize("policy", ["error", "skip"])
+def test_a_damaged_parquet_file_is_refused_with_the_row_up_to_which_it_is_read(tmp_path, compression, policy):
+    import pyarrow.parquet
+
+    table = pyarrow.table({"prompt": [f"{i} + {i}?" * 20 for i in range(3000)]})
+    path = write_parquet(tmp_path / "rows.parquet", table, compression=compression, row_group_size=1500)
+    column = pyarrow.parquet.ParquetFile(path).metadata.row_group(1).column(0)
+    data = bytearray(path.read_bytes())
+    start = column.data_page_offset
+    data[start : start + 300] = b"\xff" * 300
+    path.write_bytes(bytes(data))
+    message = refusal(str(path), on_bad_row=policy)
+    assert message.startswith(f"{path}: not readable as parquet after row 1000 (")
+    assert message.endswith("): the file is damaged; fetch it again")
+    path.write_bytes(data[: len(data) // 2])
+    assert refusal(str(path), on_bad_row=policy).startswith(f"{path}: not a parquet file (")
+
+
+def text_with_bad_bytes(count, bad):
+    """Arrow text of which one row is not UTF-8."""
+    import pyarrow
+
+    texts = [f"{i} + {i}?".encode() + (b"\xe9" if i == bad else b"") for i in range(count)]
+    return pyarrow.Array.from_buffers(pyarrow.string(), count, pyarrow.array(texts, pyarrow.binary()).buffers())
+
+
+def test_parquet_values_that_python_cannot_hold_spoil_their_own_rows(tmp_path):
+    import pyarrow
+
+    when = pyarrow.array([0, 0, 0, 2**60], pyarrow.timestamp("us"))
+    table = pyarrow.table({"prompt": text_with_bad_bytes(4, 1), "when": when})
+    path = write_parquet(tmp_path / "rows.parquet", table)
+    assert refusal(str(path)) == f"{path}: row 2: column 'prompt': not readable as text in UTF-8 (byte 0xe9)"
+    [source] = load_sources(str(path), on_bad_row="skip")
+    assert source.skipped == {"broken": 2}
+    assert [(row.number, row.values["prompt"]) for row in source.rows] == [(0, "0 + 0?"), (2, "2 + 2?")]
+    path = write_parquet(tmp_path / "times.parquet", table.slice(2))
+    assert refusal(str(path)) == (
+        f"{path}: row 2: column 'when': not readable as timestamp[us] (date value out of range)"
+    )
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json"])
+@pytest.mark.parametrize(
+    ("row", "key"), [('{"prompt": "a?", "prompt": "b?"}', "prompt"), ('{"prompt": "a?", "x": [{"k": 1, "k": 1}]}', "k")]
+)
+def test_a_key_twice_in_an_object_makes_a_bad_row(tmp_path, ending, row, key):
+    rows = [json.dumps(ROWS[0]), row, json.dumps(ROWS[1])]
+    path = tmp_path / f"rows.{ending}"
+    path.write_text("\n".join(rows) if ending == "jsonl" else f"[{','.join(rows)}]")
+    place = f"{path}:2" if ending == "jsonl" else f"{path}: row 2"
+    assert refusal(str(path)) == f"{place}: got the key {key!r} twice, expected a name of its own for each"
+    [source] = load_sources(str(path), on_bad_row="skip")
+    assert ([row.values for row in source.rows], source.skipped) == (ROWS, {"broken": 1})
+
+
+def test_two_parquet_columns_of_one_name_are_refused(tmp_path):
+    import pyarrow
+
+    table = pyarrow.table([["a?"], ["b?"]], names=["prompt", "prompt"])
+    path = write_parquet(tmp_path / "rows.parquet", table)
+    assert refusal(str(path), on_bad_row="skip") == (
+        f"{path}: got 2 columns named 'prompt', expected a name of its own for each; rename them"
+    )
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "json"])
+def test_a_line_of_hundreds_of_megabytes_in_a_small_gz_is_a_bad_row(tmp_path, ending):
+    path = tmp_path / f"rows.{ending}.gz"
+    long = "a" * (2**25 + 5)
+    rows = [{"prompt": "1 + 1?"}, {"prompt": long}, {"prompt": "2 + 2?"}]
+    texts = {
+        "jsonl": "\n".join(map(json.dumps, rows)),
+        "csv": f'prompt\n1 + 1?\n"{long}"\n2 + 2?\n',
+        "json": json.dumps(rows),
+    }
+    path.write_bytes(gzip.compress(texts[ending].encode(), 1))
+    assert "has more than 33,554,432 characters" in refusal(str(path)).replace("got a line of", "has")
+    [source] = load_sources(str(path), on_bad_row="skip")
+    assert source.skipped == {"too_large": 1}
+    assert [row.values["prompt"] for row in source.rows] == ["1 + 1?", "2 + 2?"]
+
+
+def test_a_column_name_of_thousands_of_letters_or_of_two_lines_stays_out_of_the_message(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", json.dumps({"x" * 5000: 1, "a\nb": 2}))
+    message = refusal(str(path))
+    assert message.startswith(f"{path}:1: no column 'prompt', got 'xxxx") and len(message) < 300
+    assert "'a\\nb'" in message
+
+
 def test_a_missing_file_and_a_misspelt_source_are_told_what_is_expected():
     assert refusal("nowhere.jsonl").startswith("nowhere.jsonl: no such file or saved dataset; expected a .jsonl")
     assert "(did you mean 'arithmetic'?)" in refusal("arithmetik")
@@ -349,6 +447,81 @@ def test_a_module_or_function_that_leaves_the_process_is_refused_in_one_line(tmp
         load_sources(f"function:{script}:rows")
     with pytest.raises(DataError, match=r"leaving\.py:rows: the function calls sys\.exit\(4\), expected it to return$"):
         load_sources(f"function:{leaving}:rows")
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("    return None", "the function returns a NoneType, expected rows: a list of mappings"),
+        ("    [{'prompt': 'a?'}]", "the function returns a NoneType, expected rows: a list of mappings"),
+        ("    return 5", "the function returns a int, expected rows: a list of mappings"),
+        ("    return {'prompt': 'a?'}", "the function returns a dict, expected rows: a list of mappings"),
+        ("    return 'rows.jsonl'", "the function returns a str, expected rows: a list of mappings"),
+        ("    yield {5: 'a?'}", "row 1: got a column named 5, expected text"),
+    ],
+)
+def test_a_rows_function_that_gives_no_rows_is_refused(tmp_path, body, said):
+    (tmp_path / "mine.py").write_text(f"def rows():\n{body}\n")
+    source = f"function:{tmp_path}/mine.py:rows"
+    assert refusal(source).startswith(f"{source}: {said}")
+
+
+def test_parameters_that_a_rows_function_does_not_take_are_refused_and_its_own_errors_keep_their_traceback(tmp_path):
+    (tmp_path / "mine.py").write_text("def rows(level=1):\n    raise TypeError('mine')\n")
+    source = f"function:{tmp_path}/mine.py:rows"
+    assert refusal({"source": source, "levle": 2}) == (
+        f"{source}: got parameters levle, expected (level=1) (got an unexpected keyword argument 'levle')"
+    )
+    with pytest.raises(TypeError, match=r"^mine$"):
+        load_sources(source)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("state.json", "[]", "state.json: got a JSON list, expected an object"),
+        ("state.json", "null", "state.json: got a JSON NoneType, expected an object"),
+        ("state.json", "[" * 5000, "state.json: not valid JSON ("),
+        ("state.json", '{"_data_files": 5}', "state.json: got _data_files 5, expected names of files beside it"),
+        ("state.json", '{"_data_files": [{"filename": "../a"}]}', "expected names of files beside it"),
+        ("state.json", '{"_data_files": [{"filename": "gone.arrow"}]}', "not readable as a saved dataset ("),
+        ("dataset_info.json", "[]", "dataset_info.json: got a JSON list, expected an object"),
+        ("dataset_info.json", '{"features": 5}', "not readable as a saved dataset (TypeError: "),
+        ("dataset_dict.json", '{"splits": 5}', "dataset_dict.json: got splits 5, expected names of folders beside it"),
+        ("dataset_dict.json", '{"splits": ["../other"]}', "expected names of folders beside it"),
+    ],
+)
+@pytest.mark.parametrize("policy", ["error", "skip"])
+def test_a_damaged_saved_dataset_is_refused_in_one_line(tmp_path, file, text, said, policy):
+    import datasets
+
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
+    (tmp_path / "saved" / file).write_text(text)
+    message = refusal(str(tmp_path / "saved"), on_bad_row=policy)
+    assert message.startswith(f"{tmp_path}/saved") and said in message
+
+
+def test_rows_of_a_saved_dataset_that_python_cannot_hold_are_bad_and_damaged_places_end_the_reading(tmp_path):
+    import datasets
+    import pyarrow
+
+    when = pyarrow.array([0, 0, 0, 2**60], pyarrow.timestamp("us"))
+    table = pyarrow.table({"prompt": text_with_bad_bytes(4, 1), "when": when})
+    folder = tmp_path / "saved"
+    datasets.Dataset.from_list([{"prompt": "a", "when": 0}]).save_to_disk(str(folder))
+    (folder / "dataset_info.json").write_text("{}")
+    [file] = folder.glob("*.arrow")
+    with pyarrow.OSFile(str(file), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    assert refusal(str(folder)) == f"{folder}: row 2: not readable as text in UTF-8"
+    [source] = load_sources(str(folder), on_bad_row="skip")
+    assert source.skipped == {"broken": 2}
+    assert [(row.number, row.values["prompt"]) for row in source.rows] == [(0, "0 + 0?"), (2, "2 + 2?")]
+    data = file.read_bytes()
+    offsets = b"".join(n.to_bytes(4, "little") for n in (0, 6, 13))
+    assert offsets in data
+    file.write_bytes(data.replace(offsets, offsets[:4] + b"\xff\xff\x00\x00" + offsets[8:]))
+    assert refusal(str(folder), on_bad_row="skip").startswith(f"{folder}: damaged in rows 1 to 4 (")
 
 
 def test_saved_datasets_are_read_by_split_and_checked(tmp_path, monkeypatch):

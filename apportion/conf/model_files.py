@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ _SIZES = (
     "head_dim", "max_position_embeddings", "n_positions",
 )  # fmt: skip
 _OF_EACH_LAYER = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "head_dim")  # may be lists
+_LAYER = re.compile(r"\.layers\.(\d+)\.")  # in a tensor's name
 _KINDS: dict[str, tuple[type, str]] = {
     "layer_types": (list, "a list"), "architectures": (list, "a list"), "model_type": (str, "text"),
     "sliding_window": (int, "a whole number"), "quantization_config": (dict, "a mapping"), "auto_map": (dict, "a mapping"),
@@ -123,6 +125,20 @@ def check_weights(folder: Path, path: str, key: str) -> None:
             packed = stream.read(2) == b"PK"
         if packed and not zipfile.is_zipfile(file):  # its table of contents is at the end
             raise ConfigError(f"{key}: got {file}, which is truncated, expected whole weights: fetch the file again")
+
+
+def check_fit(config: Mapping[str, Any], folder: Path, path: str, key: str) -> None:
+    """ConfigError where config.json says more layers than the weights have."""
+    tensors = tensors_of(folder)
+    if "auto_map" in config or missing_shards(folder):  # code of the model's own may name and join them otherwise
+        return
+    numbers = [int(found[1]) for name in tensors if (found := _LAYER.search(name))]
+    layers = config.get("num_hidden_layers")
+    if numbers and layers is not None and layers > max(numbers) + 1:
+        raise ConfigError(
+            f"{key}: got {path}, whose config.json has num_hidden_layers {layers} and whose weights have "
+            f"{max(numbers) + 1} layers, expected as many: fetch both again"
+        )
 
 
 def missing_shards(folder: Path) -> list[str]:

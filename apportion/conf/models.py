@@ -10,6 +10,7 @@ from typing import Any
 
 from apportion.conf.model_files import (
     INDEX,
+    check_fit,
     check_sizes,
     check_tokenizer,
     check_weights,
@@ -181,8 +182,7 @@ def _described(path: str, key: str) -> tuple[dict[str, Any], Path | None]:
             raise ConfigError(f"{key}: got {path!r}, expected one of {', '.join(known)}{nearest(path, known)}")
         folder = cache_folder() / "models" / BUILDERS[name][0]
         if (folder / "config.json").is_file():
-            check_weights(folder, path, key)
-            return _configuration(folder), folder
+            return _whole(folder, path, key), folder
         return _BUILTIN_CONFIGS.get(name, {}), None
     local = Path(path).expanduser()
     if local.is_dir():
@@ -190,8 +190,7 @@ def _described(path: str, key: str) -> tuple[dict[str, Any], Path | None]:
             raise ConfigError(
                 f"{key}: got {path!r}, a folder without config.json, expected a Hugging Face model's folder"
             )
-        check_weights(local, path, key)
-        return _configuration(local), local
+        return _whole(local, path, key), local
     if path.startswith(("/", "./", "../", "~")):
         raise ConfigError(f"{key}: got {path!r}, which does not exist, expected a folder, a hub name or builtin:NAME")
     cached = _hub_snapshot(path)
@@ -204,6 +203,14 @@ def _hub_snapshot(name: str) -> Path | None:
     hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
     found = sorted(hub.glob(f"models--{name.replace('/', '--')}/snapshots/*/config.json"))
     return found[-1].parent if found else None
+
+
+def _whole(folder: Path, path: str, key: str) -> dict[str, Any]:
+    """The configuration of a folder that is whole."""
+    check_weights(folder, path, key)
+    config = _configuration(folder)
+    check_fit(config, folder, path, key)
+    return config
 
 
 def _configuration(folder: Path) -> dict[str, Any]:

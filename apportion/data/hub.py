@@ -127,16 +127,15 @@ def _choose_split(spec: SourceSpec, split: str, found: list[str]) -> str:
 def _rows(table: Any, spec: SourceSpec, column: str, bad: BadRows, check: RowCheck) -> Sequence[Row]:
     one_column = check is prompt_problem  # a check of another kind may look at every column
     if one_column and column not in table.column_names:
-        problem = prompt_problem(dict.fromkeys(table.column_names), column)
-        raise DataError(f"{spec.source}: {problem[1] if problem else ''}")
+        missing = prompt_problem(dict.fromkeys(table.column_names), column)
+        raise DataError(f"{spec.source}: {missing[1] if missing else ''}")
     numbers: list[int] = []
     table = table.with_format(None)  # rows of Python values, whatever the dataset was saved with
-    names = [n for n in table.column_names if not one_column or n == column or _may_fail(table.features.arrow_schema, n)]
+    names = [
+        n for n in table.column_names if not one_column or n == column or _may_fail(table.features.arrow_schema, n)
+    ]
     for number, values in enumerate(_values(table, names, spec.source)):
-        if isinstance(values, str):
-            problem: tuple[str, str] | None = ("broken", values)
-        else:
-            problem = size_problem(values) or check(values, column)
+        problem = ("broken", values) if isinstance(values, str) else size_problem(values) or check(values, column)
         if problem is None:
             numbers.append(number)
         else:
@@ -204,14 +203,20 @@ def _check_saved(path: Path) -> None:
     if whole.is_file():
         splits = _mapping(whole).get("splits")
         if not isinstance(splits, list) or not splits or not all(_is_name(name) for name in splits):
-            raise DataError(f"{whole}: got splits {str(splits)[:60]}, expected names of folders beside it; save it again")
+            raise DataError(
+                f"{whole}: got splits {str(splits)[:60]}, expected names of folders beside it; save it again"
+            )
         parts = [path / name for name in splits]
     for part in parts:
         for file in (part / "state.json", part / "dataset_info.json"):
             if not file.is_file():
                 raise DataError(f"{file}: no such file, expected a dataset that is saved whole; save it again")
         files = _mapping(part / "state.json").get("_data_files")
-        names = [entry.get("filename") if isinstance(entry, dict) else None for entry in files] if isinstance(files, list) else []
+        names = (
+            [entry.get("filename") if isinstance(entry, dict) else None for entry in files]
+            if isinstance(files, list)
+            else []
+        )
         if not names or not all(_is_name(name) for name in names):
             raise DataError(
                 f"{part / 'state.json'}: got _data_files {str(files)[:60]}, expected names of files beside it; save it again"

@@ -66,7 +66,9 @@ def check_names(place: str, names: Sequence[str]) -> None:
     """DataError where two columns have one name."""
     name, count = next(iter(Counter(names).most_common(1)), ("", 0))
     if count > 1:
-        raise DataError(f"{place}: got {count} columns named {name!r:.60}, expected a name of its own for each; rename them")
+        raise DataError(
+            f"{place}: got {count} columns named {name!r:.60}, expected a name of its own for each; rename them"
+        )
 
 
 def size_problem(values: Any, most: int = LARGEST_ROW) -> tuple[str, str] | None:
