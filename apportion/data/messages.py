@@ -123,7 +123,7 @@ def _message(message: Any, number: int) -> Message:
     role = message.get("role") if message.get("role") is not None else message.get("from")
     if not isinstance(role, str) or not ("content" in message or "value" in message):
         raise DataError(f"got message {str(dict(message))[:60]!r}, expected role and content")
-    who = f"message {number} ({listed([role])})"
+    who = f"message {number} ({role if role in ROLES else listed([role])})"
     content = message.get("content")
     if message.get("role") is None:
         role, content, message = _from_sharegpt(role, message, who)

@@ -84,30 +84,35 @@ def _too_large(place: str) -> tuple[str, str]:
     return "too_large", f"{place}: got a line of more than {LARGEST_ROW:,} characters; split it, or leave it out"
 
 
-def _parse_json(text: str) -> tuple[Any, dict[int, str]]:
-    """The value, and the mappings in it (by id) that have a key twice, with that key."""
-    twice: dict[int, str] = {}
-    kept: list[dict[str, Any]] = []
+class _Json:
+    """A JSON parser that notices an object with a key twice, of which Python's own keeps the last value."""
 
-    def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def __init__(self) -> None:
+        self._twice: dict[int, str] = {}  # objects of the last text by id, each with that key
+        self._kept: list[dict[str, Any]] = []  # an id is unique as long as its object lives
+        self._decoder = json.JSONDecoder(object_pairs_hook=self._object)
+
+    def parse(self, text: str) -> Any:
+        self._twice.clear()
+        self._kept.clear()
+        return self._decoder.decode(text)
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
         if len(made) < len(pairs):
-            twice[id(made)] = Counter(name for name, _ in pairs).most_common(1)[0][0]
-            kept.append(made)  # an id is unique as long as its object lives
+            self._twice[id(made)] = Counter(name for name, _ in pairs).most_common(1)[0][0]
+            self._kept.append(made)
         return made
 
-    return json.loads(text, object_pairs_hook=mapping), twice
-
-
-def _key_twice(row: Any, twice: dict[int, str]) -> str | None:
-    """What is wrong with a row of which a mapping has a key twice."""
-    waiting = [row] if twice else []
-    while waiting:
-        value = waiting.pop()
-        if id(value) in twice:
-            return f"got the key {twice[id(value)]!r:.60} twice, expected a name of its own for each"
-        waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return None
+    def problem(self, row: Any) -> str | None:
+        """What is wrong with a row of the last text that has such an object in it."""
+        waiting = [row] if self._twice else []
+        while waiting:
+            value = waiting.pop()
+            if id(value) in self._twice:
+                return f"got the key {self._twice[id(value)]!r:.60} twice, expected a name of its own for each"
+            waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        return None
 
 
 def _json_problem(error: ValueError | RecursionError) -> str:
@@ -119,7 +124,7 @@ def _json_problem(error: ValueError | RecursionError) -> str:
 def _read_jsonl(path: Path, bad: BadRows) -> Iterator[Row]:
     blank: list[int] = []  # blank lines at the end of a file are no rows; between rows they are bad ones
     with _open(path, "surrogateescape") as file:
-        lines = _Lines(file, path)
+        lines, parser = _Lines(file, path), _Json()
         for number, line in enumerate(lines):
             place = f"{path}:{number + 1}"
             if not line.strip() and not lines.too_long:
@@ -134,15 +139,15 @@ def _read_jsonl(path: Path, bad: BadRows) -> Iterator[Row]:
             elif problem := _encoding_problem(line):
                 bad.reject("broken", f"{place}: {problem}")
             else:
-                values = _json_line(line, place, bad)
+                values = _json_line(line, parser, place, bad)
                 if values is not None:
                     yield Row(number, place, values)
 
 
-def _json_line(line: str, place: str, bad: BadRows) -> dict[str, Any] | None:
+def _json_line(line: str, parser: _Json, place: str, bad: BadRows) -> dict[str, Any] | None:
     """The object of a line; None for a bad row."""
     try:
-        values, twice = _parse_json(line)
+        values = parser.parse(line)
     except (ValueError, RecursionError) as error:
         bad.reject("broken", f"{place}: not valid JSON ({_json_problem(error)}): {line.strip()[:60]!r}")
         return None
@@ -150,7 +155,7 @@ def _json_line(line: str, place: str, bad: BadRows) -> dict[str, Any] | None:
         bad.reject("broken", f"{place}: got a JSON {type(values).__name__}, expected an object with columns")
     elif not values:
         bad.reject("empty", f"{place}: empty row, expected a JSON object with columns")
-    elif problem := _key_twice(values, twice):
+    elif problem := parser.problem(values):
         bad.reject("broken", f"{place}: {problem}")
     else:
         return values
@@ -165,8 +170,9 @@ def _read_json(path: Path, bad: BadRows) -> Iterator[Row]:
             f"{path}: got more than {LARGEST_TEXT:,} characters, which are read whole, expected fewer; make it a .jsonl "
             "file, which is read line by line"
         )
+    parser = _Json()
     try:
-        rows, twice = _parse_json(text)
+        rows = parser.parse(text)
     except json.JSONDecodeError as error:
         hint = "; one object a line belongs into a .jsonl file" if error.msg == "Extra data" else ""
         raise DataError(f"{path}:{error.lineno}: not valid JSON ({error.msg}){hint}") from None
@@ -179,7 +185,7 @@ def _read_json(path: Path, bad: BadRows) -> Iterator[Row]:
         place = f"{path}: row {number + 1}"
         if not isinstance(values, dict) or not values:
             bad.reject("empty" if not values else "broken", f"{place}: got {str(values)[:60]!r}, expected an object")
-        elif problem := _key_twice(values, twice):
+        elif problem := parser.problem(values):
             bad.reject("broken", f"{place}: {problem}")
         elif may_be_large and (large := size_problem(values)):
             bad.reject(large[0], f"{place}: {large[1]}")

@@ -160,7 +160,7 @@ def left_out(message: Message, index: int, what: str | None = None) -> UnusableE
 
 
 @contextmanager
-def template_refusals(refused: str = "these messages", cure: str = "") -> Iterator[None]:
+def template_refusals(what: str = "the chat template refuses these messages", cure: str = "") -> Iterator[None]:
     """What a chat template raises over messages, as a DataError. A template is a program: one that meets a missing key,
     divides by zero or calls itself without end fails as a program does, without a special error."""
     from jinja2 import TemplateError
@@ -172,7 +172,7 @@ def template_refusals(refused: str = "these messages", cure: str = "") -> Iterat
     ) as error:  # fmt: skip
         said = error.msg if isinstance(error, SyntaxError) else str(error)
         line = next(iter(said.splitlines()), "") or type(error).__name__
-        raise DataError(f"the chat template refuses {refused} ({line}{_line_of_template(error)}){cure}") from error
+        raise DataError(f"{what} ({line}{_line_of_template(error)}){cure}") from error
 
 
 def _line_of_template(error: BaseException) -> str:

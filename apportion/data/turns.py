@@ -92,7 +92,8 @@ class TurnEncoder:
 
     def _apply(self, messages: list[dict[str, str]], generation: bool) -> str:
         roles = ", ".join(message["role"] for message in messages)
-        with template_refusals(f"a conversation of roles {roles}", "; set environment.observation_role"):
+        what = f"the chat template refuses a conversation of roles {roles}"
+        with template_refusals(what, cure="; set environment.observation_role"):
             return self._tokenizer.apply_chat_template(
                 messages, add_generation_prompt=generation, tokenize=False, **self.encoder.chat_template_kwargs
             )
