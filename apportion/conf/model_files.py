@@ -23,7 +23,7 @@ _SIZES = (
     "head_dim", "max_position_embeddings", "n_positions",
 )  # fmt: skip
 _OF_EACH_LAYER = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "head_dim")  # may be lists
-_LAYER = re.compile(r"\.layers\.(\d+)\.")  # in a tensor's name
+_LAYER = re.compile(r"^(?:model\.)?layers\.(\d+)\.")  # a language model's: those of images have names before it
 _KINDS: dict[str, tuple[type, str]] = {
     "layer_types": (list, "a list"), "architectures": (list, "a list"), "model_type": (str, "text"),
     "sliding_window": (int, "a whole number"), "quantization_config": (dict, "a mapping"), "auto_map": (dict, "a mapping"),

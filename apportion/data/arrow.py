@@ -50,7 +50,7 @@ def read_parquet(path: Path, bad: BadRows) -> Iterator[Row]:
 
 
 def python_rows(batch: Any) -> Iterator[dict[str, Any] | str]:
-    """Each row of a record batch or table, or what is wrong with it."""
+    """Each row of a record batch, or what is wrong with it."""
     try:
         rows = batch.to_pylist()
     except UNREADABLE:
