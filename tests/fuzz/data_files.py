@@ -3,6 +3,7 @@
 import csv
 import gzip
 import io
+import itertools
 import json
 import random
 import zlib
@@ -179,18 +180,24 @@ def _json(data: bytes, whole: bool = False) -> Any:
 
 
 def _csv_rows(data: bytes) -> dict[int, Any]:
-    """Up to the first row that is not csv: where the next one begins is a matter of taste."""
+    """After a row that is not csv the next line begins one."""
     reader = csv.reader(io.StringIO(data.decode("utf-8", "surrogateescape"), newline=""), strict=True)
     rows: dict[int, Any] = {}
     try:
         names = next(reader, [])
-        for number, cells in enumerate(reader):
-            if len(cells) == len(names) and not any("\udc80" <= c <= "\udcff" for c in "".join(cells)):
-                rows[number] = dict(zip(names, cells, strict=True))
-    except csv.Error:
-        pass
-    if len(set(names)) < len(names):
+    except csv.Error as error:
+        raise Unreadable from error
+    if len(set(names)) < len(names) or any("\udc80" <= c <= "\udcff" for c in "".join(names)):
         raise Unreadable
+    for number in itertools.count():
+        try:
+            cells = next(reader, None)
+        except csv.Error:
+            continue
+        if cells is None:
+            return rows
+        if len(cells) == len(names) and not any("\udc80" <= c <= "\udcff" for c in "".join(cells)):
+            rows[number] = dict(zip(names, cells, strict=True))
     return rows
 
 
