@@ -19,6 +19,9 @@ class Recorder:
     def __init__(self):
         self.log = []
 
+    def expect(self, requests):
+        """What a real one compares with the nodes of a joined cluster."""
+
     def launch(self, requests):
         self.log += [f"launch {request.name}" for request in requests]
         return [_Fake(request.name, self.log) for request in requests]

@@ -10,6 +10,7 @@ from apportion.conf.machine import Machine
 from apportion.conf.schema import ClusterConfig
 from apportion.platform import cluster, room
 from apportion.platform.cluster import STARTING, Actor, ActorRequest, Call, Cluster
+from apportion.platform.progress import Clocks
 from apportion.platform.room import Node, asked, shortage, smallest
 
 NODES = [Node(0, 0), Node(64, 0), Node(32, 8), Node(16, 2)]  # a head without cores, as KubeRay's
@@ -83,12 +84,16 @@ def test_a_cluster_that_lacks_gpus_is_told_at_once_and_when_the_start_is_late(mo
         f"warning: {LACKING}: the start waits for more nodes, up to cluster.start_timeout_seconds\n"
     )
     late = [Call(Actor("policy-9", None, str(tmp_path / "none.log")), "describe", [])]
-    assert cluster._late(late, 600, STARTING) == (
+    assert cluster._late(late, Clocks([""], 600), 600, STARTING) == (
         f"start of actors: no answer within 600 s from policy-9 (describe): {LACKING}; lower cluster.gpus_per_*, or add nodes"
     )
-    assert "raise cluster.call_timeout_seconds if it is only slow" in cluster._late(late, 600, "update of step 3")
+    assert "raise cluster.call_timeout_seconds if it is only slow" in cluster._late(
+        late, Clocks([""], 600), 600, "update of step 3"
+    )
     assert expect(True, requests[:10]) == ""
-    assert "raise cluster.start_timeout_seconds if it is only slow" in cluster._late(late, 600, STARTING)
+    assert "raise cluster.start_timeout_seconds if it is only slow" in cluster._late(
+        late, Clocks([""], 600), 600, STARTING
+    )
     assert expect(False, requests) == "" and asked.gpus == []  # a Ray of the run's own was planned for
     monkeypatch.setattr(room, "alive_nodes", lambda: [*NODES, Node(16, 1)])  # an autoscaler has added it
     assert expect(True, requests) == ""

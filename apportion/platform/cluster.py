@@ -257,9 +257,12 @@ def gather(calls: Sequence[Call], timeout_seconds: float, what: str) -> list[Any
         health.check()
         clocks.look(call.actor.progress for call in pending.values())
         left = {id(call): clocks.left(call.actor.progress) for call in pending.values()}
-        if late := [call for call in pending.values() if not left[id(call)] or time.monotonic() >= lost_at]:
+        until_lost = lost_at - time.monotonic()
+        if late := [call for call in pending.values() if not left[id(call)] or until_lost <= 0]:
             raise ActorError(_late(late, clocks, timeout_seconds, what))
-        ready, _ = wait(pending, timeout=min(*left.values(), POLL_SECONDS, clocks.every), return_when=FIRST_COMPLETED)
+        ready, _ = wait(
+            pending, timeout=min(*left.values(), until_lost, POLL_SECONDS, clocks.every), return_when=FIRST_COMPLETED
+        )
         notices.tell()
         for future in ready:
             call = pending.pop(future)
