@@ -10,6 +10,7 @@ from typing import Any
 from apportion.conf.arguments import plain
 from apportion.conf.checks import leaves
 from apportion.platform.errors import ConfigError, nearest
+from apportion.platform.foreign import LARGEST_YAML, checked_yaml, read_text
 from apportion.platform.runs import REDACTED
 
 SAVED_NAME = "config.yaml"  # what a run's folder keeps its configuration under
@@ -78,10 +79,11 @@ def read_saved(file: Path) -> dict[str, Any]:
     from omegaconf._utils import get_yaml_loader  # as OmegaConf.load reads, which has no place to escape between
 
     try:
-        read = yaml.load(file.read_text(encoding="utf-8"), Loader=get_yaml_loader())
+        read = yaml.load(checked_yaml(read_text(file, LARGEST_YAML)), Loader=get_yaml_loader())
     except (yaml.YAMLError, ValueError) as error:
-        said = " ".join(str(error).split())
-        raise ConfigError(f"{file}: got a file that is no YAML ({said}), expected a run's configuration") from error
+        said = " ".join(str(error).split()).replace('in "<unicode string>", ', "in ")
+        what = "is no YAML" if isinstance(error, yaml.YAMLError) else "cannot be read"
+        raise ConfigError(f"{file}: got a file that {what} ({said}), expected a run's configuration") from error
     if not isinstance(read, dict | None):
         raise ConfigError(f"{file}: got a {type(read).__name__}, expected a run's configuration, a mapping: correct it")
     return _escaped(read or {})
@@ -102,6 +104,12 @@ def _escaped(value: Any) -> Any:
 
 def no_such_run(what: str, got: str, runs_folder: str) -> ConfigError:
     folder = Path(runs_folder)
+    there = next((start for start in (Path(got), folder / got) if start.exists()), None)
+    if there is not None:
+        return ConfigError(
+            f"{what}: got {there}, in which there is no {SAVED_NAME}, expected the folder of a run, which keeps its "
+            f"configuration there: copy the {SAVED_NAME} of the run that wrote it, or name another run"
+        )
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
     return ConfigError(
         f"{what}: got {got!r}, expected a run's folder, its name under {runs_folder}/, or one of its checkpoints"

@@ -70,6 +70,7 @@ def test_nothing_has_the_name_while_it_is_written(tmp_path):
         assert folder.name.startswith(".step-000005.partial-")
         assert store.latest() is None
         assert store.problems() == [f"{folder.name}: half-written"]
+        RunState(step=5, policy_version=5, data={}).save(folder)
     assert newest(store).step == 5
     assert store.problems() == []
 

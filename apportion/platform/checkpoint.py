@@ -10,71 +10,27 @@ import contextlib
 import errno
 import hashlib
 import json
-import math
 import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from apportion.platform.errors import CheckpointError
 from apportion.platform.files import exchange, sync_to_disk, write_text_atomically
+from apportion.platform.foreign import read_json, read_text
+from apportion.platform.run_state import FORMAT, STATE_FILE, RunState, is_count, is_number
+
+__all__ = ["Checkpoint", "CheckpointStore", "RunState", "problem_of"]
 
 MANIFEST_FILE = "manifest.json"
-STATE_FILE = "state.json"
 LATEST_FILE = "latest"
-FORMAT = 1
 FOLDER_PATTERN = re.compile(r"step-(\d{6,})")
 _LEFTOVER = re.compile(r"\.step-\d+\.(partial|replaced)-[0-9a-f]+")
-
-
-@dataclass
-class RunState:
-    """Everything of a run that is not a tensor. JSON values only.
-
-    `data` is the data's own position, `trackers` the run ids of `Tracker.state`, `kl` the adaptive coefficient's state,
-    `seeds` every seed by what it is for, `extra` what a later version of the loop adds, `ranks` how each trained role is
-    spread over ranks (empty in what earlier versions wrote).
-    """
-
-    step: int
-    policy_version: int
-    data: dict[str, Any]
-    seeds: dict[str, int] = field(default_factory=dict)
-    trackers: dict[str, Any] = field(default_factory=dict)
-    kl: dict[str, float] | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
-    ranks: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    def save(self, folder: Path) -> None:
-        """Write `state.json`. A number that is not finite is unknown, and null; TypeError for what is no JSON value."""
-        text = json.dumps({"format": FORMAT, **_known(asdict(self))}, indent=2, allow_nan=False)
-        (folder / STATE_FILE).write_text(text + "\n", encoding="utf-8")
-
-    @staticmethod
-    def load(folder: Path) -> RunState:
-        """Read `state.json`; CheckpointError if it is missing, broken or of another format."""
-        file = folder / STATE_FILE
-        try:
-            read = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{file}: cannot be read ({error}); expected the state of a run: take another checkpoint"
-            ) from error
-        version = read.pop("format", None)
-        expected = {f.name for f in fields(RunState)}
-        read.setdefault("ranks", {})
-        if version != FORMAT or set(read) != expected:
-            odd = ", ".join(sorted(set(read) ^ expected)) or "none"
-            raise CheckpointError(
-                f"{file}: got format {version} (fields that differ: {odd}), expected format {FORMAT}: "
-                "resume with the version that wrote it"
-            )
-        return RunState(**read)
 
 
 @dataclass(frozen=True)
@@ -104,6 +60,7 @@ class CheckpointStore:
         self.root = Path(root)
         self.keep = keep
         self.current: int | None = None
+        self.skipped: list[str] = []  # by the last search: each later checkpoint that is not whole, and why
 
     @contextlib.contextmanager
     def writing(self, step: int, needed_bytes: int | None = None) -> Iterator[Path]:
@@ -134,16 +91,29 @@ class CheckpointStore:
         self._retain(step)
 
     def latest(self) -> Checkpoint | None:
-        """The newest whole checkpoint, or None. Broken ones are passed over; `problems` says which and why."""
-        for folder in self._folders_newest_first():
-            if problem_of(folder) is None:
-                self._refuse_later_format(folder)
-                return _checkpoint(folder)
-        return None
+        """The newest whole checkpoint, or None. Broken ones are skipped: `skipped` and `problems` say which and why."""
+        folder = self._newest(problem_of)
+        if folder is None:
+            return None
+        self._refuse_later_format(folder)
+        return _checkpoint(folder)
 
     def newest_by_size(self) -> Path | None:
         """As `latest`, but files are only counted and measured."""
-        return next((folder for folder in self._folders_newest_first() if _size_problem(folder) is None), None)
+        return self._newest(_size_problem)
+
+    def _newest(self, problem: Callable[[Path], str | None]) -> Path | None:
+        self.skipped = []
+        folders = self._folders_newest_first()
+        for index, folder in enumerate(folders):
+            found = problem(folder)
+            if found is None:
+                # One without a readable manifest has no time, and comes last whatever its step is.
+                later = [f for f in folders[index + 1 :] if _step_of(f) > _step_of(folder)]
+                self.skipped += [f"{f.name}: {found}" for f in later if (found := _size_problem(f)) is not None]
+                return folder
+            self.skipped.append(f"{folder.name}: {found}")
+        return None
 
     def _refuse_later_format(self, chosen: Path) -> None:
         """A later checkpoint that this version cannot read is not passed over: the run would go on from long before it."""
@@ -185,8 +155,9 @@ class CheckpointStore:
         return sorted(folders, key=lambda f: (_written_at(f), f.name == pointed, _step_of(f)), reverse=True)
 
     def _pointed(self) -> str | None:
-        file = self.root / LATEST_FILE
-        return file.read_text(encoding="utf-8").strip() if file.is_file() else None
+        with contextlib.suppress(OSError, ValueError):  # it only decides between equal times
+            return read_text(self.root / LATEST_FILE, 1024).strip()
+        return None
 
     def _publish(self, partial: Path, step: int) -> None:
         final = self.root / f"step-{step:06d}"
@@ -207,12 +178,12 @@ class CheckpointStore:
         whole = [folder for folder in others if _size_problem(folder) is None]
         for folder in others:
             if folder not in whole[: self.keep - 1]:
-                shutil.rmtree(folder)
+                _remove(folder)
 
     def _remove_leftovers(self) -> None:
         for entry in self.root.iterdir():
             if _LEFTOVER.fullmatch(entry.name):
-                shutil.rmtree(entry)
+                _remove(entry)
 
     @contextlib.contextmanager
     def _disk_full_explained(self, step: int, needed: int | None, partial: Path | None) -> Iterator[None]:
@@ -241,15 +212,6 @@ class CheckpointStore:
             f"checkpoint of step {step}: the disk of {where} is full: needed {wanted}, free {free} bytes; "
             "earlier checkpoints are untouched: free some space, lower checkpoint.keep or choose another runs_folder"
         )
-
-
-def _known(value: Any) -> Any:
-    """A copy in which floats that are not finite are None."""
-    if isinstance(value, dict):
-        return {key: _known(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_known(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def problem_of(folder: Path) -> str | None:
@@ -305,26 +267,42 @@ def _write_manifest(folder: Path, step: int, after: float) -> None:
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     """ValueError for one that this version does not read."""
-    manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+    manifest = read_json(folder / MANIFEST_FILE)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else None
         raise ValueError(f"got format {found}, expected format {FORMAT}: take it up with the version that wrote it")
-    kinds: dict[str, type | tuple[type, ...]] = {"step": int, "written_at": (int, float), "files": dict}
-    odd = [key for key, kind in kinds.items() if not isinstance(manifest.get(key), kind)]
+    fits = {
+        "step": is_count(manifest.get("step")),
+        "written_at": is_number(manifest.get("written_at")),
+        "files": isinstance(manifest.get("files"), dict),
+    }
+    odd = [key for key, fit in fits.items() if not fit]
     if not odd:
-        odd = [name for name, entry in manifest["files"].items() if not _is_entry(entry)]
+        odd = [name for name, entry in manifest["files"].items() if not _is_entry(name, entry)]
     if odd:
         raise ValueError(f"got no such values as this version writes for {', '.join(odd)}")
+    if STATE_FILE not in manifest["files"]:
+        raise ValueError(f"it lists {len(manifest['files'])} files and no {STATE_FILE} among them")
+    if manifest["step"] != _step_of(folder):
+        raise ValueError(f"it is of step {manifest['step']}, and the folder of step {_step_of(folder)}")
     return manifest
 
 
-def _is_entry(entry: Any) -> bool:
-    return isinstance(entry, dict) and isinstance(entry.get("size"), int) and isinstance(entry.get("blake2b"), str)
+def _is_entry(name: str, entry: Any) -> bool:
+    inside = not Path(name).is_absolute() and ".." not in Path(name).parts and "\0" not in name
+    return inside and isinstance(entry, dict) and is_count(entry.get("size")) and isinstance(entry.get("blake2b"), str)
+
+
+def _remove(folder: Path) -> None:
+    if folder.is_symlink():  # what it leads to is not ours to remove
+        folder.unlink()
+    else:
+        shutil.rmtree(folder)
 
 
 def _of_another_format(folder: Path) -> bool:
     try:
-        manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+        manifest = read_json(folder / MANIFEST_FILE)
     except (OSError, ValueError):
         return False
     return isinstance(manifest, dict) and manifest.get("format") != FORMAT

@@ -5,9 +5,7 @@ What a model wrote is shown as text: no markup, no control characters, no escape
 
 from __future__ import annotations
 
-import re
 import time
-import unicodedata
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,8 +16,11 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from apportion.platform.messages import plain_text, terminal_text
+
+__all__ = ["ConsoleTracker", "plain_text", "safe_text", "terminal_text"]
+
 ROWS_SHOWN = 12
-_ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\-_])")
 _COLUMNS = ("step", "reward", "accuracy", "length", "KL", "tokens/s", "time left")
 
 
@@ -33,24 +34,6 @@ def safe_text(text: str, limit: int | None = None) -> str:
     if limit is not None and len(plain) > limit:
         plain = plain[: limit - 1] + "…"
     return escape(plain)
-
-
-def plain_text(text: str) -> str:
-    """Without escape sequences, control and direction characters; runs of white space become one space."""
-    return _harmless(re.sub(r"\s+", " ", _ESCAPES.sub("", text))).strip()
-
-
-def terminal_text(text: str) -> str:
-    """As `plain_text`, with its lines and tabs as they are: what a person reads may quote a model or a row.
-
-    >>> terminal_text("policy-0: died\\n\\tsaid \\x1b]0;mine\\x07hello")
-    'policy-0: died\\n\\tsaid hello'
-    """
-    return _harmless(_ESCAPES.sub("", text), "\n\t")
-
-
-def _harmless(text: str, kept: str = "") -> str:
-    return "".join(c for c in text if c in kept or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co"))
 
 
 class ConsoleTracker:

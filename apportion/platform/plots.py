@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +63,14 @@ def _plot_curve(lines: list[dict[str, Any]], name: str, file: Path) -> Path | No
     axes.set(title=title, xlabel="step", ylabel=label)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    figure.savefig(file)
+    partial = file.with_name(
+        f".{file.name}.partial-{secrets.token_hex(3)}"
+    )  # a link at `file` is replaced, not followed
+    try:
+        figure.savefig(partial, format="png")
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
     return file
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from apportion.platform.errors import ConfigError
+from apportion.platform.foreign import open_to_append
 
 LOCK_FILE = ".lock"
 _NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS)
@@ -22,8 +23,8 @@ _NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS)
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Hold a run's folder; ConfigError where another process does."""
-    with open(folder / LOCK_FILE, "a") as file:
+    """Hold a run's folder, to write in it; ConfigError where another process does."""
+    with open_to_append(folder / LOCK_FILE) as file:
         if not _locked(file, fcntl.LOCK_EX):
             raise ConfigError(
                 f"run folder: got {folder}, which another process is running; expected a run that has ended: wait for "

@@ -6,6 +6,7 @@ runs/NAME/  config.yaml  metrics.jsonl  samples.jsonl  summary.json  plots/  ten
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -20,6 +21,8 @@ from typing import Any
 from apportion.platform.checkpoint import FOLDER_PATTERN, Checkpoint, CheckpointStore
 from apportion.platform.errors import ConfigError, nearest
 from apportion.platform.files import write_text_atomically
+from apportion.platform.foreign import LARGEST_YAML, checked_yaml, read_text
+from apportion.platform.messages import warn
 from apportion.platform.run_lock import held, is_held
 
 REDACTED = "<redacted>"
@@ -88,7 +91,8 @@ def _yaml(config: Mapping[str, Any]) -> str:
     import yaml
 
     class Dumper(yaml.SafeDumper):
-        pass
+        def ignore_aliases(self, data: Any) -> bool:
+            return True
 
     Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
     return yaml.dump(config, Dumper=Dumper, sort_keys=False, allow_unicode=True)
@@ -148,7 +152,8 @@ def never_began(folder: Path) -> bool:
     import yaml
 
     try:
-        keeps_metrics = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["tracking"]["jsonl"]
+        text = checked_yaml(read_text(folder / "config.yaml", LARGEST_YAML))
+        keeps_metrics = yaml.safe_load(text)["tracking"]["jsonl"]
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         return False
     metrics = [folder / name for name in _METRICS_FILES]
@@ -271,7 +276,24 @@ def resumed_folder(argument: str, runs_root: str | Path) -> Path | None:
     """The checkpoint that `find_checkpoint` finds if every byte is as written, which is not looked at here; None where
     the run has none."""
     run, named = _named(argument, runs_root)
-    return named or CheckpointStore(run / "checkpoints").newest_by_size()
+    if named:
+        return named
+    store = CheckpointStore(run / "checkpoints")
+    newest = store.newest_by_size()
+    if newest is not None:
+        tell_skipped(store, newest)
+    return newest
+
+
+def tell_skipped(store: CheckpointStore, chosen: Path) -> None:
+    """Warn of each later checkpoint that the last search of `store` found damaged."""
+    for problem in store.skipped:
+        _warn_once(f"{store.root}/{problem}; taking {chosen.name} instead, the newest that is whole")
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    warn(text)
 
 
 def named_run(argument: str, runs_root: str | Path) -> Path:
@@ -302,6 +324,12 @@ def _named(argument: str, runs_root: str | Path) -> tuple[Path, Path | None]:
     found = _runs_with_checkpoints(Path(runs_root))
     close = nearest(argument, found)
     listed = f"{runs_root} has {', '.join(found[:5])}" if found else f"no run in {runs_root} has a checkpoint"
+    there = next((folder for folder in (given, Path(runs_root) / argument) if folder.exists()), None)
+    if there is not None:
+        raise ConfigError(
+            f"resume: got {there}, which has neither a config.yaml nor a folder checkpoints, expected a run's folder or "
+            f"name, or a checkpoint; {listed}"
+        )
     raise ConfigError(f"resume: got {argument!r}, expected a run's folder or name, or a checkpoint{close}; {listed}")
 
 
@@ -316,6 +344,7 @@ def _newest_of_run(folder: Path) -> Checkpoint:
     if newest is None:
         found = "; ".join(store.problems()) or "no checkpoint"
         raise ConfigError(f"resume: got run {folder}, expected one with a whole checkpoint; found: {found}")
+    tell_skipped(store, newest.path)
     return newest
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,10 @@ from typing import Any, Protocol
 
 from apportion.platform.errors import ApportionError, ConfigError
 from apportion.platform.files import write_text_atomically
+from apportion.platform.foreign import open_to_append, parse_json, refuse_link
+from apportion.platform.messages import plain_text, quoted, warn
 from apportion.platform.metric_names import unknown_metrics
+from apportion.platform.run_state import is_count, is_number
 from apportion.platform.runs import redacted_text
 
 METRICS_FILE = "metrics.jsonl"
@@ -122,8 +124,8 @@ class JsonlTracker:
             return
         for file in self._files():
             _drop_later_lines(file, self._last)
-        self._metrics = open(self._folder / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
-        self._samples = open(self._folder / SAMPLES_FILE, "a", encoding="utf-8")  # noqa: SIM115
+        self._metrics = open_to_append(self._folder / METRICS_FILE)  # open as long as the run
+        self._samples = open_to_append(self._folder / SAMPLES_FILE)
 
 
 class TensorBoardTracker:
@@ -201,9 +203,7 @@ class MultiTracker:
         """Tracebacks of a user's functions come here, with whatever addresses and keys stand in them."""
         message = redacted_text(message, entries=False)
         if not any(tracker.name in ("console", "jsonl") for tracker in self._trackers):
-            from apportion.platform.console import plain_text
-
-            print(f"warning: {plain_text(message)}", file=sys.stderr)
+            warn(plain_text(message))
         for tracker in list(self._trackers):
             self._attempt(tracker, "warn", message)
 
@@ -278,7 +278,12 @@ def open_trackers(settings: TrackingSettings, run: TrackedRun, console: Tracker 
 
     trackers: list[Tracker] = []
     if settings.wandb != "off":
-        earlier = run.resume_state["wandb"]["run_id"] if "wandb" in run.resume_state else None
+        earlier = run.resume_state["wandb"].get("run_id") if "wandb" in run.resume_state else None
+        if "wandb" in run.resume_state and not isinstance(earlier, str):
+            raise ConfigError(
+                f"resume: got {quoted(earlier)} as trackers.wandb.run_id in state.json, expected wandb's name of the run; "
+                "take another checkpoint, or tracking.wandb=off"
+            )
         wandb = WandbSettings(
             settings.wandb, settings.wandb_project, run.name, settings.wandb_entity, list(settings.wandb_tags), earlier
         )
@@ -304,18 +309,37 @@ def read_samples(folder: Path) -> list[dict[str, Any]]:
 
 def _read_lines(file: Path) -> list[dict[str, Any] | None]:
     """Parsed lines; None in place of a torn last one. A broken line before it is an error that names it."""
-    texts = file.read_text(encoding="utf-8").splitlines()
+    refuse_link(file)
+    lines = file.read_bytes().split(b"\n")
+    if lines[-1] == b"":
+        lines.pop()
     parsed: list[dict[str, Any] | None] = []
-    for number, text in enumerate(texts, start=1):
+    for number, line in enumerate(lines, start=1):
         try:
-            parsed.append(json.loads(text))
-        except json.JSONDecodeError as error:
-            if number < len(texts):
+            parsed.append(_line(line, file.name == METRICS_FILE))
+        except ValueError as error:
+            if number < len(lines) or not isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
                 raise ApportionError(
                     f"{file}:{number}: got a broken line ({error}), expected one JSON object a line"
                 ) from error
             parsed.append(None)
     return parsed
+
+
+def _line(line: bytes, metrics: bool) -> dict[str, Any]:
+    """ValueError for what is no line of ours."""
+    read = parse_json(line.decode("utf-8"))
+    if not isinstance(read, dict):
+        raise ValueError(f"a {type(read).__name__}")
+    if not is_count(read.get("step")):
+        raise ValueError(f"no step, or one that is no whole number: {quoted(read.get('step'))}")
+    if metrics:
+        for name, value in read.items():
+            if name != "warnings" and value is not None and not is_number(value):
+                raise ValueError(f"{name} is no number: {quoted(value)}")
+        if not isinstance(read.get("warnings", []), list):
+            raise ValueError(f"warnings are no list: {quoted(read['warnings'])}")
+    return read
 
 
 def _drop_later_lines(file: Path, step: int) -> None:
