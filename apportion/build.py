@@ -30,7 +30,7 @@ from apportion.data.prompts import PromptStream, load_tokenizer
 from apportion.edges import closing, refusals, row_errors, terminated_as_interrupt, told_first
 from apportion.loop.device_memory import DevicePeaks
 from apportion.loop.evaluation import Evaluator
-from apportion.loop.resume import check_steps_left
+from apportion.loop.resume import check_steps_left, progress_of
 from apportion.loop.state import Actors
 from apportion.plan import make_plan
 from apportion.platform.checkpoint import Checkpoint, CheckpointStore
@@ -73,6 +73,7 @@ def _train(config: Config, resolved: dict[str, Any], locks: ExitStack) -> int:
         prompts, held_out = load_prompts(config, tokenizer)
         if checkpoint:
             check_steps_left(checkpoint.state, config.train.steps, run_of(checkpoint).path)
+            progress_of(checkpoint.state)
             prompts.load_state(checkpoint.state.data)  # refused now rather than when actors have started
         folder = run_of(checkpoint) if checkpoint else _new_folder(config, resolved)
         if not checkpoint:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,9 @@ from apportion.loop.rescue import save_after_loss
 from apportion.loop.schedule import CheckpointSchedule
 from apportion.platform.checkpoint import CheckpointStore, RunState
 from apportion.platform.cluster import Actor, Call, gather, put
-from apportion.platform.errors import ClusterLost
+from apportion.platform.errors import CheckpointError, ClusterLost
 from apportion.platform.health import finishing
+from apportion.platform.run_state import check_values
 from apportion.platform.tracking import Tracker
 
 Reduction = Callable[[Any], Any]  # mask [B, T] of a step to weights [B, T], as algorithms.interface.Reduction
@@ -116,7 +117,9 @@ def _position(settings: StageSettings, data: PreferenceData) -> dict[str, Any]:
 
 
 def check_position(settings: StageSettings, data: PreferenceData, state: RunState) -> None:
-    """ValueError where a checkpoint was written over other data, or another order of them."""
+    """ValueError where a checkpoint was written over other data, or another order of them; CheckpointError for progress
+    that this version does not know."""
+    _check_stage(state)
     for name, value in _position(settings, data).items():
         if state.data.get(name) != value:
             raise ValueError(
@@ -128,6 +131,15 @@ def check_position(settings: StageSettings, data: PreferenceData, state: RunStat
             f"resume: the {len(data)} training examples are not those that the checkpoint was written with: as many, but "
             "other tokens or another order, expected the same rows of data.train, tokenizer, chat template and lengths; "
             "or start a new run"
+        )
+
+
+def _check_stage(state: RunState) -> None:
+    check_values(state.extra, StageProgress, "state.json: extra")
+    odd = sorted(set(state.extra) - ({f.name for f in fields(StageProgress)} - {"step"}))
+    if odd:
+        raise CheckpointError(
+            f"state.json: got extra values {', '.join(odd)}, which a stage does not know: resume with the version that wrote it"
         )
 
 

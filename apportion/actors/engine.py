@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from apportion.actors.engine_settings import EngineSettings
 from apportion.actors.extensions import compile_extensions
+from apportion.actors.loading import tensors_only
 from apportion.platform import progress
 from apportion.platform.errors import ConfigError, TrainingError
 from apportion.platform.rendezvous import open_store
@@ -304,7 +305,7 @@ def _safe_checkpoint_engine() -> Any:
             from deepspeed.utils.tensor_fragment import fragment_address
 
             allowed = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
-            with torch.serialization.safe_globals(allowed):
+            with tensors_only(path), torch.serialization.safe_globals(allowed):
                 return torch.load(path, map_location=map_location, weights_only=True)
 
     return SafeCheckpointEngine()

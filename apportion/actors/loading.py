@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 
 from apportion.data.model_errors import of_model_files, reason
-from apportion.platform.errors import ConfigError
+from apportion.platform.errors import CheckpointError, ConfigError
 from apportion.platform.tracking import one_line
 
 
@@ -26,7 +28,7 @@ def load_causal_lm(
     """A causal LM ready to be trained; with `lora` (rank, alpha, dropout, targets) only its adapters are."""
     from transformers import AutoModelForCausalLM
 
-    with model_refused(path, trust_remote_code), attention_refused(attention, path):
+    with model_refused(path, trust_remote_code), attention_refused(attention, path), tensors_only(path):
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=getattr(torch, dtype), attn_implementation=attention, trust_remote_code=trust_remote_code
         )
@@ -59,6 +61,31 @@ def model_refused(path: str, trust_remote_code: bool = False) -> Iterator[None]:
         raise ConfigError(
             f"{path}: the model cannot be loaded ({type(error).__name__}: {reason(error)}), expected the whole folder of a "
             "causal language model: fetch it again"
+        ) from error
+
+
+@contextmanager
+def tensors_only(path: str) -> Iterator[None]:
+    """torch refuses a pickle that holds code, with advice to let it run; this says what is wrong and what is safe."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        found = re.search(r"(?:GLOBAL|class|function) ([\w.]+)", str(error))
+        if found is None:
+            raise CheckpointError(
+                f"{path}: got a damaged pickle, expected a file of tensors: take another copy"
+            ) from error
+        raise CheckpointError(
+            f"{path}: got a pickle that holds code ({found[1]}), which loading would run, expected tensors alone: take the "
+            "weights as safetensors, or a checkpoint from whoever you trust"
+        ) from error
+    except EOFError as error:
+        raise CheckpointError(f"{path}: got a file that ends early, expected tensors: take another copy") from error
+    except RuntimeError as error:
+        if "PytorchStreamReader" not in str(error):
+            raise
+        raise CheckpointError(
+            f"{path}: got a damaged archive ({one_line(error)}), expected tensors: take another copy"
         ) from error
 
 

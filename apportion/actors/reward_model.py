@@ -128,15 +128,18 @@ def _load(path: str, settings: dict[str, Any]) -> tuple[Any, Any]:
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+    from apportion.actors.loading import tensors_only
+
     folder, trust = resolve_model(path), bool(settings["trust_remote_code"])
     try:
         labels = AutoConfig.from_pretrained(folder, trust_remote_code=trust).num_labels
         if labels != 1:
             raise ConfigError(f"reward.functions model:{path}: got a model with {labels} labels, expected 1")
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=getattr(torch, settings["dtype"]), trust_remote_code=trust
-        )
+        with tensors_only(f"reward.functions model:{path}"):
+            model = AutoModelForSequenceClassification.from_pretrained(
+                folder, dtype=getattr(torch, settings["dtype"]), trust_remote_code=trust
+            )
     except ConfigError:
         raise
     except Exception as error:

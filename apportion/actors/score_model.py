@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from apportion.actors.loading import attention_refused, check_attention_softcap, model_refused
+from apportion.actors.loading import attention_refused, check_attention_softcap, model_refused, tensors_only
 from apportion.actors.modules import base_causal_lm, final_hidden
 
 HEAD = "score"
@@ -54,7 +54,8 @@ def load_score_model(spec: ScoreSpec, gradient_checkpointing: bool = False) -> S
     """
     from transformers import AutoModelForSequenceClassification
 
-    with model_refused(spec.model, spec.trust_remote_code), attention_refused(spec.attention, spec.model):
+    refused = model_refused(spec.model, spec.trust_remote_code)
+    with refused, attention_refused(spec.attention, spec.model), tensors_only(spec.model):
         model, info = AutoModelForSequenceClassification.from_pretrained(
             spec.model,
             num_labels=1,

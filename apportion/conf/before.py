@@ -11,6 +11,8 @@ from apportion.conf.preference_schema import STAGES
 from apportion.conf.schema import Config
 from apportion.platform.errors import ConfigError
 from apportion.platform.files import write_text_atomically
+from apportion.platform.foreign import read_json
+from apportion.platform.messages import quoted
 from apportion.platform.run_lock import is_held
 from apportion.platform.runs import check_run_name, never_began, redacted_text
 
@@ -80,13 +82,24 @@ def _refuse_other_words(stage: Stage, folder: Path) -> None:
     file = folder / WORDS_FILE
     if not file.is_file():
         return
-    found, wanted = json.loads(file.read_text(encoding="utf-8"))["words"], _words(stage)
+    found, wanted = _kept_words(file), _words(stage)
     if found != wanted:
         differ = [word for word in [*found, *wanted] if (word in found) != (word in wanted)]
         raise ConfigError(
             f"before: {folder} was made by other words (these differ: {' '.join(differ) or 'their order'}), expected a run "
             "of this line: give the line another run_name, or remove that folder"
         )
+
+
+def _kept_words(file: Path) -> list[str]:
+    try:
+        read = read_json(file)
+    except ValueError as error:
+        raise ConfigError(f"before: {file}: cannot be read ({error}), expected the words of a stage") from error
+    words = read.get("words") if isinstance(read, dict) else None
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise ConfigError(f"before: {file}: got {quoted(read)}, expected the words of a stage: remove that folder")
+    return words
 
 
 def _words(stage: Stage) -> list[str]:

@@ -6,6 +6,7 @@ settings of the engine that keep the same tensors.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from apportion.conf.preference_schema import PreferenceConfig
 from apportion.conf.schema import Config, EngineConfig
 from apportion.platform.checkpoint import RunState
 from apportion.platform.errors import CheckpointError, ConfigError
+from apportion.platform.messages import quoted
+from apportion.platform.run_state import STATE_FILE, is_count
 from apportion.platform.runs import resumed_folder
 
 Layout = dict[str, dict[str, Any]]  # role -> what its ranks wrote, as `_of_engine` says it
@@ -60,6 +63,32 @@ def check_layout(folder: Path, wanted: Layout) -> None:
                 raise ConfigError(_refusal(folder, role, what, found[what], value))
 
 
+def _check_stated(folder: Path, role: str, stated: Layout) -> None:
+    """ConfigError for what no run of this version writes."""
+    for what, value in stated.get(role, {}).items():
+        if what in _STATED and not _STATED[what](value):
+            raise ConfigError(
+                f"resume: {folder / STATE_FILE}: ranks.{role}.{what}: got {quoted(value)}, expected what a run writes: take "
+                "another checkpoint"
+            )
+
+
+def _is_adapter(value: Any) -> bool:
+    targets = value.get("targets") if isinstance(value, dict) else None
+    return value is None or (
+        isinstance(targets, list) and all(isinstance(t, str) for t in targets) and is_count(value.get("rank"))
+    )
+
+
+_STATED: dict[str, Callable[[Any], bool]] = {
+    "ranks": is_count,
+    "zero_stage": lambda value: is_count(value) and value in _SAME_FILES,
+    "dtype": lambda value: isinstance(value, str),
+    "offload_optimizer": lambda value: isinstance(value, bool),
+    "lora": _is_adapter,
+}
+
+
 def _fits(what: str, found: Any, wanted: Any) -> bool:
     return wanted in _SAME_FILES[found] if what == "zero_stage" else found == wanted
 
@@ -91,6 +120,7 @@ def _written(folder: Path, role: str) -> dict[str, Any] | None:
     except CheckpointError:  # whoever takes the checkpoint up says what is wrong with it
         return {}
     if stated:
+        _check_stated(folder, role, stated)
         return stated.get(role)
     if not (folder / role).is_dir():
         return {} if role == "policy" else None

@@ -13,6 +13,7 @@ from apportion.conf.schema import Config
 from apportion.data.builtin import PREFIX
 from apportion.platform.checkpoint import CheckpointStore
 from apportion.platform.errors import ConfigError
+from apportion.platform.runs import tell_skipped
 
 
 def teacher_paths(config: Config) -> dict[str, str]:
@@ -42,11 +43,13 @@ def _model_of(path: str, config: Config) -> str:
     stands for a model like the policy's."""
     for folder in (Path(path).expanduser(), Path(config.runs_folder) / path):
         if (folder / "checkpoints").is_dir():
-            newest = CheckpointStore(folder / "checkpoints").latest()
+            store = CheckpointStore(folder / "checkpoints")
+            newest = store.latest()
             if newest is None:
                 raise ConfigError(
                     f"teachers: got {path}, a run without a whole checkpoint, expected one that has a model"
                 )
+            tell_skipped(store, newest.path)
             return str(newest.path / "model")
     return config.model.path if path in [stage.run_name for stage in stages(config)] else path
 

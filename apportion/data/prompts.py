@@ -368,10 +368,22 @@ class PromptStream:
                     "the same data, or start a new run"
                 )
             share = state.get(f"{i}.millionths", mine[f"{i}.millionths"])
+            _check_count(f"{i}.millionths", share)
             if share != mine[f"{i}.millionths"]:  # the prompts until now were drawn by the other weights
                 raise DataError(
                     f"data position: source {source.name!r} gives {mine[f'{i}.millionths'] / 1e4:.4g}% of the prompts "
                     f"here and {share / 1e4:.4g}% in the checkpoint; resume with the same weights, or start a new run"
+                )
+        for name, value in state.items():
+            if name.endswith((".drawn", ".epoch", ".place", ".reasoning_left_out")) or ".skipped." in name:
+                _check_count(name, value)
+        for i in range(len(self._sources)):
+            for part in ("drawn", "epoch", "place"):
+                _check_count(f"{i}.{part}", state.get(f"{i}.{part}"))
+            if state[f"{i}.place"] > len(self._sources[i].rows):
+                raise DataError(
+                    f"data position: {i}.place: got {state[f'{i}.place']} in the checkpoint, expected at most the source's "
+                    f"{len(self._sources[i].rows)} rows"
                 )
         self._positions = [
             _Position(
@@ -383,3 +395,8 @@ class PromptStream:
             )
             for i in range(len(self._sources))
         ]
+
+
+def _check_count(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise DataError(f"data position: {name}: got {value!r:.100} in the checkpoint, expected a whole number from 0")

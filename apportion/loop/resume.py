@@ -8,6 +8,8 @@ from typing import Any
 from apportion.loop.state import Progress
 from apportion.platform.checkpoint import RunState
 from apportion.platform.errors import CheckpointError, ConfigError
+from apportion.platform.messages import quoted
+from apportion.platform.run_state import check_values
 
 _KEPT = (
     "accuracy_before", "accuracy_after", "answers_before", "answers_after", "stage_seconds", "samples", "rollout_tokens",
@@ -23,6 +25,11 @@ def kept(progress: Progress) -> dict[str, Any]:
 
 def progress_of(state: RunState) -> Progress:
     """CheckpointError for progress that this version does not know."""
+    check_values(state.extra, Progress, "state.json: extra")
+    if state.kl is not None and state.kl.keys() != {"coefficient"}:
+        raise CheckpointError(
+            f"state.json: kl: got {quoted(state.kl)}, expected null or a coefficient: take another checkpoint"
+        )
     odd = sorted(set(state.extra) - set(_KEPT))
     if odd:
         raise CheckpointError(

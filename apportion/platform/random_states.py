@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from apportion.platform.errors import CheckpointError
+from apportion.platform.foreign import parse_json
 
 
 def save_random_states(folder: Path, name: str, generators: Mapping[str, np.random.Generator] | None = None) -> Path:
@@ -43,21 +46,34 @@ def save_random_states(folder: Path, name: str, generators: Mapping[str, np.rand
 
 def load_random_states(folder: Path, name: str, generators: Mapping[str, np.random.Generator] | None = None) -> None:
     """Put this process and `generators` back to where `save_random_states` found them, or raise CheckpointError."""
-    import torch
-
     file = folder / f"random-{name}.npz"
     try:
         with np.load(file, allow_pickle=False) as read:
             arrays = {key: read[key] for key in read.files}
-    except (OSError, ValueError) as error:
+        words = parse_json(arrays["words"].tobytes().decode("utf-8"))
+    except (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         raise CheckpointError(f"{file}: cannot be read ({error}); expected the random states of {name}") from error
-    words = json.loads(arrays["words"].tobytes())
+    try:
+        _set(file, arrays, words, generators or {})
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{file}: got no random states of this version ({type(error).__name__}: {error}), expected those of {name}: "
+            "take another checkpoint"
+        ) from error
+
+
+def _set(
+    file: Path, arrays: Mapping[str, np.ndarray], words: Any, generators: Mapping[str, np.random.Generator]
+) -> None:
+    """Whatever Python, numpy and torch say of states that are none of theirs passes."""
+    import torch
+
     gpus = sorted((key for key in arrays if key.startswith("cuda-")), key=lambda key: int(key.removeprefix("cuda-")))
     if len(gpus) != (torch.cuda.device_count() if torch.cuda.is_available() else 0):
         raise CheckpointError(
             f"{file}: got the states of {len(gpus)} GPUs, expected this process's number: resume on the same layout"
         )
-    missing = sorted(set(generators or {}) ^ set(words["generators"]))
+    missing = sorted(set(generators) ^ set(words["generators"]))
     if missing:
         raise CheckpointError(
             f"{file}: generators differ ({', '.join(missing)}), expected the same names as when it was saved"
@@ -68,7 +84,7 @@ def load_random_states(folder: Path, name: str, generators: Mapping[str, np.rand
     torch.set_rng_state(torch.from_numpy(arrays["torch"]))
     if gpus:
         torch.cuda.set_rng_state_all([torch.from_numpy(arrays[key]) for key in gpus])
-    for key, generator in (generators or {}).items():
+    for key, generator in generators.items():
         generator.bit_generator.state = words["generators"][key]
 
 

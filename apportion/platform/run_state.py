@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from apportion.platform.errors import CheckpointError
 from apportion.platform.foreign import read_json
@@ -45,6 +45,30 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {  # whether a value fit
     "extra": _MAPPING,
     "ranks": (_mapping_of(lambda value: isinstance(value, dict)), "a mapping of mappings"),
 }
+
+
+def check_values(values: Mapping[str, Any], kind: type, where: str) -> None:
+    """CheckpointError for a value that does not fit its type in the dataclass `kind`. Null may be a number that was not
+    finite. Unknown names are not looked at."""
+    for name, hint in get_type_hints(kind).items():
+        if name in values and not _fits(values[name], hint):
+            raise CheckpointError(f"{where}.{name}: got {quoted(values[name])}, expected {_words(hint)}: {_OTHER}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    parts = get_args(hint)
+    if get_origin(hint) is list:
+        return isinstance(value, list) and all(_fits(item, parts[0]) for item in value)
+    if get_origin(hint) is dict:
+        return isinstance(value, dict) and all(_fits(item, parts[1]) for item in value.values())
+    if parts:  # a union
+        return any(_fits(value, part) for part in parts)
+    plain = {int: is_count, float: lambda v: v is None or is_number(v), type(None): lambda v: v is None}
+    return plain[hint](value) if hint in plain else hint is Any or isinstance(value, hint)
+
+
+def _words(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).replace("typing.", "")
 
 
 @dataclass

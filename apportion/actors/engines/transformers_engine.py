@@ -10,7 +10,7 @@ import torch
 
 from apportion.actors.engine import own_device
 from apportion.actors.engines import EngineSpec, Request, Sample, Sampling
-from apportion.actors.loading import attention_softcap
+from apportion.actors.loading import attention_softcap, tensors_only
 from apportion.data.response_text import ResponseText
 from apportion.platform import progress
 from apportion.platform.channel import ChannelAddress, WeightChannel
@@ -32,9 +32,10 @@ class TransformersEngine:
         self._device = own_device()
         self._tokenizer = AutoTokenizer.from_pretrained(spec.model, trust_remote_code=spec.trust_remote_code)
         self._spell = ResponseText(self._tokenizer)
-        self._model: Any = AutoModelForCausalLM.from_pretrained(
-            spec.model, dtype=getattr(torch, spec.dtype), trust_remote_code=spec.trust_remote_code
-        )
+        with tensors_only(spec.model):
+            self._model: Any = AutoModelForCausalLM.from_pretrained(
+                spec.model, dtype=getattr(torch, spec.dtype), trust_remote_code=spec.trust_remote_code
+            )
         if attention_softcap(self._model.config) is not None:
             self._model.set_attn_implementation("eager")  # the default leaves the cap out without a word
         self._model.to(self._device).eval()
