@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from apportion import __version__
 from apportion.edges import system_errors, tell, unsaved_sweeps
 from apportion.platform.errors import ApportionError, ConfigError, nearest
+from apportion.platform.messages import say
 from apportion.platform.process import working_folder_last
 from apportion.platform.teardown import leave
 from apportion.saved import (
@@ -138,7 +139,7 @@ def _plan(words: list[str]) -> int:
 
         plan = make_plan(config, machine)
         _check_stages(config)
-        print(plan.render())
+        say(plan.render())
         return 0
 
     return _with_hydra("plan", words, run, base=resumed(words))
@@ -198,7 +199,7 @@ def _show(words: list[str]) -> int:
         raise no_such_run("show", names[0], runs)
     from apportion.platform.token_page import write_token_page
 
-    print(write_token_page(saved.parent))
+    say(str(write_token_page(saved.parent)))
     return 0
 
 
@@ -252,10 +253,12 @@ def to_config(composed: DictConfig) -> tuple[Any, dict[str, Any]]:
     from apportion.conf import explain
     from apportion.conf.checks import check_finite
     from apportion.conf.schema import Config
+    from apportion.conf.shapes import check_shape
 
     try:
         explain.check_keys(composed)
         resolved: Any = OmegaConf.to_container(composed, resolve=True)
+        check_shape(resolved, OmegaConf.get_type(composed) or Config)
         explain.missing_values(composed)
         config: Any = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:

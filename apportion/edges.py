@@ -16,6 +16,7 @@ import yaml
 
 from apportion.data.errors import DataError as SourceError
 from apportion.platform.errors import ApportionError, ConfigError, DataError
+from apportion.platform.messages import brief, say, warn
 from apportion.platform.tracking import MultiTracker
 
 
@@ -29,7 +30,7 @@ def closing(tracker: MultiTracker) -> Iterator[None]:
             tracker.close()
         except Exception as second:  # noqa: BLE001 - a full disk, say, that the error under way tells of already
             said = _plain(second)
-            print(f"warning: the trackers could not be closed either ({said})", file=sys.stderr)
+            warn(f"the trackers could not be closed either ({said})")
         raise
     tracker.close()
 
@@ -49,16 +50,13 @@ def told_first(tracker: MultiTracker | None = None) -> Iterator[None]:
 
 def tell(error: ApportionError) -> None:
     """Print an error, once: its first line as the message, what follows (a traceback, log lines) below it."""
-    from apportion.platform.console import terminal_text
-
     if error.told:
         return
     error.told = True
-    message, _, details = terminal_text(str(error)).partition("\n")
-    print(f"error: {message}", file=sys.stderr)
+    message, _, details = str(error).partition("\n")
+    say(f"error: {brief(message)}", sys.stderr)
     if details:
-        print(details, file=sys.stderr)
-    sys.stderr.flush()
+        say(details, sys.stderr)
 
 
 REFUSED_BY_SYSTEM = {

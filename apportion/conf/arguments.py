@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import re
-import sys
 import typing
 from collections.abc import Callable
 from dataclasses import is_dataclass
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from apportion.platform.errors import ConfigError
+from apportion.platform.messages import quoted, shortened, warn
 
 # Text keys whose value is no path or name, so that a backslash without quotes is an escape there.
 ESCAPED = ("data.system_prompt", "judge.delimiter", "reward.step_delimiter", "rollout.stop")
@@ -43,6 +43,9 @@ _LATEX = re.compile(  # commands that begin with n, r or t
     r"|triangleleft|triangleq|triangleright|tt|twoheadrightarrow"
 )
 _CALL = re.compile(r"[A-Za-z_]\w*\s*\(.*\)", re.DOTALL)  # a cast or a sweep of Hydra's
+_RECIPES = ("algorithm", "experiment", "lora")  # groups of files
+_MOST_DIGITS = 4300  # that Python reads as a number
+_LONGEST_KEY = 200  # bytes; Hydra looks for a file of that name
 _YAML_WORDS = ("off", "on", "yes", "no")
 _OPEN, _CLOSE = "([{", ")]}"
 
@@ -55,10 +58,30 @@ def rewritten(words: list[str], kind: type, sweep: bool = False) -> list[str]:
     >>> rewritten(["run_name=1e5", "train.steps=1e3", "model.path=/data/my model (v2)"], Config)
     ["run_name='1e5'", 'train.steps=1000', "model.path='/data/my model (v2)'"]
     """
+    for word in words:
+        _check_word(word)
     sweep = sweep or any(word.lower() == "hydra.mode=multirun" for word in words)
     wanted = any(word.startswith(_LORA_VALUES) for word in words)
     named = any(word.startswith("lora=") for word in words)
     return [*(["lora=default"] if wanted and not named else []), *(_override(word, kind, sweep) for word in words)]
+
+
+def _check_word(word: str) -> None:
+    """ConfigError for a key that no configuration has, and for a recipe that is no name: Hydra fails on both."""
+    name, equal, value = word.partition("=")
+    key = name.lstrip("+~").partition("@")[0]
+    if not key:
+        raise ConfigError(f"override: got {quoted(word)}, expected key=value: there is no key")
+    if len(key.encode("utf-8", "replace")) > _LONGEST_KEY:
+        raise ConfigError(f"{shortened(key, 120)}: got an unknown key, expected a key that exists")
+    if re.search(rf"(?<![\w'\"])\d{{{_MOST_DIGITS + 1}}}", value):
+        raise ConfigError(
+            f"{key}: got a number of more than {_MOST_DIGITS} digits, expected a shorter one, or text in quotes"
+        )
+    if key in _RECIPES and equal:
+        parsed = _parsed(value.strip())
+        if isinstance(parsed, int | float | list | dict) or "${" in value:
+            raise ConfigError(f"{key}: got {shortened(value, 120)}, expected a name: {key}=NAME")
 
 
 def plain(value: str) -> str:
@@ -222,7 +245,7 @@ def _unescaped(key: str, text: str) -> str:
 
 
 def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)
+    warn(text)
 
 
 def _quoted(text: str) -> str:
@@ -288,6 +311,6 @@ def _pieces(text: str) -> list[str] | None:
 
 def _unclosed(key: str, text: str) -> ConfigError:
     return ConfigError(
-        f"{key}: got {text!r}, whose quotes or brackets do not close, expected values separated by commas; put a text "
+        f"{key}: got {quoted(text)}, whose quotes or brackets do not close, expected values separated by commas; put a text "
         f"that has such a sign in quotes: {key}='\"...\"'"
     )

@@ -8,6 +8,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from apportion.platform.errors import ConfigError, nearest
+from apportion.platform.messages import quoted
 
 MISSING: Any = "???"  # a value that has to be given, as omegaconf spells it
 LARGEST_SEED = 2**32 - 1  # that numpy takes
@@ -16,7 +17,7 @@ SMALLEST_STORE_GIB = 0.075  # Ray starts with none smaller (75 MiB)
 
 def one_of(name: str, value: str, valid: tuple[str, ...]) -> None:
     if value not in valid and value != MISSING:
-        raise ConfigError(f"{name}: got {value!r}, expected one of {', '.join(valid)}{nearest(value, valid)}")
+        raise ConfigError(f"{name}: got {quoted(value)}, expected one of {', '.join(valid)}{nearest(value, valid)}")
 
 
 def at_least(name: str, value: float | None, low: float) -> None:

@@ -6,6 +6,7 @@ Knows their exceptions by class and by `full_key`; where they only carry text, b
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Iterable
@@ -15,8 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from apportion.conf.schema import Config
 from apportion.platform.errors import ConfigError, nearest
+from apportion.platform.messages import quoted, shortened
 
-_GROUPS = ("algorithm", "experiment", "lora")
+GROUPS = ("algorithm", "experiment", "lora")
 _WORDS: dict[Any, str] = {
     int: "an integer",
     float: "a number",
@@ -40,16 +42,16 @@ def config_keys(kind: type = Config, prefix: str = "") -> dict[str, str]:
         if typing.get_origin(hint) is typing.ClassVar:
             continue
         nested = next((part for part in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(part)), None)
-        keys[prefix + name] = _words(hint)
+        keys[prefix + name] = words_of(hint)
         if nested is not None:
             keys.update(config_keys(typing.cast(type, nested), f"{prefix}{name}."))
     return keys
 
 
-def _words(hint: Any) -> str:
+def words_of(hint: Any) -> str:
     arguments = typing.get_args(hint)
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        return " or ".join("null" if part is type(None) else _words(part) for part in arguments)
+        return " or ".join("null" if part is type(None) else words_of(part) for part in arguments)
     if dataclasses.is_dataclass(hint):
         return "its keys, one by one (" + ", ".join(field.name for field in dataclasses.fields(hint)) + ")"
     return _WORDS.get(hint) or _WORDS.get(typing.get_origin(hint)) or "a value"
@@ -65,7 +67,7 @@ def unknown_key(key: str, siblings: Iterable[str] = (), kind: type = Config) -> 
     keys = config_keys(kind)
     section = key.split(".")[0]
     inside = [known for known in keys if known.startswith(f"{section}.")] if section in keys else []
-    groups = _GROUPS if kind is Config else ("lora",)
+    groups = GROUPS if kind is Config else ("lora",)
     close = nearest(key, inside or [*keys, *groups])
     return ConfigError(
         f"{key}: got an unknown key, expected a key {f'of {section}' if inside else 'that exists'}{close}"
@@ -117,28 +119,48 @@ def explain(error: Exception, kind: type = Config) -> ConfigError:
         return _missing_choice(error)
     if isinstance(error, OverrideParseException):
         return ConfigError(
-            f"override: got {error.override!r}, expected key=value "
+            f"override: got {quoted(error.override)}, expected key=value "
             "(a value with spaces, commas, brackets or quotes in quotes of its own: key='\"a, b\"')"
         )
     own = isinstance(error, OmegaConfBaseException)
     cause = error if own else error.__cause__ or error.__context__ or error
     line = " ".join(str(error).split("\n")[0].split())
-    quoted = line.split("'")
+    in_quotes = line.split("'")
+    differs = re.match(r"Could not delete from config\. The value of '(.*)' is (.*) and not (.*)\.$", line)
+    if differs is not None:
+        key, value, given = differs.groups()
+        cure = f"{key}=VALUE: a key of the schema cannot be deleted" if key in config_keys(kind) else f"~{key} alone"
+        return ConfigError(
+            f"{key}: got ~{key}={shortened(given, 120)} where the value is {shortened(value, 120)}, expected {cure}"
+        )
     if line.startswith(("Could not override '", "Could not delete from config. '")):
         full_key = str(getattr(cause, "full_key", "") or "")
-        return unknown_key(full_key if full_key.startswith(quoted[1]) else quoted[1], _siblings(cause), kind)
+        return unknown_key(full_key if full_key.startswith(in_quotes[1]) else in_quotes[1], _siblings(cause), kind)
     if line.startswith(("Ambiguous value for argument", "Sweep parameters")):
-        key, _, value = quoted[1].partition("=")
+        key, _, value = in_quotes[1].partition("=")
         return ConfigError(
-            f"{key}: got {value!r}, expected one value; write {key}=[{value}] for a list, or sweep with -m"
+            f"{key}: got {quoted(value)}, expected one value; write {key}=[{shortened(value, 120)}] for a list, or sweep with -m"
         )
+    if " looks like a config group override" in line:
+        word = line.removeprefix("Override ").partition(" looks like")[0]
+        key = word.partition("=")[0].lstrip("+~").partition("@")[0]
+        return ConfigError(
+            f"{shortened(key, 120)}: got {quoted(word)}, expected key=value: only a group of files takes @"
+        )
+    if line.startswith("Could not delete '"):
+        key = in_quotes[1].partition("=")[0]
+        return ConfigError(f"{key}: got ~{shortened(in_quotes[1], 120)}, expected a group that was chosen by that name")
+    if line.startswith("Additional config directory"):
+        return ConfigError(f"--config-dir: got {in_quotes[1]!r}, which is not there, expected a folder")
     if line.startswith("Could not append to config."):
-        return ConfigError(f"{quoted[1]}: got it with '+', expected {quoted[1]}=VALUE without '+': the key exists")
+        return ConfigError(
+            f"{in_quotes[1]}: got it with '+', expected {in_quotes[1]}=VALUE without '+': the key exists"
+        )
     if line.startswith("Multiple values for "):
         group = line.removeprefix("Multiple values for ").split(".")[0].split()[0]
         return ConfigError(f"{group}: got it twice or with '+', expected {group}=NAME once, without '+'")
     explained = _from_omegaconf(cause, line, kind)
-    return ConfigError(f"{quoted[1]}.yaml: {explained}") if line.startswith("In '") else explained
+    return ConfigError(f"{in_quotes[1]}.yaml: {explained}") if line.startswith("In '") else explained
 
 
 def _siblings(cause: BaseException) -> list[str]:
@@ -157,8 +179,8 @@ def _missing_choice(error: Any) -> ConfigError:
     if not group:
         return ConfigError(f"configuration: got {wanted!r}, expected a file of that name in the search path")
     if not options:
-        return ConfigError(f"{group}: got an unknown group with {name!r}, expected one of {', '.join(_GROUPS)}")
-    return ConfigError(f"{group}: got {name!r}, expected one of {', '.join(options)}{nearest(name, options)}")
+        return ConfigError(f"{group}: got an unknown group with {name!r}, expected one of {', '.join(GROUPS)}")
+    return ConfigError(f"{group}: got {quoted(name)}, expected one of {', '.join(options)}{nearest(name, options)}")
 
 
 def _from_omegaconf(cause: BaseException, line: str, kind: type) -> ConfigError:
@@ -185,7 +207,7 @@ def _from_omegaconf(cause: BaseException, line: str, kind: type) -> ConfigError:
         expected = config_keys(kind).get(key)
         if expected is not None:
             value = getattr(cause, "value", None)
-            got = "null" if value is None else repr(value)
+            got = "null" if value is None else quoted(value)
             return ConfigError(f"{key}: got {got}{' in the list' if element else ''}, expected {expected}")
     if key and key not in text:
         text = f"{key}: {text}"

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from omegaconf import DictConfig, Node, OmegaConf
+from omegaconf import Container, DictConfig, ListConfig, Node, OmegaConf
 
 from apportion.platform.errors import ConfigError
+from apportion.platform.messages import quoted
 
 
 @contextmanager
@@ -25,6 +26,7 @@ def whole_mappings() -> Iterator[None]:
 
     def apply(overrides: list[Any], config: DictConfig) -> None:
         for override in overrides:
+            _refuse_path(override, config)
             if override.package is not None or not _replaced(override, config):
                 one_by_one([override], config)
 
@@ -33,6 +35,26 @@ def whole_mappings() -> Iterator[None]:
         yield
     finally:
         ConfigLoaderImpl._apply_overrides_to_config = staticmethod(one_by_one)
+
+
+def _refuse_path(override: Any, config: DictConfig) -> None:
+    """ConfigError for a key inside of a list, or of a section that is a reference: omegaconf has no way there."""
+    node: Any = config
+    names = override.key_or_group.split(".")
+    for depth, name in enumerate(names):
+        parent = ".".join(names[:depth])
+        if isinstance(node, ListConfig) and not node._is_none():
+            raise ConfigError(
+                f"{override.key_or_group}: got a value of {parent}, which is a list, expected the whole list: {parent}=[...]"
+            )
+        if isinstance(node, Container) and node._is_interpolation():
+            raise ConfigError(
+                f"{override.key_or_group}: got a value of {parent}, which is the reference {quoted(node._value())}, expected "
+                f"one of both: {parent} by reference, or its values one by one"
+            )
+        if not isinstance(node, DictConfig) or node._is_none() or node._is_missing():
+            return
+        node = node._get_node(name, validate_access=False)
 
 
 def _replaced(override: Any, config: DictConfig) -> bool:

@@ -22,9 +22,9 @@ DEEPEST = 100  # mappings and lists inside one another
 
 def read_bytes(file: Path, limit: int) -> bytes:
     """ValueError for what is no regular file, or larger than `limit`."""
-    with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK), "rb") as stream:  # a pipe without a writer does not block
-        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-            raise ValueError("it is no regular file")
+    if not stat.S_ISREG(os.stat(file).st_mode):  # opening a pipe without a writer would block
+        raise ValueError("it is no regular file")
+    with open(file, "rb") as stream:
         data = stream.read(limit + 1)
     if len(data) > limit:
         raise ValueError(f"it has more than {limit:,} bytes")

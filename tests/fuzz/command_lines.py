@@ -1,0 +1,98 @@
+"""Random command lines over the real schema: sound, odd and broken words for every key."""
+
+from __future__ import annotations
+
+import random
+
+from apportion.conf.explain import config_keys
+from apportion.conf.preference_schema import STAGES
+
+BASES = (
+    [],
+    ["experiment=tiny_grpo"],
+    ["experiment=quickstart"],
+    ["experiment=tiny_grpo", "algorithm=rloo"],
+    ["model.path=builtin:tiny", "data.train=arithmetic", "reward.functions=numeric_match"],
+)
+STAGE_BASES = ([], ["model.path=builtin:tiny", "data.train=pairs.jsonl"])
+ODD_VALUES = (
+    "", "1", "0", "-1", "1.5", "1e3", "1e400", "-1e400", "nan", "inf", "-inf", ".nan", "true", "false", "null", "none", "None",
+    "yes", "off", "x", "''", "' '", '" "', "[]", "{}", "[1,2]", "[a,b]", "[null]", "[[1],[2]]", "{a: 1}", "{name: grpo}",
+    "{a: {b: [1, {c: d}]}}", "[{source: arithmetic}]", "[{}]", "${seed}", "${nothing}", "${train}", "${oc.env:HOME}",
+    "${oc.env:NO_SUCH_VARIABLE}", "${share:1}", "${share:x,2}", "${no_such_resolver:1}", "${", "${}", "${${seed}}", "???",
+    "'???'", "a,b", "a=b", "[", "]", "{", "}", "(", ")", "'", '"', "\\", "\\n", '"\\u0000"', "\0", "\x1b[2J", "\u202e", "\ud83d",
+    "é", "漢", "~", "~/x", "~nobody_here/x", "/", "..", "../x", "/dev/null", "/etc/passwd", "/proc/self/mem", "file:x", "http://",
+    "http://h:99999/x", "http://a..b/x", "function:os:system", "function:", "function:no_such:x", ":", "a:b", "99999999999999999999",
+    str(2**63), "9" * 5000, "y" * 300, "z" * 5000, "int(3)", "str(3)", "range(1,3)", "choice(a,b)", "glob(*)", "sort(1,2)",
+    "interval(0,1)", "shuffle(a,b)", "float(x)", "json_str({a: 1})", "a b", " a", "a ", "a\nb", "!!python/object:x", "*a", "&a b",
+    "model:x", "builtin:tiny", "builtin:no", "hf://x", "1_000", "0x10", "1:30", "2024-01-01", "-", "--", "@", "%", "a/b", "a//b",
+)  # fmt: skip
+WHOLE_WORDS = (
+    "", "=", "=1", "x", "+", "~", "++", "+=1", "~=1", "@=1", "a@b=1", "+a@b=1", "seed", ".=1", "a.=1", ".a=1", "a..b=1", "seed.=1",
+    "seed.x=1", "seed.0=1", "model.path.x=1", "algorithm.credit.name.x=1", "algorithm.shaping.x=1", "algorithm.shaping.0=1",
+    "+algorithm.shaping.0=1", "reward.functions.0=x", "reward.functions.0.function=x", "~seed=5", "~seed", "~train", "~algorithm",
+    "~algorithm=grpo", "~experiment", "~lora", "+algorithm=rloo", "++algorithm=rloo", "algorithm@x=grpo", "+lora@y=default",
+    "lora=default", "lora=none", "lora=x", "experiment=x", "algorithm=[grpo,rloo]", "algorithm=[]", "algorithm={}", "algorithm=1",
+    "experiment=[tiny_grpo,quickstart]", "experiment=1.5", "experiment=true", "lora=[default]", "lora={rank: 2}", "preference=sft",
+    "hydra=x", "hydra.mode=x", "hydra.verbose=true", "foo/bar=1", "algorithm/x=1", "train/steps=1", "+train/x=1", "[a]=1", "{a}=1",
+    "a b=1", "é=1", "k" * 5000 + "=1", "a." * 500 + "b=1", "train.steps=1,2", "seed=choice(1,2)", "algorithm.credit={name: rloo",
+    "before=[x]", "before=['sft run_name=a']", "before=['sft run_name=']", 'before=["dpo \'"]', "before=[{a: b}]", "--x", "-x",
+    "--cfg", "--config-dir", "--version", "resume=x", "resume=", "resume=/", "resume=.", "resume=..", "runs_folder=", "runs_folder=/dev/null",
+)  # fmt: skip
+
+
+def command_line(seed: int) -> list[str]:
+    """The words of case `seed`, always the same."""
+    draw = random.Random(seed)
+    stage = draw.choice([None] * 8 + list(STAGES))
+    if stage is None:
+        command, bases, keys = "plan", BASES, config_keys()
+    else:
+        command, bases, keys = stage.replace("_", "-"), STAGE_BASES, config_keys(STAGES[stage])
+    words = [command, *draw.choice(bases)]
+    for _ in range(draw.choice((1, 1, 1, 2, 3))):
+        words.insert(draw.randint(1, len(words)), _word(draw, list(keys)))
+    return words
+
+
+def _word(draw: random.Random, keys: list[str]) -> str:
+    if draw.random() < 0.15:
+        return draw.choice(WHOLE_WORDS)
+    key = draw.choice(keys)
+    kind = draw.random()
+    if kind < 0.08:
+        key = _mangled(draw, key)
+    elif kind < 0.12:
+        key = f"{key}.{draw.choice(('x', '0', 'name', '_target_', ''))}"
+    elif kind < 0.18:
+        key = draw.choice(("+", "++", "~")) + key
+    return f"{key}={_value(draw, keys)}"
+
+
+def _value(draw: random.Random, keys: list[str]) -> str:
+    kind = draw.random()
+    if kind < 0.6:
+        return draw.choice(ODD_VALUES)
+    if kind < 0.7:
+        return "${" + draw.choice(keys) + "}"
+    if kind < 0.8:
+        return f"[{draw.choice(ODD_VALUES)},{draw.choice(ODD_VALUES)}]"
+    if kind < 0.9:
+        return (
+            "{" + draw.choice(("a", "name", "source", "function", "params", "0")) + ": " + draw.choice(ODD_VALUES) + "}"
+        )
+    return _mangled(draw, draw.choice(ODD_VALUES))
+
+
+def _mangled(draw: random.Random, text: str) -> str:
+    """The text with one character changed, doubled or left out."""
+    if not text:
+        return draw.choice("[]{}'\"=,$")
+    at = draw.randrange(len(text))
+    return draw.choice(
+        (
+            text[:at] + text[at + 1 :],
+            text[: at + 1] + text[at:],
+            text[:at] + draw.choice("[]{}'\"=,$. \t~+@:\\") + text[at + 1 :],
+        )
+    )
