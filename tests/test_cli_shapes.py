@@ -43,6 +43,7 @@ from apportion.platform.errors import ConfigError
         (["model.path=" + "y" * 300], "model.path: got 'yyyyyyy"),
         (["model.path=~nobody_here/m"], "model.path: got '~nobody_here/m', expected ~/ or ~USER of a user"),
         (["train.steps=" + "x" * 5000], "train.steps: got 'xxxxxxx"),
+        (["+algorithm=rloo", "algorithm=rloo"], "algorithm: got it twice, expected algorithm=NAME once"),
         (["a@b=1"], "a: got 'a@b=1', expected key=value: only a group of files takes @"),
     ],
 )

@@ -156,6 +156,9 @@ def explain(error: Exception, kind: type = Config) -> ConfigError:
         return ConfigError(
             f"{in_quotes[1]}: got it with '+', expected {in_quotes[1]}=VALUE without '+': the key exists"
         )
+    if line.endswith(" appears more than once in the final defaults list"):
+        group = line.split()[0]
+        return ConfigError(f"{group}: got it twice, expected {group}=NAME once")
     if line.startswith("Multiple values for "):
         group = line.removeprefix("Multiple values for ").split(".")[0].split()[0]
         return ConfigError(f"{group}: got it twice or with '+', expected {group}=NAME once, without '+'")

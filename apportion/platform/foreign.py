@@ -54,6 +54,7 @@ def checked_yaml(text: str) -> str:
 
     sizes: dict[str, int] = {}  # of a whole node, by its anchor
     open_nodes: list[list[Any]] = [[None, 0]]  # (anchor, values so far)
+    event: Any
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
             if event.anchor in (node[0] for node in open_nodes):

@@ -115,9 +115,9 @@ class RunState:
                 f"{file}: got format {version} (fields that differ: {odd}), expected format {FORMAT}: "
                 "resume with the version that wrote it"
             )
-        odd = next((name for name, (fits, _) in _VALUES.items() if not fits(read[name])), None)
-        if odd is not None:
-            raise CheckpointError(f"{file}: {odd}: got {quoted(read[odd])}, expected {_VALUES[odd][1]}: {_OTHER}")
+        wrong = next((name for name, (fits, _) in _VALUES.items() if not fits(read[name])), None)
+        if wrong is not None:
+            raise CheckpointError(f"{file}: {wrong}: got {quoted(read[wrong])}, expected {_VALUES[wrong][1]}: {_OTHER}")
         return RunState(**read)
 
 

@@ -169,7 +169,8 @@ def _article(sample: dict[str, Any]) -> str:
 def _tokens(sample: dict[str, Any]) -> str:
     advantages = sample.get("advantages") or [None] * len(sample["tokens"])
     largest = max((abs(a) for a in advantages if a is not None and math.isfinite(a)), default=0.0)
-    shown, length = [], 0
+    shown: list[str] = []
+    length = 0
     for text, value in zip(sample["tokens"], advantages, strict=True):
         length += len(text)
         if len(shown) == TOKENS_SHOWN or length > LONGEST_TEXT:
