@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
 from apportion.conf.checks import MISSING
 from apportion.conf.explain import words_of
 from apportion.platform.errors import ConfigError
-from apportion.platform.messages import quoted
+from apportion.platform.messages import quoted, shortened
 
 # Keys whose value is a path, or a name that may be one.
 PATHS = (
@@ -31,10 +31,13 @@ def _check(value: Any, hint: Any, key: str) -> None:
         return
     section = next((part for part in (hint, *get_args(hint)) if isinstance(part, type) and is_dataclass(part)), None)
     if section is not None and isinstance(value, Mapping):
-        hints = get_type_hints(section)
+        hints = {field.name: get_type_hints(section)[field.name] for field in fields(section)}
+        if value.keys() != hints.keys():  # by reference, another section's
+            raise ConfigError(
+                f"{key}: got the keys {shortened(', '.join(map(str, value)), 300)}, expected {words_of(section)}"
+            )
         for name, inner in value.items():
-            if name in hints:
-                _check(inner, hints[name], f"{key}.{name}" if key else str(name))
+            _check(inner, hints[name], f"{key}.{name}" if key else str(name))
         return
     if not _fits(value, hint):
         raise ConfigError(f"{key}: got {quoted(value)}, expected {words_of(hint)}")

@@ -54,14 +54,13 @@ def checked_yaml(text: str) -> str:
 
     sizes: dict[str, int] = {}  # of a whole node, by its anchor
     open_nodes: list[list[Any]] = [[None, 0]]  # (anchor, values so far)
-    event: Any
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+    events: Any = yaml.parse(text, Loader=yaml.SafeLoader)
+    for event in events:
+        line = event.start_mark.line + 1
         if isinstance(event, yaml.AliasEvent):
             if event.anchor in (node[0] for node in open_nodes):
-                raise ValueError(
-                    f"line {event.start_mark.line + 1}: alias *{event.anchor} is inside of what it repeats"
-                )
-            open_nodes[-1][1] += sizes.get(event.anchor, 1)
+                raise ValueError(f"line {line}: alias *{event.anchor} is inside of what it repeats")
+            open_nodes[-1][1] += sizes.get(event.anchor or "", 1)
         elif isinstance(event, yaml.ScalarEvent):
             open_nodes[-1][1] += 1
             if event.anchor is not None:
@@ -74,11 +73,9 @@ def checked_yaml(text: str) -> str:
             if anchor is not None:
                 sizes[anchor] = size
         if len(open_nodes) > DEEPEST:
-            raise ValueError(
-                f"line {event.start_mark.line + 1}: lists and mappings are nested more than {DEEPEST} deep"
-            )
+            raise ValueError(f"line {line}: lists and mappings are nested more than {DEEPEST} deep")
         if open_nodes[-1][1] > MOST_VALUES:
-            raise ValueError(f"line {event.start_mark.line + 1}: more than {MOST_VALUES:,} values, aliases included")
+            raise ValueError(f"line {line}: more than {MOST_VALUES:,} values, aliases included")
     return text
 
 
