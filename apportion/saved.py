@@ -11,6 +11,8 @@ from apportion.conf.arguments import plain
 from apportion.conf.checks import leaves
 from apportion.platform.errors import ConfigError, nearest
 from apportion.platform.foreign import LARGEST_YAML, checked_yaml, read_text
+from apportion.platform.messages import quoted
+from apportion.platform.run_state import is_number
 from apportion.platform.runs import REDACTED
 
 SAVED_NAME = "config.yaml"  # what a run's folder keeps its configuration under
@@ -86,7 +88,22 @@ def read_saved(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file}: got a file that {what} ({said}), expected a run's configuration") from error
     if not isinstance(read, dict | None):
         raise ConfigError(f"{file}: got a {type(read).__name__}, expected a run's configuration, a mapping: correct it")
+    _check_leaves(file, read or {})
     return _escaped(read or {})
+
+
+def _check_leaves(file: Path, value: Any, key: str = "") -> None:
+    """ConfigError for a key that is no text or number, and for a number that no float can hold: omegaconf fails on both."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            if not isinstance(name, str | int) or (not key and not isinstance(name, str)):
+                raise ConfigError(f"{file}: got the key {quoted(name)} in {key or 'it'}, expected text: correct it")
+            _check_leaves(file, inner, f"{key}.{name}" if key else name)
+    elif isinstance(value, list):
+        for inner in value:
+            _check_leaves(file, inner, key)
+    elif isinstance(value, int) and not isinstance(value, bool) and not is_number(value):
+        raise ConfigError(f"{file}: {key}: got {quoted(value)}, expected a number that a float can hold: correct it")
 
 
 def _escaped(value: Any) -> Any:

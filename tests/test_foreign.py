@@ -46,6 +46,19 @@ def test_a_configuration_that_would_not_end_is_refused_at_once(tmp_path, text, l
     assert time.monotonic() - start < 5
 
 
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("~: 1\n", "got the key None in it, expected text"),
+        ("a: [1" + "0" * 400 + "]\n", "a: got 1000.*, expected a number"),
+    ],
+)
+def test_a_key_or_number_that_no_configuration_has_is_named(tmp_path, text, line):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=rf"config\.yaml: {line}"):
+        read_saved(tmp_path / "config.yaml")
+
+
 def test_an_alias_that_repeats_little_is_read_as_what_it_repeats(tmp_path):
     (tmp_path / "config.yaml").write_text("a: &a [1, 2]\nb: *a\n")
     assert read_saved(tmp_path / "config.yaml") == {"a": [1, 2], "b": [1, 2]}

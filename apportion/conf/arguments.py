@@ -44,7 +44,7 @@ _LATEX = re.compile(  # commands that begin with n, r or t
 )
 _CALL = re.compile(r"[A-Za-z_]\w*\s*\(.*\)", re.DOTALL)  # a cast or a sweep of Hydra's
 _RECIPES = ("algorithm", "experiment", "lora")  # groups of files
-_MOST_DIGITS = 4300  # that Python reads as a number
+_MOST_DIGITS = 308  # of a whole number that a float can hold
 _LONGEST_KEY = 200  # bytes; Hydra looks for a file of that name
 _YAML_WORDS = ("off", "on", "yes", "no")
 _OPEN, _CLOSE = "([{", ")]}"
