@@ -98,7 +98,7 @@ def _check_leaves(file: Path, value: Any, key: str = "") -> None:
         for name, inner in value.items():
             if not isinstance(name, str | int) or (not key and not isinstance(name, str)):
                 raise ConfigError(f"{file}: got the key {quoted(name)} in {key or 'it'}, expected text: correct it")
-            _check_leaves(file, inner, f"{key}.{name}" if key else name)
+            _check_leaves(file, inner, f"{key}.{name}" if key else str(name))
     elif isinstance(value, list):
         for inner in value:
             _check_leaves(file, inner, key)

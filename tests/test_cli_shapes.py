@@ -18,7 +18,7 @@ from apportion.platform.errors import ConfigError
         (["rollout.stop=[{a: b}]"], "rollout.stop: got [{'a': 'b'}], expected a list [a,b]"),
         (
             ["algorithm.shaping.x=1"],
-            "algorithm.shaping.x: got a value of algorithm.shaping, which is a list, expected the whole",
+            "algorithm.shaping.x: got a value of algorithm.shaping, which is a list of 0, expected an",
         ),
         (
             ["cluster=${seed}", "cluster.policy_ranks=1"],

@@ -38,15 +38,19 @@ def whole_mappings() -> Iterator[None]:
 
 
 def _refuse_path(override: Any, config: DictConfig) -> None:
-    """ConfigError for a key inside of a list, or of a section that is a reference: omegaconf has no way there."""
+    """ConfigError for a key inside of a list that is no element's number, or inside of a section that is a reference: omegaconf has no way there."""
     node: Any = config
     names = override.key_or_group.split(".")
     for depth, name in enumerate(names):
         parent = ".".join(names[:depth])
-        if isinstance(node, ListConfig) and not node._is_none():
-            raise ConfigError(
-                f"{override.key_or_group}: got a value of {parent}, which is a list, expected the whole list: {parent}=[...]"
-            )
+        if isinstance(node, ListConfig) and not (node._is_none() or node._is_interpolation() or node._is_missing()):
+            if not (name.isdecimal() and int(name) < len(node)):
+                raise ConfigError(
+                    f"{override.key_or_group}: got a value of {parent}, which is a list of {len(node)}, expected an element's "
+                    f"number from 0, or the whole list: {parent}=[...]"
+                )
+            node = node._get_node(int(name))
+            continue
         if isinstance(node, Container) and node._is_interpolation():
             raise ConfigError(
                 f"{override.key_or_group}: got a value of {parent}, which is the reference {quoted(node._value())}, expected "
