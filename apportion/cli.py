@@ -118,8 +118,7 @@ def _train(words: list[str]) -> int:
         from apportion.conf.devices import check_free
         from apportion.plan import make_plan
 
-        make_plan(config)  # what cannot run is refused before anything heavy is imported
-        check_free(config)
+        check_free(config, make_plan(config).gpus)  # what cannot run is refused before anything heavy is imported
         _check_stages(config)
         run_before(config)
         from apportion.build import train

@@ -18,7 +18,7 @@ from apportion.conf.before import stages
 from apportion.conf.combinations import check_combinations, longest_sampled
 from apportion.conf.companions import check_companions, check_reward_models
 from apportion.conf.defaults import Choice, engine_settings, left_to_device, policy_settings, rollout_settings
-from apportion.conf.devices import engine_bytes, in_use
+from apportion.conf.devices import in_use
 from apportion.conf.environment import check_environment
 from apportion.conf.families import check_family
 from apportion.conf.gpu_plan import plan_gpus
@@ -28,7 +28,7 @@ from apportion.conf.machine import Machine, this_machine, threads_of
 from apportion.conf.memory import GIB, frozen_memory, rollout_memory, teacher_memory, training_memory
 from apportion.conf.models import VALUE_BYTES, ModelFacts, check_own_tokenizer, read_model
 from apportion.conf.parts import check_parts
-from apportion.conf.placement import GpuUse, gpu_lines
+from apportion.conf.placement import GpuUse, firm_bytes, gpu_lines
 from apportion.conf.schema import CheckpointConfig, Config
 from apportion.conf.sources import check_sources
 from apportion.conf.teachers import check_distillation
@@ -144,12 +144,17 @@ def make_plan(config: Config, machine: Machine | None = None) -> Plan:
         check_sources(config)
     _check_memory(config, actors, here)
     gpu_plan = plan_gpus(config, needs, model, teachers, here)
+    taken = None if here is None else in_use(here, firm_bytes(gpu_plan.uses))
+    busy = [] if taken is None else [f"{taken}; `apportion train` refuses to start until then"]
     return Plan(
         title=f"{config.recipe}: {config.algorithm.name} on {config.model.path}, {config.train.steps} steps",
         quantities=_quantities(config, "influences" in needs),
         actors=actors,
         needs=needs,
-        notes=_notes(config, needs, model, here, actors) + gpu_plan.notes + start.session_notes(session, os.environ),
+        notes=_notes(config, needs, model, here, actors)
+        + gpu_plan.notes
+        + busy
+        + start.session_notes(session, os.environ),
         gpus=gpu_plan.uses,
         choices=left_to_device(config, needs, model),
     )
@@ -327,8 +332,6 @@ def _notes(
         each = "" if machine.nodes == 1 else f"{machine.nodes} x "
         free = f"{each}{machine.cores} cores, {each}{machine.gpus} GPUs, {each}{_size(machine.memory_bytes)} memory"
         notes.append(f"all actors together: about {_size(host)}; {whose} {free}")
-        taken = in_use(machine, engine_bytes(config, machine))
-        notes += [] if taken is None else [f"{taken}; `apportion train` refuses to start until then"]
         if host > machine.memory_bytes * machine.nodes:
             notes.append(
                 "memory is likely to run out: lower policy.micro_batch_tokens or turn on policy.gradient_checkpointing"

@@ -10,6 +10,7 @@ from math import ceil
 from apportion.conf.defaults import rollout_settings
 from apportion.conf.machine import GIB, Machine, joins, this_machine
 from apportion.conf.models import check_rows_of_several
+from apportion.conf.placement import GpuUse, firm_bytes
 from apportion.conf.schema import Config
 from apportion.platform.errors import ConfigError
 
@@ -153,11 +154,10 @@ def _name(machine: Machine) -> str:
     return "this machine" if machine.assumed is None else "the machine"
 
 
-def check_free(config: Config) -> None:
-    """ConfigError where other processes have the memory that a run is to start with."""
+def check_free(config: Config, planned: Sequence[GpuUse]) -> None:
+    """ConfigError where other processes have the memory that a run is to have."""
     if not joins(config.cluster):
-        machine = this_machine()
-        check_in_use(machine, engine_bytes(config, machine))
+        check_in_use(this_machine(), firm_bytes(planned))
 
 
 def check_evaluation_devices(config: Config) -> None:

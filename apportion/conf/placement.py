@@ -76,6 +76,17 @@ def place(tenants: Sequence[Tenant], nodes: int, gpus: int, gpu: Gpu | None = No
     return [GpuUse(count, by_roles[roles], gpu) for roles, count in groups.items()]
 
 
+def firm_bytes(uses: Sequence[GpuUse]) -> list[int]:
+    """What is certain to be taken of each GPU, in the order in which Ray gives them out: engines start first.
+
+    >>> policy, engine = Tenant("policy", 1, 1, {"weights": 3}), Tenant("rollout", 2, 1, {"cache": 5})
+    >>> firm_bytes(place([policy, engine], 1, 3))
+    [5, 5, 3]
+    """
+    engines_first = sorted(uses, key=lambda use: all(tenant.role != "rollout" for tenant in use.tenants))
+    return [use.firm_bytes for use in engines_first for _ in range(use.count)]
+
+
 def gpu_lines(uses: Sequence[GpuUse]) -> list[str]:
     """The plan's section, none where no role has a GPU."""
     if not uses:

@@ -10,9 +10,18 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from apportion.conf.checks import LARGEST_SEED, MISSING, SMALLEST_STORE_GIB, at_least, between, one_of
-from apportion.conf.devices import check_attention, check_dtype, check_offload, check_ranks, check_ranks_fit, check_room
+from apportion.conf.devices import (
+    check_attention,
+    check_dtype,
+    check_in_use,
+    check_offload,
+    check_ranks,
+    check_ranks_fit,
+    check_room,
+)
 from apportion.conf.machine import Machine, joins, this_machine
 from apportion.conf.models import check_own_tokenizer, check_rows_of_several, check_targets, read_limits
+from apportion.conf.placement import firm_bytes
 from apportion.conf.preference_memory import check_gpu_memory
 from apportion.conf.schema import CheckpointConfig, EngineConfig, LoraConfig, ModelConfig, TrackingConfig
 from apportion.platform.errors import ConfigError
@@ -261,7 +270,8 @@ def check(config: PreferenceConfig, machine: Machine | None = None) -> None:
     if isinstance(config, DpoRunConfig) and config.dpo.reference:
         check_reference(config, config.dpo.reference)
     if not joins(config.cluster):
-        check_gpu_memory(config, machine or this_machine())
+        here = machine or this_machine()
+        check_in_use(here, firm_bytes(check_gpu_memory(config, here)))
 
 
 def _check_ranks(config: PreferenceConfig, machine: Machine | None) -> None:

@@ -25,7 +25,7 @@ _NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS)
 def held(folder: Path) -> Iterator[None]:
     """Hold a run's folder, to write in it; ConfigError where another process does."""
     with open_to_append(folder / LOCK_FILE) as file:
-        if not _locked(file, fcntl.LOCK_EX):
+        if not _locked(file, fcntl.LOCK_EX, folder):
             raise ConfigError(
                 f"run folder: got {folder}, which another process is running; expected a run that has ended: wait for "
                 "that process, or stop it"
@@ -38,10 +38,10 @@ def is_held(folder: Path) -> bool:
     if not (folder / LOCK_FILE).is_file():
         return False
     with open(folder / LOCK_FILE) as file:
-        return not _locked(file, fcntl.LOCK_SH)  # on NFS a file that is open for reading takes no other
+        return not _locked(file, fcntl.LOCK_SH, folder)  # on NFS a file that is open for reading takes no other
 
 
-def _locked(file: IO[str], mode: int) -> bool:
+def _locked(file: IO[str], mode: int, folder: Path) -> bool:
     """Take the lock until the file is closed; False where it is taken."""
     try:
         fcntl.flock(file, mode | fcntl.LOCK_NB)
@@ -50,7 +50,7 @@ def _locked(file: IO[str], mode: int) -> bool:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        _warn_once(str(Path(file.name).parent.parent))
+        _warn_once(str(folder.parent))
     return True
 
 
