@@ -84,8 +84,8 @@ def read_saved(file: Path) -> dict[str, Any]:
         read = yaml.load(checked_yaml(read_text(file, LARGEST_YAML)), Loader=get_yaml_loader())
     except (yaml.YAMLError, ValueError) as error:
         said = " ".join(str(error).split()).replace('in "<unicode string>", ', "in ")
-        what = "is no YAML" if isinstance(error, yaml.YAMLError) else "cannot be read"
-        raise ConfigError(f"{file}: got a file that {what} ({said}), expected a run's configuration") from error
+        got = "got a file that is no YAML" if isinstance(error, yaml.YAMLError) else "got a file that cannot be read"
+        raise ConfigError(f"{file}: {got} ({said}), expected a run's configuration") from error
     if not isinstance(read, dict | None):
         raise ConfigError(f"{file}: got a {type(read).__name__}, expected a run's configuration, a mapping: correct it")
     _check_leaves(file, read or {})

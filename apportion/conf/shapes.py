@@ -78,6 +78,8 @@ def check_path(key: str, text: str) -> None:
             f"{key}: got {quoted(text)}, expected a path of at most {_LONGEST_PATH} bytes, and names in it of at most "
             f"{_LONGEST_NAME}"
         )
+    if text and not text.strip():
+        raise ConfigError(f"{key}: got {quoted(text)}, expected a path, not white space alone")
     if "\0" in text:
         raise ConfigError(f"{key}: got {quoted(text)}, expected a path, which has no zero character")
     if text.startswith("~") and os.path.expanduser(text) == text:
