@@ -49,6 +49,8 @@ from apportion.platform.errors import ConfigError
             ["rollout=${checkpoint}"],
             "rollout: got the keys every_steps, every_minutes, keep, final, expected its keys, one by one",
         ),
+        (["~train"], "train: got a deletion, expected train=VALUE: a key of the schema cannot be deleted"),
+        (["~policy.lora"], "policy.lora: got a deletion"),
         (["a@b=1"], "a: got 'a@b=1', expected key=value: only a group of files takes @"),
     ],
 )

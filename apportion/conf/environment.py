@@ -26,7 +26,8 @@ def check_environment(config: Config, joined: bool = False) -> None:
     try:
         cls = load_environment(environment.cls)
     except DataError as error:
-        raise ConfigError(str(error)) from None
+        said = str(error)
+        raise ConfigError(said if said.startswith("environment.cls: ") else f"environment.cls: {said}") from None
     except Exception as error:
         got = f"{environment.cls} cannot be imported ({type(error).__name__}: {error})"
         raise ConfigError(f"environment.cls: {got}, expected a class that can") from error

@@ -134,6 +134,10 @@ def explain(error: Exception, kind: type = Config) -> ConfigError:
             f"{key}: got ~{key}={shortened(given, 120)} where the value is {shortened(value, 120)}, expected {cure}"
         )
     if line.startswith(("Could not override '", "Could not delete from config. '")):
+        if "delete" in line and in_quotes[1] in config_keys(kind):
+            return ConfigError(
+                f"{in_quotes[1]}: got a deletion, expected {in_quotes[1]}=VALUE: a key of the schema cannot be deleted"
+            )
         full_key = str(getattr(cause, "full_key", "") or "")
         return unknown_key(full_key if full_key.startswith(in_quotes[1]) else in_quotes[1], _siblings(cause), kind)
     if line.startswith(("Ambiguous value for argument", "Sweep parameters")):

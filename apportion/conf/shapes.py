@@ -32,9 +32,11 @@ def _check(value: Any, hint: Any, key: str) -> None:
     section = next((part for part in (hint, *get_args(hint)) if isinstance(part, type) and is_dataclass(part)), None)
     if section is not None and isinstance(value, Mapping):
         hints = {field.name: get_type_hints(section)[field.name] for field in fields(section)}
-        if value.keys() != hints.keys():  # by reference, another section's
+        if unknown := [str(name) for name in value if name not in hints]:  # by reference, another section's
+            raise ConfigError(f"{key}: got the keys {shortened(', '.join(unknown), 300)}, expected {words_of(section)}")
+        if missing := [f"{key}.{name}" if key else name for name in hints if name not in value]:
             raise ConfigError(
-                f"{key}: got the keys {shortened(', '.join(map(str, value)), 300)}, expected {words_of(section)}"
+                f"{missing[0]}: got a deletion, expected {missing[0]}=VALUE: a key of the schema cannot be deleted"
             )
         for name, inner in value.items():
             _check(inner, hints[name], f"{key}.{name}" if key else str(name))

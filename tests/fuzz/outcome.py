@@ -39,7 +39,7 @@ def instead_of_runs(train: Callable[..., int], evaluate: Callable[..., int]) -> 
     finally:
         for name, module in modules.items():
             if module is None:
-                del sys.modules[name]
+                sys.modules.pop(name, None)
             else:
                 sys.modules[name] = module
 
