@@ -124,6 +124,23 @@ def test_the_worked_example_of_the_page_is_what_is_printed_and_adds_up(models):
     assert f"{sum(by_hand.values()):,}" in PAGE
 
 
+def test_the_sums_of_two_larger_models_are_those_of_the_plan(models):
+    table = rows("| Part | 7 B: 7,615,487,488 parameters | 32 B: 32,763,417,600 parameters |")
+    wide = "cluster.rollout_engines=2 cluster.gpus_per_rollout_engine=2 rollout.tensor_parallel_size=2"
+    runs = [
+        ("7 B", "8 x 80 GB", []),
+        ("32 B", "2 x 8 x 80 GB", ["policy.zero_stage=3", *wide.split(), "cluster.policy_ranks=12"]),
+    ]
+    for column, (model, machine, words) in enumerate(runs, 1):
+        plan = planned(models, model, machine, *LAYOUTS[machine], *words)
+        policy = next(tenant for use in plan.gpus for tenant in use.tenants if tenant.role == "policy")
+        by_hand = {row[0]: int(row[column].split("= ")[-1].replace(",", "")) for row in table[:-1] if row[column]}
+        by_hand["context"] = 536_870_912
+        assert by_hand == policy.memory
+        total = table[-1][column].split(" = ")[0]
+        assert sum(by_hand.values()) == int(total.replace(",", ""))
+
+
 def test_the_refusal_of_the_page_is_what_is_printed(models):
     line = re.search(r"```\n(GPU memory: .*?)\n```", PAGE, re.DOTALL).group(1)
     assert refusal(models, "7 B", "80 GB", *HALVES) == line
