@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import time
 
 import pytest
@@ -227,3 +228,33 @@ def test_a_long_value_is_quoted_by_its_ends():
     assert quoted("y" * 5000) == "'" + "y" * 79 + "...(5,002 characters)..." + "y" * 39 + "'"
     assert brief("model.path: got /a/b, expected c") == "model.path: got /a/b, expected c"
     assert len(brief("model.path: got " + "y " * 5000)) < 5000
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (pickle.dumps(os.system, protocol=2), "got a pickle that holds code \\(posix.system\\)"),
+        (b"garbage", "got a pickle that is damaged or holds code"),
+        (b"", "got a file that ends early"),
+        (b"PK\x03\x04aaaa", "got a damaged archive"),
+    ],
+)
+def test_a_file_that_holds_code_or_is_damaged_is_refused_without_advice_to_run_it(tmp_path, content, line):
+    import torch
+
+    from apportion.actors.loading import tensors_only
+
+    file = tmp_path / "weights.pt"
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"weights\.pt: {line}") as error, tensors_only(str(file)):
+        torch.load(file, weights_only=True)
+    assert "weights_only" not in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("damage", [lambda f: f.write_bytes(f.read_bytes()[:99]), lambda f: f.write_bytes(b"")])
+def test_damaged_random_states_are_named(tmp_path, damage):
+    from apportion.platform.random_states import load_random_states, save_random_states
+
+    damage(save_random_states(tmp_path, "driver"))
+    with pytest.raises(CheckpointError, match=r"random-driver\.npz: cannot be read"):
+        load_random_states(tmp_path, "driver")

@@ -73,7 +73,8 @@ def tensors_only(path: str) -> Iterator[None]:
         found = re.search(r"(?:GLOBAL|class|function) ([\w.]+)", str(error))
         if found is None:
             raise CheckpointError(
-                f"{path}: got a damaged pickle, expected a file of tensors: take another copy"
+                f"{path}: got a pickle that is damaged or holds code, expected tensors alone: take the weights as safetensors, "
+                "or another copy"
             ) from error
         raise CheckpointError(
             f"{path}: got a pickle that holds code ({found[1]}), which loading would run, expected tensors alone: take the "
