@@ -65,11 +65,7 @@ def _train(config: Config, resolved: dict[str, Any], locks: ExitStack) -> int:
         # Once more: sizes of what has come, or of what a stage of `before` has made, are known now.
         notes = make_plan(config).notes
         model = resolve_model(config.model.path)
-        tokenizer = load_tokenizer(model, config.model.chat_template, config.model.trust_remote_code)
-        teachers = teacher_paths(config)
-        check_teachers(config, teachers)  # again: stages of `before` have made theirs by now
-        for key, path in teachers.items():
-            check_same_tokenizer(tokenizer, load_tokenizer(path, None, config.model.trust_remote_code), key)
+        tokenizer = _tokenizer(config, model)
         prompts, held_out = load_prompts(config, tokenizer)
         if checkpoint:
             check_steps_left(checkpoint.state, config.train.steps, run_of(checkpoint).path)
@@ -115,10 +111,24 @@ def _train(config: Config, resolved: dict[str, Any], locks: ExitStack) -> int:
         tracker.log_summary(summary)
     print_report(summary, folder)
     if config.tracking.plots and config.tracking.jsonl:
-        plot_run(folder.path)
-        if has_samples(folder.path):
-            write_token_page(folder.path)
+        _draw(folder)
     return 0
+
+
+def _tokenizer(config: Config, model: str) -> Any:
+    """The policy's, which that of every teacher has to equal."""
+    tokenizer = load_tokenizer(model, config.model.chat_template, config.model.trust_remote_code)
+    teachers = teacher_paths(config)
+    check_teachers(config, teachers)  # again: stages of `before` have made theirs by now
+    for key, path in teachers.items():
+        check_same_tokenizer(tokenizer, load_tokenizer(path, None, config.model.trust_remote_code), key)
+    return tokenizer
+
+
+def _draw(folder: RunFolder) -> None:
+    plot_run(folder.path)
+    if has_samples(folder.path):
+        write_token_page(folder.path)
 
 
 def evaluate(config: Config, checkpoint: str) -> int:

@@ -35,13 +35,13 @@ from apportion.data.sources import load_sources
 from apportion.edges import closing, refusals, terminated_as_interrupt, told_first
 from apportion.loop.device_memory import DevicePeaks
 from apportion.loop.resume import check_steps_left
-from apportion.platform.checkpoint import CheckpointStore
+from apportion.platform.checkpoint import Checkpoint, CheckpointStore
 from apportion.platform.cluster import Actor, ActorRequest, Cluster, gather
 from apportion.platform.console_lines import ConsoleLines
 from apportion.platform.plots import plot_run
 from apportion.platform.run_lock import held
 from apportion.platform.runs import RunFolder, find_checkpoint, make_run_folder, named_run, redacted, run_of
-from apportion.platform.tracking import TrackedRun, open_trackers
+from apportion.platform.tracking import MultiTracker, TrackedRun, open_trackers
 from apportion.preference_trainer import (
     PreferenceTrainer,
     StageProgress,
@@ -80,13 +80,10 @@ def _train(config: PreferenceConfig, resolved: dict[str, Any], locks: ExitStack)
             locks.enter_context(held(folder.path))
             folder.save_config(resolved)
         steps = total_steps(settings, len(examples))
-        state, step = (checkpoint.state.trackers, checkpoint.step) if checkpoint else ({}, None)
-        run = TrackedRun(folder.path, folder.name, steps, redacted(resolved), step, state)
-        tracker = open_trackers(config.tracking, run, ConsoleLines(steps) if config.tracking.console else None)
+        tracker = _tracker(config, resolved, folder, checkpoint, steps)
         for line in cautions(checkpoint.state) if checkpoint else []:
             tracker.warn(line)
-    _say(f"run folder: {folder.path}")
-    _say(_sizes(len(examples), held_out, left_out, steps))
+    _say(f"run folder: {folder.path}\n{_sizes(len(examples), held_out, left_out, steps)}")
     with (
         terminated_as_interrupt(),
         closing(tracker),  # of a start that fails; otherwise they are closed before the cluster is torn down
@@ -121,6 +118,14 @@ def _train(config: PreferenceConfig, resolved: dict[str, Any], locks: ExitStack)
     print_device_memory(summary)
     _say(f"model: {folder.checkpoints / f'step-{progress.step:06d}' / 'model'}")
     return 0
+
+
+def _tracker(
+    config: PreferenceConfig, resolved: dict[str, Any], folder: RunFolder, checkpoint: Checkpoint | None, steps: int
+) -> MultiTracker:
+    state, step = (checkpoint.state.trackers, checkpoint.step) if checkpoint else ({}, None)
+    run = TrackedRun(folder.path, folder.name, steps, redacted(resolved), step, state)
+    return open_trackers(config.tracking, run, ConsoleLines(steps) if config.tracking.console else None)
 
 
 @contextmanager

@@ -47,8 +47,7 @@ def load_tokenizer(path: str, chat_template: str | None = None, trust_remote_cod
         raise DataError(f"{path}: the tokenizer has no eos token, expected one that ends an answer")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    text = template_text(chat_template)
-    if text is not None:
+    if (text := template_text(chat_template)) is not None:
         tokenizer.chat_template = text
     return tokenizer
 
@@ -381,10 +380,8 @@ class PromptStream:
             for part in ("drawn", "epoch", "place"):
                 _check_count(f"{i}.{part}", state.get(f"{i}.{part}"))
             if state[f"{i}.place"] > len(self._sources[i].rows):
-                raise DataError(
-                    f"data position: {i}.place: got {state[f'{i}.place']} in the checkpoint, expected at most the source's "
-                    f"{len(self._sources[i].rows)} rows"
-                )
+                rows = len(self._sources[i].rows)
+                raise DataError(f"data position: {i}.place: got {state[f'{i}.place']}, expected at most {rows} rows")
         self._positions = [
             _Position(
                 int(state[f"{i}.drawn"]),
