@@ -53,7 +53,8 @@ def test_a_stage_that_does_not_fit_is_refused_with_what_does(model):
     line = str(error.value)
     assert line.startswith("GPU memory: got ") and "sft moments 56.7 GiB" in line and "\n" not in line
     answer = (
-        "; no policy.micro_batch_tokens fits; {} fits, or at these settings a model of at most 4.5 billion parameters"
+        "; no policy.micro_batch_tokens fits; {} fits, or with policy.gradient_checkpointing=true "
+        "policy.micro_batch_tokens=1024 a model of at most 4.5 billion parameters"
     )
     assert answer.format("policy.offload_optimizer=true") in line
     with pytest.raises(ConfigError) as error:

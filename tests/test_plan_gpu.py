@@ -179,7 +179,8 @@ def test_estimates_refuse_nothing_without_the_memory_check(models):
 
 def test_a_share_that_leaves_too_little_for_the_policy_is_lowered_first(models):
     line = refusal(models, "1.5 B", "80 GB", *HALVES, "rollout.gpu_memory_utilization=0.7")
-    assert "; rollout.gpu_memory_utilization=0.57 fits, or at these settings a model of at most 1.1 billion" in line
+    at = "with policy.gradient_checkpointing=true policy.micro_batch_tokens=1536"
+    assert f"; rollout.gpu_memory_utilization=0.57 fits, or {at} a model of at most 1.1 billion" in line
     planned(models, "1.5 B", "80 GB", *HALVES, "rollout.gpu_memory_utilization=0.57")
 
 
@@ -216,7 +217,21 @@ def test_an_engine_whose_weights_are_too_large_is_offered_more_gpus(models):
     wider = "rollout.tensor_parallel_size=2 cluster.gpus_per_rollout_engine=2 cluster.rollout_engines=2"
     assert "policy.logits_chunk_tokens=1024 with rollout.gpu_memory_utilization=0.77 fits" in line
     narrow = refusal(models, "7 B", replace(machine, gpu=replace(machine.gpu, memory_bytes=17 * GIB)), *words, *small)
-    assert f"{wider} with policy.zero_stage=3 fits, or at these settings a model of at most 5 billion" in narrow
+    at = "with policy.gradient_checkpointing=true policy.micro_batch_tokens=1536"
+    assert f"{wider} with policy.zero_stage=3 fits, or {at} a model of at most 5 billion" in narrow
+
+
+def test_the_largest_model_is_named_with_the_settings_that_it_needs(models):
+    """0.5 B does not fit as it is: a small model has no checkpointing by default, and a larger micro-batch here."""
+    at = ["policy.gradient_checkpointing=true", "policy.micro_batch_tokens=1536"]
+    line = refusal(models, "7 B", "24 GB", *HALVES)
+    assert line.endswith(
+        f"; no policy.micro_batch_tokens fits; with {' '.join(at)} a model of at most 0.57 billion parameters fits"
+    )
+    refusal(models, "0.5 B", "24 GB", *HALVES)
+    assert planned(models, "0.5 B", "24 GB", *HALVES, *at).gpus[0].bytes <= SMALL.memory_bytes
+    given = refusal(models, "7 B", "24 GB", *HALVES, *at)
+    assert given.endswith("; at these settings a model of at most 0.57 billion parameters fits")
 
 
 def test_a_cache_that_holds_fewer_sequences_than_are_decoded_is_noted(models):

@@ -91,7 +91,7 @@ class Fit:
         answers = [] if option is None else [f"{option} fits"]
         largest = self._largest_model(config, facts, use)
         if largest is not None:
-            answers.append(f"at these settings a model of at most {largest} billion parameters fits")
+            answers.append(largest)
         none = "" if key is None else f"; no {key} fits"
         return f"{got}{none}; {', or '.join(answers) or 'expected more or larger GPUs'}"
 
@@ -122,11 +122,15 @@ class Fit:
         return None
 
     def _largest_model(self, config: Any, facts: Facts, use: GpuUse) -> str | None:
-        """In billions of parameters: as many layers fewer as the parameters are, everything else as it is."""
+        """The largest model, in billions of parameters: as many layers fewer as the parameters are, everything else as it is
+        but the smallest micro-batch."""
         own, key, gpus = facts["policy"], self._batch_key(config, use), config.cluster.gpus_per_policy_rank
-        # Said explicitly: the default changes with the model's size.
-        checkpointing = engine_settings(config.policy, gpus, own).gradient_checkpointing
-        least = altered(config, {"policy.gradient_checkpointing": checkpointing} | ({key: self.longest} if key else {}))
+        changes: dict[str, Any] = {}
+        if config.policy.gradient_checkpointing is None:  # that default changes with the model's size
+            changes["policy.gradient_checkpointing"] = engine_settings(config.policy, gpus, own).gradient_checkpointing
+        if key is not None and _value(config, key) != self.longest:
+            changes[key] = self.longest
+        least = altered(config, changes)
 
         def fits(thousandths: int) -> bool:
             return self.fits(least, {role: _scaled(model, own, thousandths / 1000) for role, model in facts.items()})
@@ -135,7 +139,12 @@ class Fit:
         if own is None or share is None:
             return None
         billions = own.parameters * share / 1e12
-        return f"{floor(billions * 100) / 100:g}" if billions < 1 else f"{floor(billions * 10) / 10:g}"
+        largest = f"{floor(billions * 100) / 100:g}" if billions < 1 else f"{floor(billions * 10) / 10:g}"
+        settings = " ".join(f"{name}={str(value).lower()}" for name, value in changes.items())
+        if not config.cluster.memory_check:  # activations do not count
+            settings = ""
+        at = f"with {settings}" if settings else "at these settings"
+        return f"{at} a model of at most {largest} billion parameters fits"
 
 
 def altered(config: Any, changes: Mapping[str, Any]) -> Any:
