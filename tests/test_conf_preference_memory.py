@@ -88,3 +88,12 @@ def test_dpos_own_reference_is_beside_the_policy_before_the_first_step(model):
 def test_ranks_on_cpus_are_not_looked_at(model):
     config = composed("sft", model, "cluster.gpus_per_policy_rank=0")
     assert check_gpu_memory(config, Machine(2, 8 * GIB, 0)) == []
+
+
+def test_more_ranks_than_examples_or_parts_of_gpus_are_not_named(model):
+    """Two ranks would fit by their memory where they have a GPU and an example each."""
+    for more, named in ((), True), (["train.batch_size=1"], False), (["cluster.gpus_per_policy_rank=0.9"], False):
+        config = composed("sft", model, "policy.zero_stage=2", *more)
+        with pytest.raises(ConfigError) as error:
+            check(config, replace(EIGHT, memory_bytes=GIB))  # main memory has no room for the optimizer
+        assert ("cluster.policy_ranks=2" in str(error.value)) is named

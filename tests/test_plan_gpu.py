@@ -221,6 +221,34 @@ def test_an_engine_whose_weights_are_too_large_is_offered_more_gpus(models):
     assert f"{wider} with policy.zero_stage=3 fits, or {at} a model of at most 5 billion" in narrow
 
 
+def test_settings_that_another_check_refuses_are_not_named(models):
+    """Two ranks would fit these GPUs by their memory, and cannot each have a part of one."""
+    machine = replace(MACHINES["8 x 80 GB"], gpu=replace(SMALL, memory_bytes=31 * GIB))
+    words = ["cluster.gpus_per_policy_rank=0.6", "cluster.gpus_per_rollout_engine=0.4", "policy.logits_chunk_tokens=512",
+             "rollout.gpu_memory_utilization=0.2", "policy.micro_batch_tokens=1536"]  # fmt: skip
+    line = refusal(models, "1.5 B", machine, *words)
+    assert "; policy.offload_optimizer=true fits, or " in line
+    planned(models, "1.5 B", machine, *words, "policy.offload_optimizer=true")
+    ranks = refusal(models, "1.5 B", machine, *words, "cluster.policy_ranks=2")
+    assert ranks.startswith("cluster.gpus_per_policy_rank: got 0.6 with cluster.policy_ranks=2, expected 1")
+
+
+def test_a_critics_optimizer_is_offloaded_only_where_main_memory_has_room(models):
+    words = [f"model.path={models / '1.5 B'}", *RUN, "policy.lora.rank=16", "critic.micro_batch_tokens=1536",
+             "reference.micro_batch_tokens=1536", "cluster.gpus_per_reference_rank=1", "cluster.gpus_per_policy_rank=1",
+             "cluster.gpus_per_rollout_engine=1", "cluster.gpus_per_critic_rank=1"]  # fmt: skip
+    ppo = compose_config(["experiment=quickstart", "algorithm=ppo", "lora=default"])
+    config = to_config(OmegaConf.merge(ppo, OmegaConf.from_dotlist(words)))[0]
+    gpu = replace(SMALL, memory_bytes=24 * GIB)
+    lines = []
+    for memory in (40, 20):  # its masters, moments, gradients and staging take 18 P: 25.4 GiB
+        with pytest.raises(ConfigError) as error:
+            make_plan(config, Machine(16, memory * GIB, 4, gpu))
+        lines.append(str(error.value))
+    assert "critic.offload_optimizer=true fits" in lines[0]
+    assert lines[1].startswith("GPU memory: ") and "offload_optimizer" not in lines[1]
+
+
 def test_the_largest_model_is_named_with_the_settings_that_it_needs(models):
     """0.5 B does not fit as it is: a small model has no checkpointing by default, and a larger micro-batch here."""
     at = ["policy.gradient_checkpointing=true", "policy.micro_batch_tokens=1536"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from math import floor
 
-from apportion.conf.defaults import engine_settings, policy_settings
+from apportion.conf.combinations import check_combinations
+from apportion.conf.defaults import engine_settings
 from apportion.conf.devices import Machine
 from apportion.conf.gpu_fit import Fit, Option, training_options
 from apportion.conf.gpu_memory import CONTEXT, VllmShare
@@ -41,7 +42,7 @@ def plan_gpus(
         lambda c, f: tenants(c, f, gpu_bytes),
         config.data.max_prompt_tokens + config.rollout.max_response_tokens,
         lambda c, over: _options(c, facts, over),
-        lambda c, f: _accepts(c, f, machine),
+        lambda c, f: _accepts(c, f, machine) and _combine(c, needs, f, machine),
     )
     uses = fit.check(config, facts)
     return GpuPlan(uses, [] if gpu_bytes is None else _check_caches(vllm_shares(config, facts), gpu_bytes))
@@ -80,10 +81,27 @@ def _accepts(config: Config, facts: Facts, machine: Machine | None) -> bool:
     """Whether caches hold a sequence, and main memory what is offloaded."""
     if machine is None or machine.gpu is None:
         return True
-    gpu_bytes, ranks = machine.gpu.memory_bytes, config.cluster.policy_ranks
-    offloaded = training_memory(config, policy_settings(config, facts["policy"]), facts["policy"])
-    fits = ranks * sum(offloaded.values()) <= machine.memory_bytes * machine.nodes
+    gpu_bytes, c = machine.gpu.memory_bytes, config.cluster
+    offloaded = 0
+    for role, section, gpus in (
+        ("policy", config.policy, c.gpus_per_policy_rank),
+        ("critic", config.critic, c.gpus_per_critic_rank),
+    ):
+        if gpus and role in facts:
+            settings = engine_settings(section, gpus, facts[role])
+            offloaded += c.policy_ranks * sum(training_memory(config, settings, facts[role], role).values())
+    fits = offloaded <= machine.memory_bytes * machine.nodes
     return fits and all(share.held(gpu_bytes) >= 1 for share in vllm_shares(config, facts))
+
+
+def _combine(config: Config, needs: frozenset[str], facts: Facts, machine: Machine | None) -> bool:
+    """Whether changed settings are refused for another reason than memory: ranks that would share a GPU, say."""
+    gpus = [tenant.gpus for tenant in tenants(config, facts, None) for _ in range(tenant.count)]
+    try:
+        check_combinations(config, needs, facts["policy"], machine, gpus)
+    except ConfigError:
+        return False
+    return True
 
 
 def _no_cache(share: VllmShare, gpu_bytes: int) -> str:

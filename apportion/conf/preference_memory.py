@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 from apportion.actors.engine_settings import EngineSettings
 from apportion.conf import gpu_memory
 from apportion.conf.defaults import engine_settings
-from apportion.conf.devices import Machine
+from apportion.conf.devices import Machine, check_ranks
 from apportion.conf.gpu_fit import Facts, Fit, Option, training_options
-from apportion.conf.models import ModelFacts, read_model
+from apportion.conf.models import ModelFacts, check_targets, read_model
 from apportion.conf.placement import GpuUse, Tenant
+from apportion.platform.errors import ConfigError
 
 if TYPE_CHECKING:
     from apportion.conf.preference_schema import PreferenceConfig
@@ -26,7 +27,7 @@ def check_gpu_memory(config: PreferenceConfig, machine: Machine) -> list[GpuUse]
     if reference is not None:
         facts["reference"] = read_model(reference, "dpo.reference")
     longest = (2 if config.pairs else 1) * config.data.max_tokens
-    return Fit(machine, _ranks, longest, _options, lambda c, f: _offload_fits(c, f, machine)).check(config, facts)
+    return Fit(machine, _ranks, longest, _options, lambda c, f: _accepts(c, f, machine)).check(config, facts)
 
 
 def _ranks(config: PreferenceConfig, facts: Facts) -> list[Tenant]:
@@ -55,9 +56,18 @@ def _settings(config: PreferenceConfig, model: ModelFacts | None) -> EngineSetti
     return engine_settings(config.policy, config.cluster.gpus_per_policy_rank, model)
 
 
-def _offload_fits(config: PreferenceConfig, facts: Facts, machine: Machine) -> bool:
-    """Whether main memory holds what is offloaded."""
+def _accepts(config: PreferenceConfig, facts: Facts, machine: Machine) -> bool:
+    """Whether main memory holds what is offloaded, each rank has a GPU and an example, and adapters find their layers."""
     model, ranks = facts["policy"], config.cluster.policy_ranks
+    lora = config.policy.lora
+    try:
+        check_ranks("cluster.gpus_per_policy_rank", config.cluster.gpus_per_policy_rank, ranks)
+        if lora is not None:
+            check_targets(lora.targets, config.model.path)
+    except ConfigError:
+        return False
+    if ranks > config.train.batch_size:
+        return False
     if model is None:
         return True
     held = gpu_memory.offloaded(_weights(config, model), _settings(config, model), ranks, config.model.dtype)
