@@ -21,6 +21,7 @@ from apportion.platform.errors import ConfigError
 PAGE = (Path(__file__).parent.parent / "docs" / "gpu.md").read_text(encoding="utf-8")
 H100 = Gpu("NVIDIA H100 80GB HBM3", round(79.1 * GIB), (9, 0))
 SMALL = Gpu("NVIDIA GeForce RTX 4090", round(23.5 * GIB), (8, 9))
+A40S = Machine(64, 900 * GIB, 8, Gpu("NVIDIA A40", 45 * GIB, (8, 6)))
 MACHINES = {
     "24 GB": Machine(16, 128 * GIB, 1, SMALL),
     "80 GB": Machine(26, 220 * GIB, 1, H100),
@@ -194,9 +195,6 @@ def test_an_engine_without_room_for_one_sequence_is_refused_with_the_least_share
     planned(models, "7 B", "80 GB", *words, "rollout.gpu_memory_utilization=0.22")
 
 
-A40S = Machine(64, 900 * GIB, 8, Gpu("NVIDIA A40", 45 * GIB, (8, 6)))
-
-
 def test_zero_3_that_cannot_start_is_refused_whatever_training_takes(models):
     """Each rank's GPU holds the whole model before it is sharded."""
     words = ["cluster.policy_ranks=6", "cluster.gpus_per_policy_rank=1", "policy.zero_stage=3", "policy.lora.rank=16",
@@ -223,14 +221,33 @@ def test_an_engine_whose_weights_are_too_large_is_offered_more_gpus(models):
 
 def test_settings_that_another_check_refuses_are_not_named(models):
     """Two ranks would fit these GPUs by their memory, and cannot each have a part of one."""
-    machine = replace(MACHINES["8 x 80 GB"], gpu=replace(SMALL, memory_bytes=31 * GIB))
+    machine = Machine(32, 256 * GIB, 2, replace(SMALL, memory_bytes=31 * GIB))
     words = ["cluster.gpus_per_policy_rank=0.6", "cluster.gpus_per_rollout_engine=0.4", "policy.logits_chunk_tokens=512",
-             "rollout.gpu_memory_utilization=0.2", "policy.micro_batch_tokens=1536"]  # fmt: skip
+             "cluster.rollout_engines=2", "rollout.gpu_memory_utilization=0.2", "policy.micro_batch_tokens=1536"]  # fmt: skip
     line = refusal(models, "1.5 B", machine, *words)
     assert "; policy.offload_optimizer=true fits, or " in line
     planned(models, "1.5 B", machine, *words, "policy.offload_optimizer=true")
     ranks = refusal(models, "1.5 B", machine, *words, "cluster.policy_ranks=2")
     assert ranks.startswith("cluster.gpus_per_policy_rank: got 0.6 with cluster.policy_ranks=2, expected 1")
+
+
+def test_whole_gpus_are_offered_where_some_are_idle(models):
+    """The policy fits 32 GiB, and no engine beside it."""
+    machine = replace(A40S, gpu=replace(A40S.gpu, memory_bytes=32 * GIB))
+    words = [*HALVES, "policy.logits_chunk_tokens=1024", "policy.micro_batch_tokens=1536"]
+    alone = "cluster.gpus_per_policy_rank=1 cluster.gpus_per_rollout_engine=1"
+    assert f"; no policy.micro_batch_tokens fits; {alone} fits, or " in refusal(models, "1.5 B", machine, *words)
+    plan = planned(models, "1.5 B", machine, *words, *alone.split())
+    assert [use.count for use in plan.gpus] == [1, 1]
+    assert "gpus_per" not in refusal(models, "1.5 B", replace(machine, gpus=1), *words)
+
+
+def test_a_share_above_the_default_is_lowered_together_with_other_settings(models):
+    machine = Machine(16, 128 * GIB, 1, replace(SMALL, memory_bytes=31 * GIB))
+    line = refusal(models, "1.5 B", machine, *HALVES, "rollout.gpu_memory_utilization=0.95")
+    named = ["rollout.gpu_memory_utilization=0.4", "policy.offload_optimizer=true"]
+    assert line.endswith(f"; no policy.micro_batch_tokens fits; {' with '.join(named)} fits")
+    planned(models, "1.5 B", machine, *HALVES, *named)
 
 
 def test_a_critics_optimizer_is_offloaded_only_where_main_memory_has_room(models):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from math import floor
 
 from apportion.conf.combinations import check_combinations
-from apportion.conf.defaults import engine_settings
+from apportion.conf.defaults import engine_settings, utilization
 from apportion.conf.devices import Machine
 from apportion.conf.gpu_fit import Fit, Option, training_options
 from apportion.conf.gpu_memory import CONTEXT, VllmShare
@@ -18,6 +18,14 @@ from apportion.conf.placement import GpuUse, size
 from apportion.conf.schema import Config
 from apportion.platform.errors import ConfigError
 
+_GPUS_OF = {
+    "policy": "gpus_per_policy_rank",
+    "rollout": "gpus_per_rollout_engine",
+    "critic": "gpus_per_critic_rank",
+    "reference": "gpus_per_reference_rank",
+    "judge": "gpus_per_judge",
+    "reward": "gpus_per_reward_worker",
+}
 LEAST_UTILIZATION, MOST_UTILIZATION = 0.05, 0.98  # that the configuration accepts
 
 
@@ -135,12 +143,20 @@ def _options(config: Config, facts: Facts, over: list[GpuUse]) -> list[Option]:
         options += [Option(f"rollout.max_sequences={n}", {"rollout.max_sequences": n}) for n in fewer]
     share = next((s for s in vllm_shares(config, facts) if s.section == "rollout"), None)
     if share is not None:
-        options += _shares(share, over) + _wider_engines(config)
-    return options
+        options += _shares(share, over, utilization(c.gpus_per_rollout_engine)[0]) + _wider_engines(config)
+    return options + _alone(over)
 
 
-def _shares(share: VllmShare, over: list[GpuUse]) -> list[Option]:
-    """The least share for an engine that has too little, or the largest that leaves room for what is beside it."""
+def _alone(over: list[GpuUse]) -> list[Option]:
+    """A whole GPU for each actor that shares one."""
+    roles = {tenant.role: tenant.gpus for use in over if len(use.tenants) > 1 for tenant in use.tenants}
+    changes = {f"cluster.{_GPUS_OF[role]}": 1.0 for role, gpus in roles.items() if gpus < 1}
+    return [Option(" ".join(f"{key}=1" for key in changes), changes)] if changes else []
+
+
+def _shares(share: VllmShare, over: list[GpuUse], default: float) -> list[Option]:
+    """The least share for an engine that has too little, or the largest that leaves room for what is beside it; the default
+    for one that has more."""
     gpu = over[0].gpu
     assert gpu is not None
     fitting = [share.least_utilization(gpu.memory_bytes)] if share.held(gpu.memory_bytes) < 1 else []
@@ -149,6 +165,8 @@ def _shares(share: VllmShare, over: list[GpuUse]) -> list[Option]:
         if engines:
             others = use.bytes - sum(tenant.bytes for tenant in engines) + CONTEXT * len(engines)
             fitting.append(floor((gpu.memory_bytes - others) / len(engines) / gpu.memory_bytes * 100) / 100)
+    if default < share.utilization:
+        fitting.append(default)
     return [
         Option(f"rollout.gpu_memory_utilization={value:g}", {"rollout.gpu_memory_utilization": value})
         for value in fitting
