@@ -1,7 +1,7 @@
 """One form for messages, whatever form a row wrote them in: what every stage gives to a chat template.
 
     role and content              OpenAI's and Hugging Face's; null keys, which Arrow adds to rows of a table, are dropped
-    from and value                ShareGPT's; its roles become user, assistant, system and tool
+    from and value                ShareGPT's; its roles become user, assistant, system and tool, also beside content
     content as a list of parts    the texts, joined by a line break; a thought among them becomes `reasoning_content`
     function_call                 becomes `tool_calls`
 
@@ -126,7 +126,9 @@ def _message(message: Any, number: int) -> Message:
     who = f"message {number} ({role if role in ROLES else listed([role])})"
     content = message.get("content")
     if message.get("role") is None:
-        role, content, message = _from_sharegpt(role, message, who)
+        role, content, message = _from_sharegpt(role, message.get("value"), message, who)
+    elif role in SHAREGPT_ROLES and role not in ROLES:  # OpenAI's keys with ShareGPT's names: a template knows no "gpt"
+        role, content, message = _from_sharegpt(role, content, message, who)
     elif role not in ROLES:
         raise DataError(f"{who}: got role {role!r:.40}, expected one of {', '.join(ROLES)}{nearest(role, ROLES)}")
     others = {k: v for k, v in message.items() if v is not None and k not in ("role", "content", "from", "value")}
@@ -147,11 +149,10 @@ def _message(message: Any, number: int) -> Message:
     return out | others
 
 
-def _from_sharegpt(role: str, message: Mapping[str, Any], who: str) -> tuple[str, Any, Mapping[str, Any]]:
+def _from_sharegpt(role: str, content: Any, message: Mapping[str, Any], who: str) -> tuple[str, Any, Mapping[str, Any]]:
     known = SHAREGPT_ROLES.get(role.lower())
     if known is None:
         raise DataError(f"{who}: got from {role!r}, expected one of {', '.join(SHAREGPT_ROLES)}")
-    content = message.get("value")
     if role.lower() != "function_call":
         return known, content, message
     try:
