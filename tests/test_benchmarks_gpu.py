@@ -281,12 +281,21 @@ def test_devices_are_found_by_name():
     assert stated_flops("Tesla T4") is None
 
 
-def test_the_driver_is_read_from_nvidia_smi(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("line", "read"),
+    [
+        ("580.82.07, 512", {"driver": "580.82.07", "used_mib": 512.0}),
+        ("580.82.07, [N/A]", {"driver": "580.82.07"}),  # MIG, GB10
+        ("580.82.07, [Not Supported]", {"driver": "580.82.07"}),
+        ("", {}),
+    ],
+)
+def test_the_driver_is_read_from_nvidia_smi(line, read, tmp_path, monkeypatch):
     tool = tmp_path / "nvidia-smi"
-    tool.write_text("#!/bin/sh\necho '580.82.07, 512'\n")
+    tool.write_text(f"#!/bin/sh\necho '{line}'\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert driver() == {"driver": "580.82.07", "used_mib": 512.0}
+    assert driver() == read
 
 
 def test_relative_error_is_of_the_reference():

@@ -83,18 +83,22 @@ def large_gpu() -> bool:
 
 
 def driver() -> dict[str, Any]:
-    """Driver version and MiB in use on the first visible GPU, asked without making a CUDA context; empty without nvidia-smi."""
+    """Driver version and MiB in use on the first visible GPU, asked without making a CUDA context. Without the second
+    where it is not known (MIG, memory shared with the CPU), empty without an answer of nvidia-smi."""
     if shutil.which("nvidia-smi") is None:
         return {}
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     command = [
         "nvidia-smi", f"--id={first}", "--query-gpu=driver_version,memory.used", "--format=csv,noheader,nounits",
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except subprocess.TimeoutExpired:
+        return {}
     if done.returncode or not done.stdout.strip():
         return {}
-    release, used = done.stdout.splitlines()[0].split(",")
-    return {"driver": release.strip(), "used_mib": float(used)}
+    release, _, used = (word.strip() for word in done.stdout.splitlines()[0].partition(","))
+    return {"driver": release} | ({"used_mib": float(used)} if used.isdecimal() else {})
 
 
 def describe(device: str) -> dict[str, Any]:
