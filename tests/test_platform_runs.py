@@ -93,7 +93,7 @@ def test_a_folder_that_holds_a_run_or_may_hold_one_is_not_taken_over(tmp_path, l
     elif left == "no run":
         (run.path / "config.yaml").write_text("theme: dark\n")
     elif left == "no locks":
-        monkeypatch.setattr("apportion.platform.run_lock._locked", lambda file, mode: True)
+        monkeypatch.setattr("apportion.platform.run_lock._locked", lambda file, mode, folder: True)
     before = {file: file.read_bytes() for file in run.path.rglob("*") if file.is_file()}
     with (
         held(run.path) if left == "running" else nullcontext(),
