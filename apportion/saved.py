@@ -68,7 +68,8 @@ def saved_config(path: str, runs_folder: str = "runs") -> Path | None:
     """The configuration kept by the run that `path` is, names, or lies in; None where there is none."""
     for start in (Path(path), Path(runs_folder) / path):
         if start.exists():
-            for folder in (start, *start.resolve().parents[:3]):
+            # Also as it was named: `checkpoints` may be a link to a larger disk.
+            for folder in (start, *start.resolve().parents[:3], *start.absolute().parents[:3]):
                 if (folder / SAVED_NAME).is_file():
                     return folder / SAVED_NAME
     return None

@@ -14,6 +14,7 @@ from apportion.platform.errors import CheckpointError, ConfigError
 from apportion.platform.files import write_text_atomically
 from apportion.platform.run_lock import held
 from apportion.platform.runs import find_checkpoint, make_run_folder, redacted, redacted_text, run_of
+from apportion.saved import saved_config
 
 
 def checkpoint(run, step):
@@ -225,6 +226,21 @@ def test_resume_takes_a_name_a_folder_or_a_checkpoint(tmp_path, monkeypatch):
     assert find_checkpoint(str(older), "runs").path == older
     assert find_checkpoint("runs/first/checkpoints/step-000001/", "runs").step == 1
     assert run_of(find_checkpoint("first", "runs")).path == run.path
+
+
+@pytest.mark.parametrize("linked", ["runs", "runs/first/checkpoints", "runs/first/checkpoints/step-000002"])
+def test_a_checkpoint_is_found_where_its_folders_are_links_to_another_disk(tmp_path, monkeypatch, linked):
+    run = make_run_folder(tmp_path / "runs", "first", "q")
+    run.save_config({})
+    checkpoint(run, 2)
+    (tmp_path / linked).rename(tmp_path / "disk")
+    (tmp_path / linked).symlink_to(tmp_path / "disk")
+    monkeypatch.chdir(tmp_path)
+    for argument in ("first", "runs/first", "runs/first/checkpoints/step-000002"):
+        found = find_checkpoint(argument, "runs")
+        assert (found.step, run_of(found).path.resolve()) == (2, run.path.resolve())
+        place = saved_config(argument)
+        assert place is not None and place.resolve() == (run.path / "config.yaml").resolve()
 
 
 def test_resume_of_an_unknown_name_says_what_there_is(tmp_path):

@@ -305,14 +305,16 @@ def named_run(argument: str, runs_root: str | Path) -> Path:
 def _named(argument: str, runs_root: str | Path) -> tuple[Path, Path | None]:
     """A run's folder, and the checkpoint in it if that is what was named."""
     given = Path(argument)
-    if given.is_dir() and FOLDER_PATTERN.fullmatch(given.resolve().name):
-        folder = given.resolve()
-        if folder.parent.name != "checkpoints" or not (folder.parent.parent / "config.yaml").is_file():
-            raise ConfigError(
-                f"checkpoint: got {argument!r}, which lies in no run's folder, expected RUN/checkpoints/{folder.name} "
-                "beside RUN/config.yaml: lay a copy out so, with the config.yaml of the run that wrote it"
-            )
-        return folder.parent.parent, folder
+    # Also as it was named: `checkpoints`, or a checkpoint, may be a link to a larger disk.
+    named = [folder for folder in (given.resolve(), given.absolute()) if FOLDER_PATTERN.fullmatch(folder.name)]
+    if given.is_dir() and named:
+        for folder in named:
+            if folder.parent.name == "checkpoints" and (folder.parent.parent / "config.yaml").is_file():
+                return folder.parent.parent, folder
+        raise ConfigError(
+            f"checkpoint: got {argument!r}, which lies in no run's folder, expected RUN/checkpoints/{named[0].name} "
+            "beside RUN/config.yaml: lay a copy out so, with the config.yaml of the run that wrote it"
+        )
     for folder in (given, Path(runs_root) / argument):
         if (folder / "checkpoints").is_dir() or (folder / "config.yaml").is_file():
             if not (folder / "config.yaml").is_file():
