@@ -9,7 +9,6 @@ there to see what fits, to a factor of about 1.3.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import ceil
 
@@ -29,6 +28,7 @@ from apportion.conf.memory import GIB, frozen_memory, rollout_memory, teacher_me
 from apportion.conf.models import VALUE_BYTES, ModelFacts, check_own_tokenizer, read_model
 from apportion.conf.parts import check_parts
 from apportion.conf.placement import GpuUse, firm_bytes, gpu_lines
+from apportion.conf.placement import size as _size
 from apportion.conf.schema import CheckpointConfig, Config
 from apportion.conf.sources import check_sources
 from apportion.conf.teachers import check_distillation
@@ -286,16 +286,25 @@ def _judge_plan(config: Config, machine: Machine | None) -> ActorPlan:
     )
 
 
-def _check_memory(config: Config, actors: Iterable[ActorPlan], machine: Machine | None) -> None:
+def _check_memory(config: Config, actors: list[ActorPlan], machine: Machine | None) -> None:
     """Refuse what certainly exceeds this machine: weights, optimiser and caches, without the rough terms."""
     rough = ("activations", "process", "batch", "logits", "teachers' logits")
     firm = sum(actor.count * sum(size for name, size in actor.memory.items() if name not in rough) for actor in actors)
-    if machine is not None and firm > machine.memory_bytes * machine.nodes:
+    if machine is None or firm <= machine.memory_bytes * machine.nodes:
+        return
+    whose = "this machine" if machine.assumed is None else "the machine" if machine.nodes == 1 else "all nodes"
+    expected = f"expected at most the {machine.memory_bytes * machine.nodes / GIB:.1f} GiB of {whose}"
+    offloaded = [actor.role for actor in actors if actor.on_gpu and "masters" in actor.memory]
+    if offloaded:
+        lora = "" if config.policy.lora is not None or "policy" not in offloaded else ", policy.lora.rank=16"
         raise ConfigError(
-            f"model.path: got {config.model.path}, whose weights, optimiser and caches take {firm / GIB:.1f} GiB, "
-            f"expected at most the {machine.memory_bytes * machine.nodes / GIB:.1f} GiB of this machine; try policy.lora.rank=16, "
-            "a smaller rollout.kv_cache_gib, a smaller model, or policy.zero_stage=3 over a cluster"
+            f"{offloaded[0]}.offload_optimizer: got true, and main memory would hold {firm / GIB:.1f} GiB, {expected}; try "
+            f"{offloaded[0]}.offload_optimizer=false{lora} or a smaller model"
         )
+    raise ConfigError(
+        f"model.path: got {config.model.path}, whose weights, optimiser and caches take {firm / GIB:.1f} GiB, {expected}; "
+        "try policy.lora.rank=16, a smaller rollout.kv_cache_gib, a smaller model, or policy.zero_stage=3 over a cluster"
+    )
 
 
 def _notes(
@@ -337,7 +346,9 @@ def _notes(
                 "memory is likely to run out: lower policy.micro_batch_tokens or turn on policy.gradient_checkpointing"
             )
     if not any(actor.on_gpu for actor in actors):
-        notes.append("no GPU: sampling and updating take turns on the cores")
+        unused = machine is not None and machine.gpus > 0
+        none = "no role has a GPU, though there are some (cluster.gpus_per_*)" if unused else "no GPU"
+        notes.append(f"{none}: sampling and updating take turns on the cores")
     return notes
 
 
@@ -386,7 +397,3 @@ def _memory_text(actor: ActorPlan) -> str:
         return "not known"
     parts = " + ".join(f"{name} {_size(size)}" for name, size in actor.memory.items() if size >= GIB // 100)
     return f"{_size(actor.bytes_each)} = {parts}{', and its GPU' if actor.on_gpu else ''}"
-
-
-def _size(size: int) -> str:
-    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.0f} MiB"

@@ -349,6 +349,24 @@ def test_main_memory_holds_what_is_offloaded_and_nothing_else_of_a_role_on_a_gpu
     assert "offload_optimizer" not in line  # its optimizer would not fit main memory
 
 
+def test_what_is_offloaded_to_too_little_main_memory_is_refused_by_its_key(models):
+    described = Machine(16, 128 * GIB, 1, H100, assumed="a description")
+    words = [*HALVES, "policy.offload_optimizer=true", "policy.zero_stage=3"]
+    held = f"{(4 + 8 + 4 + 4) * 7_615_487_488 / GIB:.1f}"  # masters, moments, gradients, staging
+    assert refusal(models, "7 B", described, *words) == (
+        f"policy.offload_optimizer: got true, and main memory would hold {held} GiB, expected at most the 128.0 GiB of the "
+        "machine; try policy.offload_optimizer=false, policy.lora.rank=16 or a smaller model"
+    )
+
+
+def test_a_plan_that_leaves_the_gpus_unused_says_so(models):
+    end = ": sampling and updating take turns on the cores"
+    noted = [note for note in planned(models, "0.5 B", "80 GB").notes if note.endswith(end)]
+    assert noted == [f"no role has a GPU, though there are some (cluster.gpus_per_*){end}"]
+    without = planned(models, "0.5 B", Machine(16, 128 * GIB, 0)).notes
+    assert [note for note in without if note.endswith(end)] == [f"no GPU{end}"]
+
+
 def test_a_plan_without_gpus_has_no_such_section(models):
     plan = planned(models, "0.5 B", Machine(2, 64 * GIB, 0))
     assert plan.gpus == [] and "GPU memory" not in plan.render()

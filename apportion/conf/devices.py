@@ -61,7 +61,7 @@ def _check_machine(config: Config, there: dict[str, str], machine: Machine, gpus
     check_room(gpus, machine)
     if cluster.threads is not None and cluster.threads > machine.cores:
         raise ConfigError(
-            f"cluster.threads: got {cluster.threads}, expected at most {machine.cores}, the cores of this machine, "
+            f"cluster.threads: got {cluster.threads}, expected at most {machine.cores}, the cores of {_node(machine)}, "
             "or null for all"
         )
 
@@ -122,9 +122,8 @@ def check_ranks_fit(ranks: int, gpus: float, machine: Machine) -> None:
 def check_engine_fits(section: str, parallel: int, gpus: float, machine: Machine) -> None:
     """`section` is rollout or judge; an engine's GPUs are on one node."""
     if machine.gpus and gpus > machine.gpus:
-        of = _name(machine) if machine.nodes == 1 else "a node"
         raise ConfigError(
-            f"{section}.tensor_parallel_size: got {parallel}, expected at most {machine.gpus}, the GPUs of {of}: an engine's "
+            f"{section}.tensor_parallel_size: got {parallel}, expected at most {machine.gpus}, the GPUs of {_node(machine)}: an engine's "
             "GPUs are on one node"
         )
 
@@ -152,6 +151,10 @@ def _number(machine: Machine) -> str:
 
 def _name(machine: Machine) -> str:
     return "this machine" if machine.assumed is None else "the machine"
+
+
+def _node(machine: Machine) -> str:
+    return _name(machine) if machine.nodes == 1 else "a node"
 
 
 def check_free(config: Config, planned: Sequence[GpuUse]) -> None:
