@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 _SWITCHES = ("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m")
 _SWITCHES_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-name", "-cn", "--info", "-i")
+_OF_PLAN = {"--gpus": "cluster.gpus_per_policy_rank=1 and the like: --gpus is for apportion plan"}
 
 Run = Callable[[Any, dict[str, Any]], int]  # (the typed configuration, the same as a plain dict) -> exit code
 
@@ -98,8 +99,7 @@ def _usage() -> str:
         "  apportion evaluate runs/NAME evaluation.samples=8 evaluation.k=[1,8]",
         "  apportion show NAME",
         "  apportion dpo model.path=MODEL data.train=pairs.jsonl.gz data.eval_share=0.05 dpo.beta=0.1",
-        "",
-        "apportion train --help lists every value; --cfg job prints the composed configuration",
+        "\napportion train --help lists every value; --cfg job prints the composed configuration",
     ]
     return "\n".join(lines)
 
@@ -336,9 +336,9 @@ def _split(command: str, words: list[str]) -> tuple[list[str], list[str]]:
                 raise ConfigError(f"{command}: got {word} and nothing after it, expected {word} VALUE")
             switches += [word, given]
         else:
-            known = [switch for switch in (*_SWITCHES, *_SWITCHES_WITH_VALUE) if switch.startswith("--")]
-            expected = "KEY=VALUE, --help, --cfg job, --multirun or --config-dir DIR"
-            raise ConfigError(f"{command}: got {word!r}, expected {expected}{nearest(word, known)}")
+            known = [switch for switch in (*_SWITCHES, *_SWITCHES_WITH_VALUE, "--gpus") if switch.startswith("--")]
+            expected = f"KEY=VALUE, --help, --cfg job, --multirun or --config-dir DIR{nearest(name, known)}"
+            raise ConfigError(f"{command}: got {word!r}, expected {_OF_PLAN.get(name, expected)}")
     if "--cfg" in switches and switches[switches.index("--cfg") + 1] not in ("job", "hydra", "all"):
         raise ConfigError(f"--cfg: got {switches[switches.index('--cfg') + 1]!r}, expected job, hydra or all")
     return switches, overrides

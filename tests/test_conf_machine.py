@@ -132,4 +132,11 @@ def test_bad_switches_are_one_line(capsys):
         "error: --gpus: got 'lots', expected NODESxGPUSxGB such as 2x8x80, or 8x80, or 24 for one GPU\n"
     )
     assert main(["train", "experiment=tiny_grpo", "--gpus=8x80"]) == 2
-    assert capsys.readouterr().err.startswith("error: train: got '--gpus=8x80', expected KEY=VALUE, --help,")
+    assert capsys.readouterr().err == (
+        "error: train: got '--gpus=8x80', expected cluster.gpus_per_policy_rank=1 and the like: --gpus is for apportion plan\n"
+    )
+    assert main(["plan", "experiment=tiny_grpo", "--gpu=8x80"]) == 2
+    assert capsys.readouterr().err == (
+        "error: plan: got '--gpu=8x80', expected KEY=VALUE, --help, --cfg job, --multirun or --config-dir DIR (did you "
+        "mean '--gpus'?)\n"
+    )
