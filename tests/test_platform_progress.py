@@ -89,6 +89,42 @@ def test_a_look_that_gets_no_answer_holds_nobody_up():
     assert fake.looks == []
 
 
+def test_a_look_that_fails_is_one_without_an_answer():
+    """Ray may be lost, or end, while a thread asks it: nothing is raised in that thread, and the next look counts again."""
+    fake = Fake(100)
+    fake.counts["a"] = "1 5 passes"
+    fake.run(20, "a")
+    good = fake.clocks._read
+
+    def lost(keys):
+        raise RuntimeError("no GCS")
+
+    fake.clocks._read = lost
+    assert fake.run(60, "a") == [60.0]
+    fake.clocks._read = good
+    fake.counts["a"] = "1 6 passes"
+    fake.run(81, "a")
+    assert (fake.clocks.count("a"), fake.clocks.left("a")) == (Count(1, 6, "passes"), 99.0)
+
+
+def test_an_actor_counts_on_after_a_failure_to_tell(capsys):
+    told, outages = [], [RuntimeError("no GCS"), RuntimeError("no GCS")]
+
+    def send(text):
+        if outages:
+            raise outages.pop()
+        told.append(text)
+
+    counter = Counter(send, every=0.01)
+    counter.begin("passes")
+    deadline = time.monotonic() + 5
+    while not told and time.monotonic() < deadline:
+        time.sleep(0.01)
+    counter._every = 3600.0  # its thread lives on
+    assert told == ["1 0 passes"]
+    assert capsys.readouterr().out == "progress is not told: RuntimeError: no GCS\n"
+
+
 def test_an_actor_leaves_its_count_when_it_has_changed():
     told = []
     counter = Counter(told.append, every=3600.0)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
@@ -60,13 +61,16 @@ class Counter:
             self._told = count
 
     def _run(self) -> None:
+        said = False
         while True:
             time.sleep(self._every)
             try:
                 self.tell()
-            except Exception as error:  # noqa: BLE001 - whatever the kind: without a count the call has its plain limit
-                print(f"progress is not told: {type(error).__name__}: {error}", flush=True)
-                return
+                said = False
+            except Exception as error:  # noqa: BLE001 - whatever the kind: a GCS that is restarted answers again later
+                if not said:
+                    print(f"progress is not told: {type(error).__name__}: {error}", flush=True)
+                said = True
 
 
 _counter: Counter | None = None
@@ -107,16 +111,16 @@ class Clocks:
         self._looked = self._answered = start = now()
         self._last = dict.fromkeys(keys, start)
         self._counts: dict[str, Count] = {}
-        self._answers: list[tuple[float, dict[str, str]]] = []
+        self._answers: deque[tuple[float, dict[str, str]]] = deque()  # filled by one thread and emptied by another
         self._looking = False
 
     def look(self, keys: Iterable[str]) -> None:
         """Read the counts of `keys` where that is due. Never waits for Ray."""
-        for began, texts in self._answers:
+        while self._answers:
+            began, texts = self._answers.popleft()
             for key, text in texts.items():
                 self._take(key, text, began)
             self._answered = began
-        self._answers = []
         wanted, now = sorted({key for key in keys if key}), self._now()
         unsure = any(self._looked < self._last[key] + self._seconds <= now for key in wanted)
         if wanted and not self._looking and (unsure or now >= self._looked + self.every):
@@ -142,7 +146,9 @@ class Clocks:
 
     def _ask(self, keys: list[str], began: float) -> None:
         try:
-            self._answers = [*self._answers, (began, self._read(keys))]
+            self._answers.append((began, self._read(keys)))
+        except Exception:  # noqa: BLE001 - Ray ends or is lost, which `health` tells: no answer, as from one that hangs
+            pass
         finally:
             self._looking = False
 
