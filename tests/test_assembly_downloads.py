@@ -222,6 +222,7 @@ def test_actors_load_from_the_cache_alone_and_the_users_code_keeps_the_network(h
     assert changed["policy"][0].environment == {"A": "1", "HF_HUB_OFFLINE": "1"}
     assert settings(from_cache(requests, [MODEL], False, own_judge=False))["judge"] is None  # a function of the user's
     assert settings(requests) == dict.fromkeys(ROLES)
+    assert from_cache(requests, [MODEL], True, True) is requests  # a node that comes later has fetched nothing
     # Where something is missing, or lies in another repository, actors may ask the hub.
     assert from_cache(requests, [MODEL, replace(MODEL, name="owner/copy")], False, True) is requests
     (snapshot(tmp_path) / "adapter_config.json").write_text("{}")
@@ -268,6 +269,23 @@ def test_each_node_of_a_joined_cluster_fetches_for_itself(monkeypatch, share, on
     ]
     assert waited == [([("fetch", [MODEL])] * 2, 55.0, DOWNLOADING)]
     assert (cluster.asked, cluster.dismissed) == (only_gpus, ["download-0", "download-1"])
+
+
+@pytest.mark.parametrize(
+    ("role", "keys", "only_gpus"),
+    [
+        ("reward", ["model.path"], True),  # its functions load no model
+        ("reward", ["model.path", "reward.functions model:owner/r"], False),
+        ("judge", ["model.path"], True),  # a service
+        ("judge", ["model.path", "judge.model"], False),
+    ],
+)
+def test_what_loads_no_model_on_a_node_without_gpus_has_nothing_fetched_there(monkeypatch, role, keys, only_gpus):
+    cluster = Nodes()
+    monkeypatch.setattr(downloads, "gather", lambda *_: None)
+    requests = {"policy": [ActorRequest("policy-0", object, gpus=1)], role: [ActorRequest(f"{role}-0", object)]}
+    fetch_on_nodes(cluster, [HubModel(key, f"owner/{i}") for i, key in enumerate(keys)], requests, 55.0)
+    assert cluster.asked == only_gpus
 
 
 def test_a_ray_of_our_own_has_one_node_which_has_fetched(config):

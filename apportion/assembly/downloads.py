@@ -27,6 +27,7 @@ from apportion.platform.cluster import DOWNLOADING, ActorRequest, Cluster, gathe
 from apportion.platform.errors import ConfigError
 
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
+REWARD = "reward.functions"
 LOADERS = ("policy", "critic", "reference", "rollout", "judge")  # load nothing but what is fetched here
 
 
@@ -50,7 +51,7 @@ def reward_models(config: Config) -> list[HubModel]:
     named = [(str(entry.function).partition(":"), entry.params) for entry in entries]
     return _once(
         [
-            HubModel(f"reward.functions model:{path}", path, bool(params.get("trust_remote_code")))
+            HubModel(f"{REWARD} model:{path}", path, bool(params.get("trust_remote_code")))
             for (kind, _, path), params in named
             if kind == "model"
         ]
@@ -132,7 +133,11 @@ def fetch_on_nodes(
     had there."""
     if not models or not cluster.joined:
         return
-    loading = [one for role, asked in requests.items() if role in (*LOADERS, "reward") for one in asked]
+    keys = [model.key for model in models]
+    idle: set[str] = set() if "judge.model" in keys else {"judge"}  # a service, or a function of the user's
+    idle |= set() if any(key.startswith(REWARD) for key in keys) else {"reward"}
+    roles = {*LOADERS, "reward"} - idle
+    loading = [one for role, asked in requests.items() if role in roles for one in asked]
     nodes = cluster.nodes(gpus=all(request.gpus > 0 for request in loading))
     say(f"fetching {', '.join(model.name for model in models)} on {len(nodes)} nodes, where they are not there yet")
     asked = [ActorRequest(f"download-{i}", DownloadWorker, node=node) for i, node in enumerate(nodes)]
@@ -145,10 +150,10 @@ def from_cache(
     requests: dict[str, list[ActorRequest]], models: Sequence[HubModel], joined: bool, own_judge: bool
 ) -> dict[str, list[ActorRequest]]:
     """The requests with actors that load models from the cache alone, where it has everything: none asks the hub again, and
-    none gets another revision than the others. Functions of the user's keep their way to the hub."""
-    # In a joined cluster the nodes have just fetched the rest.
-    folders = [cached_folder(replace(model, weights=not joined)) for model in models]
-    if not models or any(folder is None or needs_the_hub(folder) for folder in folders):
+    none gets another revision than the others. Functions of the user's keep their way to the hub, and so does every actor in a
+    joined cluster: it may come to a node that was added since."""
+    folders = [cached_folder(model) for model in models]
+    if not models or joined or any(folder is None or needs_the_hub(folder) for folder in folders):
         return requests
     roles = [role for role in LOADERS if role != "judge" or own_judge]
     return {
