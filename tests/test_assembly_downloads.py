@@ -1,8 +1,10 @@
 """Models of the hub are fetched once, before actors start: with the real huggingface_hub and a hub on 127.0.0.1."""
 
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,7 +15,7 @@ from apportion.assembly import downloads
 from apportion.assembly.downloads import fetch_here, fetch_on_nodes, from_cache, hub_models, stage_models
 from apportion.cli import compose_config, to_config
 from apportion.data.builtin import resolve_model
-from apportion.data.downloads import HubModel, needed_files, needs_the_hub, on_hub
+from apportion.data.downloads import HubModel, as_json, needed_files, needs_the_hub, on_hub
 from apportion.platform.cluster import DOWNLOADING, Actor, ActorRequest, _late
 from apportion.platform.errors import ConfigError
 from apportion.platform.progress import Clocks
@@ -145,9 +147,34 @@ def test_a_download_that_takes_too_long_ends_with_the_key_to_change(hub, config)
     hub.delay = 30.0
     slow = replace(config.cluster, download_timeout_seconds=1.0)
     with pytest.raises(
-        ConfigError, match=r"^cluster.download_timeout_seconds: got 1, in which owner/tiny did not come, expected more"
+        ConfigError,
+        match=r"^cluster.download_timeout_seconds: got 1, in which owner/tiny did not come, .*; whole files stay in the cache$",
     ):
         fetch_here(SimpleNamespace(cluster=slow), [MODEL])
+
+
+def test_a_download_ends_with_its_parent_and_leaves_no_part_of_a_file(hub, tmp_path):
+    """Ctrl-C is the parent's: it reaches both, and only closing the input, or the parent's own end, stops a download."""
+    hub.delay = 30.0
+    child = subprocess.Popen(
+        [sys.executable, "-m", "apportion.data.downloads"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        child.stdin.write(as_json([MODEL]) + "\n")
+        child.stdin.flush()
+        blobs = snapshot(tmp_path).parent.parent / "blobs"
+        deadline = time.monotonic() + 60
+        while not list(blobs.glob("*.incomplete")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert list(blobs.glob("*.incomplete"))
+        child.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+        assert child.poll() is None
+        _, complaint = child.communicate(timeout=10)  # closes its input
+    finally:
+        child.kill()
+    assert (child.returncode, list(blobs.glob("*.incomplete")), complaint) == (1, [], "")
 
 
 def test_in_a_joined_cluster_the_driver_fetches_no_weights(hub, tmp_path, config):

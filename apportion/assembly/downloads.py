@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +27,7 @@ from apportion.data.downloads import HubModel, as_json, cached_folder, needs_the
 from apportion.platform.cluster import DOWNLOADING, ActorRequest, Cluster, gather
 from apportion.platform.errors import ConfigError
 
+END_SECONDS = 5.0  # for a download that is told to end
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 REWARD = "reward.functions"
 LOADERS = ("policy", "critic", "reference", "rollout", "judge")  # load nothing but what is fetched here
@@ -92,9 +94,22 @@ def fetch_here(config: Config | PreferenceConfig, models: Sequence[HubModel]) ->
     answers: queue.Queue[dict[str, Any] | None] = queue.Queue()
     threading.Thread(target=_read, args=(child.stdout, answers), name="downloads", daemon=True).start()
     try:
-        child.stdin.write(as_json(wanted))
-        child.stdin.close()
+        child.stdin.write(as_json(wanted) + "\n")
+        child.stdin.flush()
         return _follow(answers, wanted, config.cluster.download_timeout_seconds)
+    finally:
+        _end(child)
+
+
+def _end(child: subprocess.Popen[str]) -> None:
+    """Closing its input tells it to remove what is not whole and to leave."""
+    assert child.stdin is not None
+    try:
+        with suppress(BrokenPipeError):
+            child.stdin.close()
+        child.wait(END_SECONDS)
+    except subprocess.TimeoutExpired:
+        pass
     finally:
         child.kill()
         child.wait()
@@ -115,7 +130,7 @@ def _follow(answers: queue.Queue[dict[str, Any] | None], models: Sequence[HubMod
         except queue.Empty:
             raise ConfigError(
                 f"cluster.download_timeout_seconds: got {seconds:g}, in which {names} did not come, expected more, or a faster "
-                "way to the hub; what has come stays in the cache"
+                "way to the hub; whole files stay in the cache"
             ) from None
         if answer is None:
             raise ConfigError(f"{models[0].key}: got {names}, whose download ended without an answer; try again")

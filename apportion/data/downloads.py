@@ -1,7 +1,7 @@
 """Models of the hub: which files a run needs, whether they are whole in the cache, and fetching them.
 
-`python -m apportion.data.downloads` fetches what its standard input names, as JSON, and answers a JSON object a line: it is a
-process of its own because a download cannot be interrupted otherwise.
+`python -m apportion.data.downloads` fetches what a line of its standard input names, as JSON, and answers a JSON object a line.
+It is a process of its own because a download cannot be interrupted otherwise, and ends when its standard input does.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from apportion.data.builtin import PREFIX
 from apportion.data.errors import DataError
@@ -202,11 +203,31 @@ def _progress(model: HubModel, total: int, cache: Path, say: Callable[[str], Non
 
 
 def _bytes_in(folder: Path) -> int:
-    return sum(entry.stat().st_blocks * 512 for entry in os.scandir(folder)) if folder.is_dir() else 0
+    total = 0
+    for entry in os.scandir(folder) if folder.is_dir() else ():
+        with suppress(FileNotFoundError):  # a part that is whole by now has another name
+            total += entry.stat().st_blocks * 512
+    return total
 
 
 def as_json(models: Sequence[HubModel]) -> str:
     return json.dumps([asdict(model) for model in models])
+
+
+def _end_with_parent() -> None:
+    """Standard input ends when the parent wants no more, or is gone."""
+    sys.stdin.read()
+    _leave(1)
+
+
+def _leave(code: int) -> NoReturn:
+    """End at once, since threads of a download may still read. Parts of files go: the next start could not use them."""
+    for link in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):
+            file = Path(os.readlink(link))
+            if file.suffix == ".incomplete":
+                file.unlink()
+    os._exit(code)
 
 
 def main() -> int:
@@ -217,8 +238,11 @@ def main() -> int:
         with lock:
             print(json.dumps(said), flush=True)
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    models = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     try:
-        came = [fetch(HubModel(**model), lambda text: answer(say=text)) for model in json.load(sys.stdin)]
+        came = [fetch(HubModel(**model), lambda text: answer(say=text)) for model in models]
     except DataError as error:
         answer(error=str(error))
         return 1
@@ -229,4 +253,4 @@ def main() -> int:
 if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
-    os._exit(code)  # threads of a download that failed may still read
+    _leave(code)
