@@ -36,7 +36,7 @@ from apportion.edges import closing, refusals, terminated_as_interrupt, told_fir
 from apportion.loop.device_memory import DevicePeaks
 from apportion.loop.resume import check_steps_left
 from apportion.platform.checkpoint import Checkpoint, CheckpointStore
-from apportion.platform.cluster import Actor, ActorRequest, Cluster, gather
+from apportion.platform.cluster import STARTING, Actor, ActorRequest, Cluster, gather
 from apportion.platform.console_lines import ConsoleLines
 from apportion.platform.plots import plot_run
 from apportion.platform.run_lock import held
@@ -250,7 +250,7 @@ def _ranks(config: PreferenceConfig, cluster: Cluster, spec: PreferenceSpec) -> 
     requests = from_cache({"policy": requests}, models, cluster.joined, own_judge=False)["policy"]
     actors = cluster.start(requests, c.start_timeout_seconds)
     calls = join(cluster, actors, c, config.seed, config.train.deterministic, threads)
-    gather(calls, c.start_timeout_seconds, "start of ranks")
+    gather(calls, c.start_timeout_seconds, STARTING)
     return actors
 
 

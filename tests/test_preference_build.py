@@ -81,3 +81,18 @@ def test_a_stage_keeps_a_digest_of_its_examples_and_goes_on_with_the_same_ones_a
     assert "earlier version" not in (tmp_path / "runs" / "first" / "metrics.jsonl").read_text()
     with pytest.raises(ConfigError, match="resume: the 4 training examples are not those"):
         train(tmp_path, "resume=first", "train.epochs=3", "data.system_prompt=brief")
+
+
+def test_ranks_that_join_late_are_late_for_the_start(monkeypatch):
+    """The error names the key of this limit: cluster.start_timeout_seconds."""
+    config = to_config(
+        compose_config(
+            ["model.path=builtin:tiny", "data.train=p.jsonl", "cluster.start_timeout_seconds=7"], stage="sft"
+        )
+    )[0]
+    cluster = SimpleNamespace(joined=False, expect=lambda _: None, start=lambda requests, _: requests)
+    waited = []
+    monkeypatch.setattr(preference_build, "join", lambda *_: ["setup"])
+    monkeypatch.setattr(preference_build, "gather", lambda *given: waited.append(given))
+    preference_build._ranks(config, cluster, None)
+    assert waited == [(["setup"], 7.0, "start of actors")]
