@@ -17,7 +17,7 @@ help:
 	@echo "make test         the whole test suite, with real Ray, vLLM and DeepSpeed (20 minutes)"
 	@echo "make unit         the tests that start nothing (a minute)"
 	@echo "make check        ruff, mypy, import-linter"
-	@echo "make format       let ruff mend what it can"
+	@echo "make format       let ruff fix what it can"
 	@echo "make bench        speed against bare vLLM and bare torch, side by side"
 	@echo "make bench-peer   speed against TRL, in an environment of its own"
 	@echo "make study        what the five credit methods' papers claim, on models of a million parameters (an hour)"

@@ -237,7 +237,7 @@ COMMANDS: dict[str, Command] = {
     "sft": Command("fine-tune a model on demonstrations", _stage("sft")),
     "reward-model": Command("train a reward model on pairs of answers", _stage("reward_model")),
     "dpo": Command("train a model on pairs of answers directly", _stage("dpo")),
-    "doctor": Command("check this machine and say how to mend what is wrong", _doctor),
+    "doctor": Command("check this machine and say how to fix what is wrong", _doctor),
 }
 
 

@@ -1,4 +1,4 @@
-"""`apportion doctor`: what this machine has, what is wrong with it, and how to mend it.
+"""`apportion doctor`: what this machine has, what is wrong with it, and how to fix it.
 
 Versions are read from the packages' metadata, nothing heavy is imported. Each check is a plain function of what was
 measured, so that a machine can be described in a test.
@@ -68,7 +68,7 @@ def examine() -> list[Finding]:
 
 
 def render(findings: list[Finding]) -> str:
-    """A line for each finding, then what has to be mended, counted."""
+    """A line for each finding, then the number that need a fix."""
     width = max(len(finding.what) for finding in findings)
     lines = []
     for finding in findings:
@@ -77,7 +77,7 @@ def render(findings: list[Finding]) -> str:
             lines.append(f"{'':<4}  {'':<{width}}  -> {finding.mend}")
     failed, warned = (sum(finding.level == level for finding in findings) for level in ("fail", "warn"))
     verdict = "ready" if not failed else "not ready"
-    lines += ["", f"{verdict}: {failed} to mend, {warned} to know of, {len(findings) - failed - warned} fine"]
+    lines += ["", f"{verdict}: {failed} to fix, {warned} to know of, {len(findings) - failed - warned} fine"]
     return "\n".join(lines)
 
 

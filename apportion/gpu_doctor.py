@@ -97,12 +97,12 @@ def check_gpus(
     """`names` are of the GPUs that CUDA shows, `present` how many nvidia-smi or /dev knows; `needed`: builds for CUDA are
     installed."""
     if problem is not None:
-        mend = "mend the driver: nvidia-smi says what is wrong; after an update of the driver, restart the machine"
+        mend = "fix the driver: nvidia-smi says what is wrong; after an update of the driver, restart the machine"
         return Finding("fail" if needed else "warn", "GPUs", problem, mend)
     hidden = present > len(names)
     if hidden and (visible is None or not names):
         cause = "" if visible is None else f" (CUDA_VISIBLE_DEVICES is {visible!r})"
-        mend = "mend the driver (nvidia-smi says what is wrong); in a container: --gpus all"
+        mend = "fix the driver (nvidia-smi says what is wrong); in a container: --gpus all"
         return Finding(
             "warn", "GPUs", f"{present} on this machine, CUDA shows {len(names)}{cause}",
             mend if visible is None else "unset CUDA_VISIBLE_DEVICES, or name the GPUs that are to be used",

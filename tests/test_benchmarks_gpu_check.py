@@ -123,12 +123,12 @@ def test_a_family_that_is_not_proved_is_failed_by_name(monkeypatch):
 
 
 def test_doctor_shows_what_is_wrong_and_the_gpus(monkeypatch):
-    text = "ok    disk     free\nok    GPUs     one H100\nfail  memory   1 GiB\n\nnot ready: 1 to mend\n"
+    text = "ok    disk     free\nok    GPUs     one H100\nfail  memory   1 GiB\n\nnot ready: 1 to fix\n"
     monkeypatch.setattr(runs, "run_command", lambda *_: Ended(1, text))
     outcome = run_here(runs.DOCTOR, "cpu")
     assert outcome.reason == "beyond its bound: exit status"
     assert [figure.value for figure in outcome.figures] == [
-        "GPUs one H100", "memory 1 GiB", "not ready: 1 to mend", 1,
+        "GPUs one H100", "memory 1 GiB", "not ready: 1 to fix", 1,
     ]  # fmt: skip
 
 

@@ -130,7 +130,7 @@ def test_findings_are_printed_with_how_to_mend_them():
         "fail  ray     not installed",
         "              -> install it",
         "",
-        "not ready: 1 to mend, 0 to know of, 1 fine",
+        "not ready: 1 to fix, 0 to know of, 1 fine",
     ]
 
 
@@ -139,7 +139,7 @@ def test_the_exit_code_is_1_when_something_fails(monkeypatch, capsys):
     assert main(["doctor"]) == 1
     monkeypatch.setattr(doctor, "examine", lambda: [Finding("warn", "peft", "not installed")])
     assert main(["doctor"]) == 0
-    assert capsys.readouterr().out.endswith("ready: 0 to mend, 1 to know of, 0 fine\n")
+    assert capsys.readouterr().out.endswith("ready: 0 to fix, 1 to know of, 0 fine\n")
 
 
 def test_the_real_machine_can_be_examined():
