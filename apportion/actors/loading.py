@@ -52,7 +52,8 @@ def load_causal_lm(
 
 @contextmanager
 def model_refused(path: str, trust_remote_code: bool = False) -> Iterator[None]:
-    """What transformers raises over a model's files in one line; with code of the model's own all of it may be its fault."""
+    """Turn what transformers raises over a model's files into one line. With `trust_remote_code` errors keep their traceback:
+    the model's code may be at fault."""
     try:
         yield
     except Exception as error:

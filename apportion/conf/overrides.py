@@ -38,7 +38,8 @@ def whole_mappings() -> Iterator[None]:
 
 
 def _refuse_path(override: Any, config: DictConfig) -> None:
-    """ConfigError for a key inside of a list that is no element's number, or inside of a section that is a reference: omegaconf has no way there."""
+    """ConfigError for a key inside a list that is not an element's number, or inside a section that is a reference: omegaconf
+    can follow neither."""
     node: Any = config
     names = override.key_or_group.split(".")
     for depth, name in enumerate(names):
@@ -54,7 +55,7 @@ def _refuse_path(override: Any, config: DictConfig) -> None:
         if isinstance(node, Container) and node._is_interpolation():
             raise ConfigError(
                 f"{override.key_or_group}: got a value of {parent}, which is the reference {quoted(node._value())}, expected "
-                f"one of both: {parent} by reference, or its values one by one"
+                f"either {parent} by reference, or its values one by one"
             )
         if not isinstance(node, DictConfig) or node._is_none() or node._is_missing():
             return

@@ -56,7 +56,8 @@ def _encoding_problem(text: str) -> str | None:
 
 
 class _Lines:
-    """Lines of a file, without the content of those that are too long for a row: `too_long` says so of the last ones."""
+    """Iterate over the lines of a file. A line that is too long for a row comes without its content and sets `too_long`, which
+    the reader resets."""
 
     def __init__(self, file: IO[str], path: Path) -> None:
         self._file, self._path, self.number, self.too_long = file, path, 0, False

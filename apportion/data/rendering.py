@@ -161,7 +161,7 @@ def left_out(message: Message, index: int, what: str | None = None) -> UnusableE
 
 @contextmanager
 def template_refusals(what: str = "the chat template refuses these messages", cure: str = "") -> Iterator[None]:
-    """What a chat template raises over messages, as a DataError. A template is a program: one that meets a missing key,
+    """Turn what a chat template raises over messages into a DataError. A template is a program: one that meets a missing key,
     divides by zero or calls itself without end fails as a program does, without a special error."""
     from jinja2 import TemplateError
 

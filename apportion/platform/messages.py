@@ -1,5 +1,5 @@
-"""The way out for text that a person reads on the terminal. What it quotes may be foreign: of a model, a data row, or a
-configuration that somebody else wrote. It is shown as text: no escape sequence steers the terminal, no value fills it.
+"""Print text for people on the terminal. It may quote a model, a data row, or a configuration that somebody else wrote, so
+it is shown as text: no escape sequence steers the terminal, no value fills it.
 """
 
 from __future__ import annotations

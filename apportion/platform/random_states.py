@@ -65,7 +65,7 @@ def load_random_states(folder: Path, name: str, generators: Mapping[str, np.rand
 def _set(
     file: Path, arrays: Mapping[str, np.ndarray], words: Any, generators: Mapping[str, np.random.Generator]
 ) -> None:
-    """Whatever Python, numpy and torch say of states that are none of theirs passes."""
+    """Set the states. Python, numpy and torch raise errors of many kinds for states that they did not write."""
     import torch
 
     gpus = sorted((key for key in arrays if key.startswith("cuda-")), key=lambda key: int(key.removeprefix("cuda-")))

@@ -95,7 +95,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """Also one that is not finite, which a run may write, and none."""
+    """Whether it is a number or null. NaN and infinity count: a run may write them."""
     return value is None or isinstance(value, float) or is_number(value)
 
 

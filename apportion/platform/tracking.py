@@ -327,7 +327,7 @@ def _read_lines(file: Path) -> list[dict[str, Any] | None]:
 
 
 def _line(line: bytes, metrics: bool) -> dict[str, Any]:
-    """ValueError for what is no line of ours."""
+    """Parse a line. ValueError if no tracker writes such a line."""
     read = parse_json(line.decode("utf-8"))
     if not isinstance(read, dict):
         raise ValueError(f"a {type(read).__name__}")
