@@ -2,8 +2,10 @@
 
 import random
 import shutil
+import time
 
-from fuzz import at_most, cases, data_files
+import pytest
+from fuzz import Hang, at_most, cases, data_files
 
 from apportion.data.errors import DataError, UnusableError
 from apportion.data.messages import clean_messages
@@ -26,6 +28,16 @@ def loaded(path, policy):
 def sure(row):
     """Whether the row gives a prompt beyond doubt."""
     return isinstance(row, dict) and isinstance(row.get("prompt"), str) and bool(row["prompt"].strip())
+
+
+def test_a_hang_is_not_taken_for_a_refusal(monkeypatch, tmp_path):
+    import pyarrow.parquet
+
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"PAR1")
+    monkeypatch.setattr(pyarrow.parquet, "ParquetFile", lambda *_, **__: time.sleep(30))
+    with pytest.raises(Hang, match="still busy after 1 s"), at_most(1):
+        load_sources(str(path))
 
 
 def test_broken_data_files(tmp_path):
