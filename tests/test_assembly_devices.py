@@ -1,5 +1,7 @@
 """Which GPUs each actor asks for and sees, and which distributions are refused before anything starts."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,8 +14,9 @@ from apportion.assembly.starting import join
 from apportion.assembly.training import critic_requests, policy_requests, reference_requests
 from apportion.cli import compose_config, to_config
 from apportion.conf import devices, judges
-from apportion.conf.devices import check_in_use, engine_bytes, fit, in_use
+from apportion.conf.devices import check_heads, check_in_use, engine_bytes, fit, in_use
 from apportion.conf.machine import GIB, Machine
+from apportion.conf.models import read_model
 from apportion.plan import make_plan
 from apportion.platform import cluster
 from apportion.platform.cluster import Actor, Cluster
@@ -381,9 +384,18 @@ def test_gpus_that_cuda_does_not_show_are_refused_with_the_drivers_words():
     )
 
 
-def test_actors_are_laid_out_over_nodes():
+def test_actors_are_laid_out_over_nodes(tmp_path):
     nodes = Machine(16, 2**37, 8, A100, nodes=2, devices=(A100,) * 8, assumed="two nodes")
-    engine = ["cluster.gpus_per_rollout_engine=8", "rollout.tensor_parallel_size=8"]
+    sizes = {
+        "hidden_size": 96,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 24,
+        "vocab_size": 264,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(sizes | {"model_type": "qwen2"}))
+    whole = [f"model.path={tmp_path}"]  # 24 heads are for 8 parts and for 6
+    engine = [*whole, "cluster.gpus_per_rollout_engine=8", "rollout.tensor_parallel_size=8"]
     assert make_plan(composed("algorithm=grpo", ON_GPUS[0], *engine), nodes).actor("rollout").gpus == 8
     assert refusal(nodes, *ON_GPUS, "cluster.gpus_per_rollout_engine=9", "rollout.tensor_parallel_size=9") == (
         "rollout.tensor_parallel_size: got 9, expected at most 8, the GPUs of a node: an engine's GPUs are on one node"
@@ -392,12 +404,43 @@ def test_actors_are_laid_out_over_nodes():
     assert refusal(nodes, *ranks, "cluster.policy_ranks=17", "train.prompts_per_step=17") == (
         "cluster.policy_ranks: got 17 with cluster.gpus_per_policy_rank=1, expected at most 16, one for each GPU of 2 nodes"
     )
-    six = ["cluster.gpus_per_rollout_engine=6", "rollout.tensor_parallel_size=6", "cluster.rollout_engines=2"]
+    six = [*whole, "cluster.gpus_per_rollout_engine=6", "rollout.tensor_parallel_size=6", "cluster.rollout_engines=2"]
     make_plan(composed(*ranks, *six, "cluster.policy_ranks=4"), nodes)
     assert refusal(nodes, *ranks, *six, "cluster.policy_ranks=5") == (
         "cluster: got 17 GPUs over all actors, expected what fits the 16 of 2 nodes; lower cluster.gpus_per_*, or join a "
         "cluster with cluster.address"
     )
+
+
+@pytest.mark.parametrize(
+    ("section", "parts", "sizes"),
+    [
+        ("rollout", 3, "1 or 2 or 4"),
+        ("rollout", 8, "1 or 2 or 4"),
+        ("judge", 3, "1 or 2 or 4"),
+    ],
+)
+def test_parts_of_a_model_have_as_many_heads(section, parts, sizes):
+    """builtin:tiny has four heads and two key-value heads; vLLM refuses others while it starts."""
+    gpus = "rollout_engine" if section == "rollout" else "judge"
+    words = [*ON_GPUS, *JUDGE, "judge.engine=vllm", f"{section}.tensor_parallel_size={parts}"]
+    line = refusal(Machine(16, 2**37, 32), *words, f"cluster.gpus_per_{gpus}={parts}")
+    assert line == (
+        f"{section}.tensor_parallel_size: got {parts}, expected {sizes}: the model's 4 attention heads and 2 key-value "
+        "heads are dealt out evenly"
+    )
+
+
+def test_key_value_heads_bound_the_parts_too():
+    model = read_model("builtin:smollm2-135m-instruct")  # nine heads, three key-value heads
+    for parts in (1, 3, 9):
+        check_heads("rollout", parts, model)
+    with pytest.raises(ConfigError, match="got 2, expected 1 or 3 or 9: "):
+        check_heads("rollout", 2, model)
+    seven = replace(model, key_value_heads=4, shapes=model.shapes | {"q_proj": (576, 28 * 64)})
+    with pytest.raises(ConfigError, match="got 7, expected 1 or 2 or 4 or 28: "):
+        check_heads("rollout", 7, seven)
+    check_heads("rollout", 7, None)
 
 
 @pytest.mark.parametrize(

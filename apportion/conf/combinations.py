@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import ceil
 
-from apportion.conf.devices import check_devices
+from apportion.conf.devices import check_devices, check_heads
 from apportion.conf.machine import Machine
 from apportion.conf.models import (
     VALUE_BYTES,
@@ -38,6 +38,7 @@ def check_combinations(
     if config.policy.lora is not None:
         check_targets(config.policy.lora.targets, config.model.path)
     check_devices(config, needs, machine, gpus)
+    check_heads("rollout", config.rollout.tensor_parallel_size, model)
     _check_evaluation(config)
     alone, steps = config.critic.warmup_steps_without_policy, config.train.steps
     if "values" in needs and alone and alone >= steps:
@@ -51,7 +52,9 @@ def check_evaluation(config: Config, path: str) -> None:
     """Those of these checks that measuring the model at `path` needs, without a run around it."""
     check_own_tokenizer(path, "checkpoint", config.model.chat_template)
     _check_context(config, path)
-    _check_cache(config, read_model(path))
+    model = read_model(path)
+    check_heads("rollout", config.rollout.tensor_parallel_size, model)
+    _check_cache(config, model)
     _check_evaluation(config)
 
 

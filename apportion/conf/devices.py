@@ -9,7 +9,7 @@ from math import ceil
 
 from apportion.conf.defaults import rollout_settings
 from apportion.conf.machine import GIB, Machine, joins, this_machine
-from apportion.conf.models import check_rows_of_several
+from apportion.conf.models import ModelFacts, check_rows_of_several
 from apportion.conf.placement import GpuUse, firm_bytes
 from apportion.conf.schema import Config
 from apportion.platform.errors import ConfigError
@@ -285,6 +285,20 @@ def check_parallel(section: str, parallel: int, gpus: float, more: str) -> None:
         f"{key}: got {gpus:g} with {section}.tensor_parallel_size={parallel}, expected {parallel}: an engine uses a GPU for "
         f"each part of its model; for more GPUs raise {more} or {section}.tensor_parallel_size"
     )
+
+
+def check_heads(section: str, parallel: int, model: ModelFacts | None) -> None:
+    """vLLM gives each part of a model as many heads; of fewer key-value heads than parts, some have copies. `model` is None
+    where its size is not known."""
+    if model is None or parallel == 1:
+        return
+    heads, keys = model.shapes["q_proj"][1] // model.head_dim, model.key_value_heads
+    sizes = [n for n in range(1, heads + 1) if heads % n == 0 and (keys % n == 0 or n % keys == 0)]
+    if parallel not in sizes:
+        raise ConfigError(
+            f"{section}.tensor_parallel_size: got {parallel}, expected {' or '.join(map(str, sizes))}: the model's {heads} "
+            f"attention heads and {keys} key-value heads are dealt out evenly"
+        )
 
 
 def check_attention(attention: str, key: str, gpus: float) -> None:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from apportion.conf.defaults import judge_utilization
-from apportion.conf.devices import check_dtype, check_parallel, vllm_needs_gpu
+from apportion.conf.devices import check_dtype, check_heads, check_parallel, vllm_needs_gpu
 from apportion.conf.machine import Machine
-from apportion.conf.models import check_own_tokenizer, read_limits
+from apportion.conf.models import check_own_tokenizer, read_limits, read_model
 from apportion.conf.schema import Config, JudgeConfig
 from apportion.platform.errors import ConfigError
 
@@ -132,6 +132,7 @@ def _check_own_model(config: Config, judge: JudgeConfig, machine: Machine | None
             f"cluster.gpus_per_judge={gpus:g}, expected engine vllm and a GPU for each part"
         )
     check_parallel("judge", parallel, gpus, "judge.workers")
+    check_heads("judge", parallel, read_model(str(judge.model), "judge.model"))
     if machine is not None:
         check_dtype("judge.dtype", judge.dtype, gpus, machine)
     if judge.engine == "vllm" and gpus == 0 and vllm_needs_gpu():
