@@ -1,5 +1,6 @@
 """Models of the hub are fetched once, before actors start: with the real huggingface_hub and a hub on 127.0.0.1."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from apportion.assembly import downloads
 from apportion.assembly.downloads import fetch_here, fetch_on_nodes, from_cache, hub_models, stage_models
 from apportion.cli import compose_config, to_config
 from apportion.data.builtin import resolve_model
-from apportion.data.downloads import HubModel, as_json, needed_files, needs_the_hub, on_hub
+from apportion.data.downloads import HubModel, _bytes_in, as_json, needed_files, needs_the_hub, on_hub
 from apportion.platform.cluster import DOWNLOADING, Actor, ActorRequest, _late
 from apportion.platform.errors import ConfigError
 from apportion.platform.progress import Clocks
@@ -175,6 +176,15 @@ def test_a_download_ends_with_its_parent_and_leaves_no_part_of_a_file(hub, tmp_p
     finally:
         child.kill()
     assert (child.returncode, list(blobs.glob("*.incomplete")), complaint) == (1, [], "")
+
+
+def test_a_part_that_is_renamed_while_it_is_counted_is_left_out(tmp_path, monkeypatch):
+    for name in ("a", "b.incomplete"):
+        (tmp_path / name).write_bytes(bytes(4096))
+    entries = list(os.scandir(tmp_path))
+    (tmp_path / "b.incomplete").unlink()
+    monkeypatch.setattr(os, "scandir", lambda _: iter(entries))
+    assert _bytes_in(tmp_path) == (tmp_path / "a").stat().st_blocks * 512 > 0
 
 
 def test_in_a_joined_cluster_the_driver_fetches_no_weights(hub, tmp_path, config):

@@ -203,8 +203,10 @@ def _progress(model: HubModel, total: int, cache: Path, say: Callable[[str], Non
 
 
 def _bytes_in(folder: Path) -> int:
+    if not folder.is_dir():
+        return 0
     total = 0
-    for entry in os.scandir(folder) if folder.is_dir() else ():
+    for entry in os.scandir(folder):
         with suppress(FileNotFoundError):  # a part that is whole by now has another name
             total += entry.stat().st_blocks * 512
     return total
