@@ -78,9 +78,8 @@ def _train(config: Config, resolved: dict[str, Any], locks: ExitStack) -> int:
         tracker = _tracker(config, resolved, folder, checkpoint)
         for line in prompts.cautions(checkpoint.state.data) if checkpoint else []:
             tracker.warn(line)
-    say(f"run folder: {folder.path}")
-    for note in notes:
-        say(f"note: {note}")
+    for line in (f"run folder: {folder.path}", *(f"note: {note}" for note in notes)):
+        say(line)
     with (
         terminated_as_interrupt(),
         closing(tracker),  # of a start that fails; otherwise they are closed before the cluster is torn down
@@ -104,8 +103,8 @@ def _train(config: Config, resolved: dict[str, Any], locks: ExitStack) -> int:
         started = time.perf_counter()
         with row_errors():
             progress = trainer.run()
-        memory = cluster.peak_memory_mib()
-        summary = summary_of(config, progress, memory, time.perf_counter() - started, held_out)
+        seconds = time.perf_counter() - started
+        summary = summary_of(config, progress, cluster.peak_memory_mib(), seconds, held_out)
         summary |= device_summary(trainer.device_peaks)
         folder.write_summary(summary)
         tracker.log_summary(summary)
