@@ -101,14 +101,14 @@ def test_actors_carry_their_count_and_gpus():
         "cluster.gpus_per_policy_rank=1",
         "cluster.gpus_per_critic_rank=1",
         "cluster.gpus_per_reference_rank=1",
-        "cluster.gpus_per_rollout_engine=2",
-        "rollout.tensor_parallel_size=2",
+        "cluster.gpus_per_rollout_engine=3",
+        "rollout.tensor_parallel_size=3",
         "reward.workers=3",
         machine=SERVER,
     )
     assert {a.role: (a.count, a.gpus, a.on_gpu) for a in plan.actors} == {
         "policy": (2, 1, True),
-        "rollout": (1, 2, True),
+        "rollout": (1, 3, True),
         "critic": (2, 1, True),
         "reference": (1, 1, True),
         "credit": (1, 0, False),

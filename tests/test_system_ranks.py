@@ -13,6 +13,7 @@ import torch
 
 from apportion.actors.critic import CriticSpec, CriticWorker
 from apportion.actors.engine import World
+from apportion.actors.engine_settings import EngineSettings
 from apportion.actors.lora import merged_weights
 from apportion.actors.policy import LossSpec, PolicySpec, PolicyWorker
 from apportion.actors.preference import PreferenceSpec, PreferenceWorker, ReferenceLogprobs, StepReport, StepShare
@@ -26,21 +27,11 @@ pytestmark = pytest.mark.system
 
 
 @dataclass
-class Settings:
+class Settings(EngineSettings):
     learning_rate: float = 1.0
-    weight_decay: float = 0.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
     adam_eps: float = 1.0  # so large that an update grows with its gradient, and a wrong scale shows
     max_grad_norm: float = 0.0
-    schedule: str = "constant"
-    warmup_steps: int = 0
-    min_lr_ratio: float = 0.0
-    zero_stage: int = 0
-    offload_optimizer: bool = False
-    gradient_checkpointing: bool = False
     micro_batch_tokens: int = 10_000
-    logits_chunk_tokens: int = 512
 
 
 @dataclass
