@@ -151,6 +151,7 @@ def started(monkeypatch):
         class Llm:
             def __init__(self, **arguments):
                 seen.update(arguments)
+                self.llm_engine = SimpleNamespace(step=list)
 
             def get_tokenizer(self):
                 plain = dict.fromkeys(("eos_token", "bos_token", "pad_token", "unk_token"))
