@@ -204,7 +204,7 @@ def test_scoring_changes_nothing_of_what_is_sampled_next(synced, prompts, name, 
 class Trained:
     """A policy rank that scores with a model of this process."""
 
-    name, info = "policy-0", None
+    name, info, progress = "policy-0", None, ""
 
     def __init__(self, model) -> None:
         self.model = model
