@@ -16,7 +16,7 @@ from apportion.conf.defaults import BUCKET_ELEMENTS, engine_settings, rollout_se
 from apportion.conf.schema import PolicyConfig
 from apportion.conf.schema_experience import RolloutConfig
 
-pytestmark = pytest.mark.system
+pytestmark = pytest.mark.slow
 
 
 def deepspeed_config(device: str = "cuda", dtype=torch.bfloat16, ranks: int = 2, **given):
