@@ -22,10 +22,8 @@ from apportion.platform.cuda import Driver, Gpu
 GIB = 2**30
 # NVIDIA, "CUDA compatibility": the oldest driver that serves every CUDA of a major version.
 OLDEST_DRIVER = {11: "450", 12: "525", 13: "580"}
-SERVED, BFLOAT16 = (
-    (7, 5),
-    (8, 0),
-)  # the compute capability that PyTorch's builds for CUDA 13 start at; that has bfloat16
+SERVED = (7, 5)  # the compute capability that PyTorch's builds for CUDA 13 start at
+BFLOAT16 = (8, 0)  # the first that has bfloat16
 BUSY = 0.1  # of a GPU's memory: an engine takes 0.9 by default
 _WSL_DRIVER = Path("/usr/lib/wsl/lib/libcuda.so.1")
 
