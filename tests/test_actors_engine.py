@@ -254,3 +254,11 @@ def test_a_score_with_merged_adapters_is_that_of_the_sent_weights_and_changes_no
         step()
         updates.append({name: weight.clone() for name, weight in worker.engine.named_weights()})
     assert all(torch.equal(weight, updates[1][name]) for name, weight in updates[0].items())
+
+
+def test_engines_of_stage_3_allocate_what_there_is_to_send(tiny, world):
+    model = model_of(tiny)
+    trained_elements = sum(p.numel() for p in model.parameters())
+    engine = DeepSpeedEngine(model, Settings(zero_stage=3), world, 1)
+    [bucket] = engine._engine.optimizer.ipg_buckets.values()
+    assert bucket.buffer.numel() == trained_elements  # DeepSpeed's default, 5e8, takes 2 GB of addresses

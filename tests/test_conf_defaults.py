@@ -195,5 +195,5 @@ def test_the_reason_for_checkpointing_is_the_models_size():
 def test_every_setting_of_an_engine_is_definite():
     for gpus in (0, 1):
         settings = dataclasses.asdict(engine_settings(PolicyConfig(), gpus, None))
-        assert [name for name, value in settings.items() if value is None] == ([] if gpus else ["bucket_elements"])
+        assert [name for name, value in settings.items() if value is None] == []
     assert defaults.BUCKET_ELEMENTS % 2 == 0

@@ -173,4 +173,10 @@ def test_deepspeeds_own_sizes_are_those_counted_with():
     zero = DeepSpeedZeroConfig()
     assert zero.max_live_parameters + zero.prefetch_bucket_size == gpu_memory._LIVE
     assert (zero.sub_group_size, zero.reduce_bucket_size) == (gpu_memory._SUB_GROUP, gpu_memory._BUCKET)
-    assert MEMORY_OPT_ALLREDUCE_SIZE == gpu_memory._BUCKET
+    assert MEMORY_OPT_ALLREDUCE_SIZE == gpu_memory._BUCKET == EngineSettings().bucket_elements
+
+
+def test_a_bucket_is_no_larger_than_what_there_is_to_send():
+    settings = EngineSettings(zero_stage=3, bucket_elements=200_000_000)
+    assert gpu_memory._buckets(30_000, settings, 1, "bfloat16") == 60_000
+    assert gpu_memory._buckets(10**9, settings, 1, "bfloat16") == 400_000_000

@@ -19,12 +19,12 @@ from apportion.conf.schema_experience import RolloutConfig
 pytestmark = pytest.mark.slow
 
 
-def deepspeed_config(device: str = "cuda", dtype=torch.bfloat16, ranks: int = 2, **given):
+def deepspeed_config(device: str = "cuda", dtype=torch.bfloat16, ranks: int = 2, trained: int = 10**9, **given):
     """What DeepSpeed is given for a policy rank on a GPU with all defaults but `given`."""
     engine = DeepSpeedEngine.__new__(DeepSpeedEngine)
     engine.settings, engine.world = engine_settings(PolicyConfig(**given), 1, None), World(size=ranks)
     engine.device = torch.device(device)
-    return engine._config(dtype)
+    return engine._config(dtype, trained)
 
 
 @pytest.mark.parametrize(("ranks", "overlap"), [(1, False), (2, True)])
@@ -39,6 +39,8 @@ def test_deepspeed_takes_the_settings_of_a_gpu_and_knows_every_key(stage, ranks,
     read = DeepSpeedConfig(given)
     zero = read.zero_config
     assert (int(zero.stage), zero.reduce_bucket_size) == (2 if stage is None else stage, BUCKET_ELEMENTS)
+    small = deepspeed_config(ranks=ranks, zero_stage=stage, trained=30_000)
+    assert small["zero_optimization"]["reduce_bucket_size"] == 30_000  # what there is to send
     assert zero.overlap_comm is (overlap or stage == 3)  # at stage 3 DeepSpeed overlaps by itself
     assert zero.param_persistence_threshold == 0
     assert (read.grad_accum_dtype, read.bfloat16_config.enabled, read.gradient_clipping) == ("fp32", True, 1.0)

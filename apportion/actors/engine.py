@@ -88,7 +88,7 @@ class DeepSpeedEngine:
             model=module,
             model_parameters=trainable,
             optimizer=None if settings.offload_optimizer else self._adam(trainable),
-            config=self._config(dtype),
+            config=self._config(dtype, sum(p.numel() for p in trainable)),
         )
         self._engine.checkpoint_engine = _safe_checkpoint_engine()
 
@@ -104,13 +104,13 @@ class DeepSpeedEngine:
             foreach=not s.fused_adam,
         )
 
-    def _config(self, dtype: torch.dtype) -> dict[str, Any]:
+    def _config(self, dtype: torch.dtype, trained: int) -> dict[str, Any]:
         s = self.settings
         zero: dict[str, Any] = {"stage": s.zero_stage, "stage3_param_persistence_threshold": 0}
         if s.zero_stage > 0 and s.overlap_comm and self.world.size > 1:  # takes a second bucket; one rank sends nothing
             zero["overlap_comm"] = True
-        if s.zero_stage > 0 and s.bucket_elements is not None:
-            zero["reduce_bucket_size"] = s.bucket_elements
+        if s.zero_stage > 0:  # never more than there is to send: DeepSpeed allocates a bucket whole, whatever the model
+            zero["reduce_bucket_size"] = min(s.bucket_elements, trained)
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,

@@ -25,4 +25,4 @@ class EngineSettings:
     logits_chunk_tokens: int = 512
     fused_adam: bool = False  # one kernel and no float32 copy of the weights, where parameters are on a GPU
     overlap_comm: bool = False  # reduce gradients beside the backward pass, where there are several ranks
-    bucket_elements: int | None = None  # of one reduction of gradients; None: DeepSpeed's own 5e8
+    bucket_elements: int = 500_000_000  # of one reduction of gradients, at most; the default is DeepSpeed's

@@ -127,7 +127,7 @@ def _gradients(trained: int, share: int, settings: EngineSettings, dtype: str) -
 def _buckets(trained: int, settings: EngineSettings, ranks: int, dtype: str) -> int:
     """What gradients are gathered in for one reduction; where several ranks overlap it, stages 1 and 2 have two."""
     value, stage = VALUE_BYTES[dtype], settings.zero_stage
-    elements = _BUCKET if settings.bucket_elements is None else settings.bucket_elements
+    elements = min(trained, settings.bucket_elements)
     if stage == 0:
         return min(trained, _BUCKET) * value
     if stage == 1 and dtype == "bfloat16" and not settings.offload_optimizer:
