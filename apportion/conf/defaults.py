@@ -46,7 +46,7 @@ def engine_settings(section: EngineConfig, gpus: float, model: ModelFacts | None
         **given | _by_name(training_choices(section, gpus, model)),
         fused_adam=on_gpu and not section.offload_optimizer,  # offloaded, DeepSpeed's own Adam steps on the host
         overlap_comm=on_gpu,
-        **{"bucket_elements": BUCKET_ELEMENTS} if on_gpu else {},
+        bucket_elements=BUCKET_ELEMENTS if on_gpu else EngineSettings.bucket_elements,
     )
 
 
