@@ -247,16 +247,14 @@ def test_a_judge_that_is_down_fails_at_once_and_its_addresss_secrets_are_not_tol
 @pytest.mark.parametrize(
     ("url", "error"),
     [
-        ("http://127.0.0.1:99999/v1", "ValueError"),
-        ("http://127.0.0.1:abc/v1", "ValueError"),
-        ("http://a..b/v1", "UnicodeError|InvalidURL|ConnectError"),
+        ("http://127.0.0.1:99999/v1", "whose port is no number from 1 to 65535"),
+        ("http://127.0.0.1:abc/v1", "whose port is no number from 1 to 65535"),
+        ("http://a..b/v1", "whose host has an empty part between its dots"),
     ],
 )
 def test_an_address_that_cannot_be_asked_is_a_failed_critique(url, error):
-    import re
-
     [critique] = asked(service(url))
-    assert critique.failure == "down" and re.search(error, critique.detail)
+    assert critique.failure == "down" and critique.detail == f"no critique; last: got an address {error}"
 
 
 def test_a_slow_judge_is_given_up_at_its_time_limit_and_at_the_batchs(serve):

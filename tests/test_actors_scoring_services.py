@@ -98,8 +98,8 @@ def test_an_address_where_nobody_listens_is_retried_and_then_a_failure(serve):
     ("reply", "problem"),
     [
         ((200, b'{"rewards": [1.0]}'), "got 1 rewards for 2 completions"),
-        ((200, b"oops"), "the answer is not JSON of the form {'rewards': [...]}"),
-        ((200, b'{"scores": []}'), "the answer is not JSON of the form {'rewards': [...]}"),
+        ((200, b"oops"), "the answer is no JSON, expected JSON of the form {'rewards': [...]}"),
+        ((200, b'{"scores": []}'), "the answer has no rewards, expected JSON of the form {'rewards': [...]}"),
         ((201, b'{"rewards": [1.0, 1.0]}'), "status 201, expected 200"),
         ((422, b"{}"), "status 422, expected 200"),
     ],

@@ -17,9 +17,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import json
-import logging
 import numbers
-import os
 import sys
 import threading
 import time
@@ -31,21 +29,31 @@ from typing import TYPE_CHECKING, Any, Protocol
 from apportion.actors.engines import EngineSpec, Request, RolloutEngine, Sampling, make_engine, seed_of
 from apportion.actors.outage import Outage
 from apportion.actors.reward_call import LimitedCaller, failure_of
-from apportion.actors.reward_service import FIRST_PAUSE_SECONDS, FailedOnRequest, check_status, shown_url, shown_urls
+from apportion.actors.service_client import (
+    FIRST_PAUSE_SECONDS,
+    FailedOnRequest,
+    Refused,
+    Room,
+    ServiceClient,
+    check_status,
+    parse_answer,
+    secret_header,
+)
 from apportion.algorithms.steps import critique_prompt, parse_verdict
 from apportion.batch import Critique
 from apportion.data.columns import own_copy
 from apportion.data.errors import DataError
 from apportion.data.functions import load_function
 from apportion.data.prompts import PromptEncoder, check_characters, load_tokenizer
+from apportion.platform.addresses import shown_url, shown_urls
 from apportion.platform.errors import ConfigError
 
 if TYPE_CHECKING:
-    import httpx
     import numpy as np
 
 ANSWERED = ("", "unparseable", "out_of_range", "cut", "no_opinion")  # the judge had its say; asking again is no help
-LARGEST_ANSWER_BYTES = 4 * 2**20
+# What an answer may take, beside what it may for each token of a critique.
+TOKEN_ROOM, OTHER_ROOM = Room(256, 4), Room(2**20, 10_000)
 _FAILURES = {"timeout": "slow", "hung": "slow", "raised": "raised"}  # of a called function, by the reward's words
 
 
@@ -247,37 +255,28 @@ class ServiceJudgeSpec:
     outage_seconds: float = 0.0  # how long an address that is away is waited for
 
 
-class _Refused(Exception):
-    """Asking again would not change the answer."""
-
-    def __init__(self, reason: str, text: str) -> None:
-        super().__init__(text)
-        self.reason = reason
-
-
 class ServiceJudge:
     """Chat completions from one or several addresses: requests go to them in turn, a retry to the next one."""
 
     durable = True
 
     def __init__(self, spec: ServiceJudgeSpec, count_tokens: Callable[[str], int]) -> None:
-        import httpx
-
         self._spec = spec
         self._count_tokens = count_tokens
         self.name = f"url:{spec.model}:{spec.temperature:g}:{spec.max_tokens}"
-        headers = {"Content-Type": "application/json"}
+        headers = {}
         if spec.api_key_env is not None:
-            key = os.environ.get(spec.api_key_env, "").strip()
+            key = secret_header(spec.api_key_env, "judge.api_key_env")
             if not key:
                 raise ConfigError(
                     f"judge.api_key_env: got {spec.api_key_env}, which is not set, expected the key in it"
                 )
             headers["Authorization"] = f"Bearer {key}"
-        for name in ("httpx", "httpcore"):
-            logging.getLogger(name).setLevel(logging.WARNING)  # below that they write addresses in full
-        limits = httpx.Limits(max_connections=spec.concurrency)
-        self._client = httpx.Client(headers=headers, limits=limits, auth=httpx.Auth())
+        self._room = Room(
+            OTHER_ROOM.size + spec.max_tokens * TOKEN_ROOM.size, OTHER_ROOM.values + spec.max_tokens * TOKEN_ROOM.values
+        )
+        urls = [completions_address(url) for url in spec.urls]
+        self._client = ServiceClient(urls, headers, spec.concurrency, idle_connections=None, sends_user=False)
         self._turn = itertools.count()
         self._lock = threading.Lock()
         self.outage = Outage(
@@ -323,14 +322,12 @@ class ServiceJudge:
         content = json.dumps({**body, "max_tokens": spec.max_tokens}).encode()
         try:
             text, reason = self._attempts(content, deadline)
-        except _Refused as error:
+        except Refused as error:
             return Critique(None, error.reason, detail=str(error))
-        except RecursionError:  # of the JSON reader
-            return Critique(None, "malformed", detail="the answer has brackets without end, expected a chat completion")
         return Critique(None, "cut", text) if reason == "length" else read_answer(text, len(case.steps))
 
     def _attempts(self, content: bytes, deadline: float) -> tuple[str, str]:
-        """Text and finish reason of the first attempt that gives one; _Refused with the reason where none does."""
+        """Text and finish reason of the first attempt that gives one; Refused with the reason where none does."""
         with self._lock:
             turn = next(self._turn)
         problem, there = "it was not asked in the time for this batch", False
@@ -345,46 +342,25 @@ class ServiceJudge:
             if attempt < self._spec.retries:
                 time.sleep(max(0.0, min(FIRST_PAUSE_SECONDS * 2**attempt, deadline - time.monotonic())))
         late = time.monotonic() >= deadline
-        raise _Refused("refused" if there else "slow" if late else "down", f"no critique; last: {problem}")
+        raise Refused("refused" if there else "slow" if late else "down", f"no critique; last: {problem}")
 
     def _attempt(self, url: str, content: bytes, deadline: float) -> tuple[str, str]:
-        """One request. ConnectionError where another may help, _Refused where not."""
-        import httpx
-
-        shown = "judge.url"
-        left = max(0.001, deadline - time.monotonic())
+        """One request. ConnectionError where another may help, Refused where not."""
+        shown, answer = shown_url(url), self._client.post(completions_address(url), content, deadline, self._room)
+        check_status(answer.status, shown)
+        if answer.status != 200:
+            long = answer.status in (400, 413, 422) and b"context" in answer.body.lower()
+            raise Refused("too_long" if long else "refused", f"{shown}: status {answer.status}, expected 200")
         try:
-            shown = shown_url(url)
-            with self._client.stream("POST", completions_address(url), content=content, timeout=left) as response:
-                answer = _read(response, deadline, shown)
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:  # its text may name the address in full
-            raise ConnectionError(f"{shown}: {type(error).__name__}") from None
-        status = response.status_code
-        check_status(status, shown)
-        if status != 200:
-            long = status in (400, 413, 422) and b"context" in answer.lower()
-            raise _Refused("too_long" if long else "refused", f"{shown}: status {status}, expected 200")
-        try:
-            choice = json.loads(answer)["choices"][0]
+            choice = parse_answer(answer.body, self._room)["choices"][0]
             text, reason = choice["message"]["content"], choice.get("finish_reason") or "stop"
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-            raise _Refused("malformed", f"{shown}: the answer is no chat completion") from None
+        except ValueError as error:
+            raise Refused("malformed", f"{shown}: the answer {error}, expected a chat completion") from None
+        except (KeyError, IndexError, TypeError, AttributeError):
+            raise Refused("malformed", f"{shown}: the answer is no chat completion") from None
         if not isinstance(text, str):
-            raise _Refused("malformed", f"{shown}: got a {type(text).__name__} for the message, expected text")
+            raise Refused("malformed", f"{shown}: got a {type(text).__name__} for the message, expected text")
         return text, str(reason)
-
-
-def _read(response: httpx.Response, deadline: float, shown: str) -> bytes:
-    # httpx's own limit is for each piece of an answer; one that arrives byte by byte would never reach it.
-    pieces, size = [], 0
-    for piece in response.iter_bytes():
-        pieces.append(piece)
-        size += len(piece)
-        if size > LARGEST_ANSWER_BYTES:
-            raise _Refused("refused", f"{shown}: the answer is longer than {LARGEST_ANSWER_BYTES} bytes")
-        if time.monotonic() > deadline:
-            raise ConnectionError(f"{shown}: the answer was not whole in time")
-    return b"".join(pieces)
 
 
 def completions_address(url: str) -> str:

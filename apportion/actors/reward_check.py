@@ -35,18 +35,21 @@ def check_functions(functions: Any, timeout_seconds: float) -> list[FunctionSour
         raise ConfigError("reward.functions: got an empty list, expected at least one")
     functions_found = []
     for entry in entries:
-        if _is_function(entry):
+        if entry.is_service:
+            host = _host(entry)  # all of its addresses are checked
+            _check_name(entry.name or host)
+        elif _is_function(entry):
             source = function_source(entry)
             functions_found.append(source)
             _check_name(source.name)
-        else:
-            _check_name(entry.name or _host(entry))
+        else:  # a reward model, whose name without one is fixed and free
+            _check_name(entry.name or "")
     return functions_found
 
 
 def _is_function(entry: RewardEntry) -> bool:
     if isinstance(entry.function, str):
-        return not entry.function.startswith(("http://", "https://", "model:"))
+        return not entry.is_service and not entry.function.startswith("model:")
     return entry.function is not None
 
 
@@ -54,7 +57,7 @@ def check_outages(functions: Any, timeout_seconds: float, outage_seconds: float,
     """ConfigError where a call's limit would end the wait for a service that is away."""
     for entry in parse_entries(functions, timeout_seconds):
         waited = outage_seconds if entry.outage_seconds is None else entry.outage_seconds
-        if _is_service(entry) and waited and waited + 2 * entry.timeout_seconds >= call_timeout_seconds:
+        if entry.is_service and waited and waited + 2 * entry.timeout_seconds >= call_timeout_seconds:
             raise ConfigError(
                 f"reward.outage_seconds: got {waited:g} for the service at {_host(entry)}, with timeout_seconds="
                 f"{entry.timeout_seconds:g} before and after it, expected together less than "
@@ -62,17 +65,9 @@ def check_outages(functions: Any, timeout_seconds: float, outage_seconds: float,
             )
 
 
-def _is_service(entry: RewardEntry) -> bool:
-    return entry.urls is not None or str(entry.function).startswith(("http://", "https://"))
-
-
 def _host(entry: RewardEntry) -> str:
-    """What a service is called that has no name; a reward model's is fixed and free."""
-    url = entry.urls[0] if entry.urls else str(entry.function)
-    try:
-        return urlsplit(url).hostname or ""
-    except ValueError:  # no address at all, which the service's own check says
-        return ""
+    """What a service is called that has no name."""
+    return urlsplit(entry.addresses[0]).hostname or ""
 
 
 def _check_name(name: str) -> None:

@@ -10,40 +10,32 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
 import math
-import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 from apportion.actors.outage import Outage
 from apportion.actors.reward_call import Failure, RewardCall
 from apportion.actors.reward_sources import RewardEntry
+from apportion.actors.service_client import (
+    FIRST_PAUSE_SECONDS,
+    FailedOnRequest,
+    Refused,
+    Room,
+    ServiceClient,
+    check_status,
+    parse_answer,
+    secret_header,
+)
+from apportion.platform.addresses import shown_url, shown_urls
 from apportion.platform.errors import ConfigError
 
-if TYPE_CHECKING:
-    import httpx
-
-FIRST_PAUSE_SECONDS = 0.25  # before the first retry; doubles with each
-RETRIED_STATUS = (408, 425, 429, 500, 502, 503, 504)
-FAILS_ON_REQUEST = 500  # the one of these that a service gives which is there, and cannot do with this request
-
-
-class _Refused(Exception):
-    """The service answered in a way that asking again will not change."""
-
-
-class FailedOnRequest(ConnectionError):
-    """The service answered that it failed on this request. Another attempt may help; waiting for the service does not."""
-
-
-def check_status(status: int, shown: str) -> None:
-    """ConnectionError for a status after which a request is made again."""
-    if status in RETRIED_STATUS:
-        raise (FailedOnRequest if status == FAILS_ON_REQUEST else ConnectionError)(f"{shown}: status {status}")
+# What an answer may take, beside what it may for each sample and each token of the responses (dense rewards). A service
+# may say more than rewards: a short explanation of each, say.
+SAMPLE_ROOM, TOKEN_ROOM, OTHER_ROOM = Room(4096, 256), Room(32, 2), Room(2**20, 10_000)
 
 
 class ServiceSource:
@@ -55,27 +47,20 @@ class ServiceSource:
     """
 
     def __init__(self, entry: RewardEntry) -> None:
-        import httpx
-
-        self.urls = list(entry.urls) if entry.urls is not None else [str(entry.function)]
-        for url in self.urls:
-            if not is_address(url):
-                raise ConfigError("reward.functions: got an address that is not one, expected http://host:port/path")
+        self.urls = entry.addresses
         self.name = entry.name or (urlsplit(self.urls[0]).hostname or "service")
         self.weight = entry.weight
         self._limit, self._retries, self._batch_size = entry.timeout_seconds, entry.retries, entry.batch_size
         self._paths = entry.columns
-        headers = {"Content-Type": "application/json"}
+        headers = {}
         if entry.auth_env is not None:
-            if not os.environ.get(entry.auth_env):
+            headers["Authorization"] = secret_header(entry.auth_env, f"reward.functions {self.name}: auth_env")
+            if not headers["Authorization"]:
                 raise ConfigError(
                     f"reward.functions {self.name}: environment variable {entry.auth_env} (auth_env) is not set"
                 )
-            headers["Authorization"] = os.environ[entry.auth_env].strip()
-        for name in ("httpx", "httpcore"):
-            logging.getLogger(name).setLevel(logging.WARNING)  # below that they write addresses in full
         # The header of auth_env goes before what an address's user part would become.
-        self._client = httpx.Client(headers=headers, auth=httpx.Auth() if entry.auth_env is not None else None)
+        self._client = ServiceClient(self.urls, headers, sends_user=entry.auth_env is None)
         self._turn = itertools.count()
         self._outage_seconds = entry.outage_seconds
         self.outage = Outage(self._shown(), "reward.outage_seconds", entry.outage_seconds or 0.0)
@@ -153,8 +138,8 @@ class ServiceSource:
                 text = f"no answer within {self._limit:g} s; last: {problem}"
                 return self._failed(call, "service", text) if there else self._failure("timeout", text)
             try:
-                return self._attempt(url, content, len(call), time.monotonic() + left / self._sharing(attempt))
-            except _Refused as error:
+                return self._attempt(url, content, call, time.monotonic() + left / self._sharing(attempt))
+            except Refused as error:
                 return self._failed(call, "service", str(error))
             except ConnectionError as error:
                 problem, there = str(error), there or isinstance(error, FailedOnRequest)
@@ -169,28 +154,33 @@ class ServiceSource:
         """How many attempts share the time that is left before this one: as many as there are addresses to try first."""
         return max(1, min(len(set(self.urls)), self._retries + 1) - attempt)
 
-    def _attempt(self, url: str, content: bytes, expected: int, deadline: float) -> list[Any]:
-        """One request. ConnectionError where another attempt may help, _Refused where not."""
-        import httpx
-
-        shown = shown_url(url)
+    def _attempt(self, url: str, content: bytes, call: RewardCall, deadline: float) -> list[Any]:
+        """One request. ConnectionError where another attempt may help, Refused where not."""
+        shown, expected, room = shown_url(url), len(call), _room(call)
+        answer = self._client.post(url, content, deadline, room)
+        check_status(answer.status, shown)
+        if answer.status != 200:
+            raise Refused("refused", f"{shown}: status {answer.status}, expected 200")
+        form = "expected JSON of the form {'rewards': [...]}"
         try:
-            left = max(0.001, deadline - time.monotonic())
-            with self._client.stream("POST", url, content=content, timeout=left) as response:
-                answer = _read(response, deadline)
-        except httpx.HTTPError as error:  # its text may name the address in full
-            raise ConnectionError(f"{shown}: {type(error).__name__}") from None
-        check_status(response.status_code, shown)
-        if response.status_code != 200:
-            raise _Refused(f"{shown}: status {response.status_code}, expected 200")
-        try:
-            rewards = json.loads(answer)["rewards"]
-        except (ValueError, KeyError, TypeError):
-            raise _Refused(f"{shown}: the answer is not JSON of the form {{'rewards': [...]}}") from None
+            said = parse_answer(answer.body, room)
+        except ValueError as error:
+            raise Refused("malformed", f"{shown}: the answer {error}, {form}") from None
+        if not isinstance(said, dict) or "rewards" not in said:
+            raise Refused("malformed", f"{shown}: the answer has no rewards, {form}")
+        rewards = said["rewards"]
         if not isinstance(rewards, list) or len(rewards) != expected:
             got = len(rewards) if isinstance(rewards, list) else type(rewards).__name__
-            raise _Refused(f"{shown}: got {got} rewards for {expected} completions")
-        return rewards
+            raise Refused("malformed", f"{shown}: got {got} rewards for {expected} completions")
+        return [self._element(reward) for reward in rewards]
+
+    def _element(self, reward: Any) -> Any:
+        """The element, or the Failure of one that is no reward, which does not quote it."""
+        values = reward if isinstance(reward, list) else [reward]
+        if reward is None or all(isinstance(value, int | float) for value in values):
+            return reward
+        kind = "a list with other than numbers" if isinstance(reward, list) else f"a {type(reward).__name__}"
+        return self._failure("wrong_type", f"got {kind}, expected a number, null or a list of numbers")
 
     def _failed(self, call: RewardCall, reason: str, text: str) -> list[Any]:
         return [self._failure(reason, text)] * len(call)
@@ -199,43 +189,13 @@ class ServiceSource:
         return Failure(reason, f"{self.name}: {text}")
 
 
-def _read(response: httpx.Response, deadline: float) -> bytes:
-    # httpx's own limit is for each piece of an answer; one that arrives byte by byte would never reach it.
-    pieces = []
-    for piece in response.iter_bytes():
-        pieces.append(piece)
-        if time.monotonic() > deadline:
-            raise ConnectionError(f"{shown_url(str(response.url))}: the answer was not whole in time")
-    return b"".join(pieces)
-
-
-def shown_url(url: str) -> str:
-    """An address without what may be secret in it.
-
-    >>> shown_url("http://me:secret@host:8000/score?key=abc")
-    'http://host:8000/score'
-    """
-    parts = urlsplit(url)
-    port = f":{parts.port}" if parts.port else ""
-    return f"{parts.scheme}://{parts.hostname}{port}{parts.path}"
-
-
-def shown_urls(urls: Sequence[str]) -> str:
-    """Addresses as `shown_url` shows them; of one that is none, nothing."""
-    return ", ".join(shown_url(url) if is_address(url) else "no address" for url in urls)
-
-
-def is_address(url: str) -> bool:
-    import httpx
-
-    try:
-        parts = httpx.URL(url)
-    except (httpx.InvalidURL, TypeError):
-        return False
-    try:
-        return parts.scheme in ("http", "https") and bool(parts.host) and urlsplit(url).port != 0
-    except ValueError:  # a port that is none
-        return False
+def _room(call: RewardCall) -> Room:
+    """What the answer to a request may take."""
+    samples, tokens = len(call), sum(map(len, call.completion_ids))
+    return Room(
+        OTHER_ROOM.size + samples * SAMPLE_ROOM.size + tokens * TOKEN_ROOM.size,
+        OTHER_ROOM.values + samples * SAMPLE_ROOM.values + tokens * TOKEN_ROOM.values,
+    )
 
 
 def _finite(value: Any) -> Any:

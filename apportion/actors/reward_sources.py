@@ -28,6 +28,7 @@ from apportion.data.columns import answer_path, own_copy
 from apportion.data.errors import DataError
 from apportion.data.functions import load_function
 from apportion.data.verifiers import COLUMNS, IN_A_PROCESS, VERIFIERS, check_settings
+from apportion.platform.addresses import address_problem, shown_url
 from apportion.platform.errors import ConfigError, nearest
 
 RESERVED = ("prompts", "completions", "prompt_ids", "completion_ids")
@@ -91,9 +92,23 @@ class RewardEntry:
         """What an error calls this component: never an address's user part or query."""
         if self.urls is not None:
             return "urls"
-        text = str(self.function)
-        scheme, _, rest = text.partition("://")
-        return f"{scheme}://{rest.partition('?')[0].rpartition('@')[2]}" if scheme in ("http", "https") else text
+        return shown_url(str(self.function)) if self.is_service else str(self.function)
+
+    @property
+    def is_service(self) -> bool:
+        """Whether it names addresses. What looks like one is one, so that a wrong one is refused without being quoted."""
+        text = self.function.lower() if isinstance(self.function, str) else ""
+        looks_so = text.startswith(("http:", "https:")) or ("://" in text and not text.startswith("model:"))
+        return self.urls is not None or looks_so
+
+    @property
+    def addresses(self) -> list[str]:
+        """Of a service; ConfigError for what is no address. It may hold a password, so it is not quoted."""
+        given = self.urls if self.urls is not None else [str(self.function)]
+        for url in given:
+            if problem := address_problem(url):
+                raise ConfigError(f"reward.functions: got an address {problem}, expected http://host:port/path")
+        return given
 
 
 def _is_number(value: Any) -> bool:

@@ -36,6 +36,7 @@ from apportion.data.response_text import prompt_ending
 from apportion.platform.errors import ConfigError, RewardError
 
 ENVIRONMENT = "environment"  # the component of rewards that a batch already has
+LARGEST_REWARD = 1e18  # of a sample, and of a token where rewards are dense
 
 
 @dataclass
@@ -183,14 +184,14 @@ class Scorer:
         if not given:
             return None
         if not dense:
-            return self._clamped(sum(weights[name] * element for name, element in given.items()))
+            return _within(self._clamped(sum(weights[name] * element for name, element in given.items())))
         total = np.zeros(int(batch.response_lengths[index]), np.float64)
         for name, element in given.items():
             row = element if isinstance(element, np.ndarray) else _at_end(batch, index, float(element), name)
             if isinstance(row, Failure):
                 return row
             total += weights[name] * row
-        return self._clamped(total)
+        return _within(self._clamped(total))
 
     def _clamped(self, reward: Any) -> Any:
         if self._clip is None:
@@ -213,7 +214,7 @@ class Scorer:
 
 def _build(entry: RewardEntry, policy_tokenizer: Any) -> RewardSource:
     spec = entry.function
-    if entry.urls is not None or (isinstance(spec, str) and spec.startswith(("http://", "https://"))):
+    if entry.is_service:
         from apportion.actors.reward_service import ServiceSource
 
         return ServiceSource(entry)
@@ -287,6 +288,17 @@ def _judge(
     if not np.isfinite(row).all():
         return Failure("not_finite", f"{name}: got a list with NaN or infinity, expected finite numbers")
     return _on_tokens(name, row, batch, index, steps)
+
+
+def _within(reward: float | np.ndarray) -> float | np.ndarray | Failure:
+    """The reward of a sample; a Failure where its square would exceed what float32 holds, in which credit is computed."""
+    largest = float(np.abs(reward).max(initial=0.0))
+    if largest <= LARGEST_REWARD:
+        return reward
+    return Failure(
+        "not_finite",
+        f"reward: the weighted sum of its components is {largest:g} in size, expected at most {LARGEST_REWARD:g}",
+    )
 
 
 def _float(number: Any) -> float:

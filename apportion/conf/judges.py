@@ -5,14 +5,14 @@ from __future__ import annotations
 import inspect
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING
 
 from apportion.conf.defaults import judge_utilization
 from apportion.conf.devices import check_dtype, check_heads, check_parallel, vllm_needs_gpu
 from apportion.conf.machine import Machine
 from apportion.conf.models import check_own_tokenizer, read_limits, read_model
 from apportion.conf.schema import Config, JudgeConfig
+from apportion.platform.addresses import address_problem
 from apportion.platform.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,25 +24,13 @@ _KINDS = "judge.function=my_module:f, judge.model=FOLDER, or judge.url=http://HO
 
 def judge_urls(judge: JudgeConfig) -> list[str]:
     """The addresses, none where the judge is of another kind; ConfigError for what is no address."""
-    given = [] if judge.url is None else [judge.url] if isinstance(judge.url, str) else list(judge.url)
+    given = [] if judge.url is None else list(judge.url) if isinstance(judge.url, list | tuple) else [judge.url]
     for url in given:
-        if not _is_address(url):
-            raise ConfigError(
-                "judge.url: got an address that is not one, expected http://HOST:PORT/v1 or a list of such"
-            )
+        if problem := address_problem(url):
+            raise ConfigError(f"judge.url: got an address {problem}, expected http://HOST:PORT/v1 or a list of such")
     if judge.url is not None and not given:
         raise ConfigError("judge.url: got an empty list, expected at least one address, or null")
     return given
-
-
-def _is_address(url: Any) -> bool:
-    try:
-        parts = urlsplit(url)
-        _ = parts.port  # ValueError for one that no machine has
-        encoded = (parts.hostname or "").encode("idna")  # UnicodeError for what no name can be: a..b
-    except (ValueError, TypeError, AttributeError):  # the latter for what is no text
-        return False
-    return parts.scheme in ("http", "https") and bool(encoded)
 
 
 def own_model(judge: JudgeConfig) -> str | None:
