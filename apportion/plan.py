@@ -32,6 +32,7 @@ from apportion.conf.placement import size as _size
 from apportion.conf.schema import CheckpointConfig, Config
 from apportion.conf.sources import check_sources
 from apportion.conf.teachers import check_distillation
+from apportion.conf.unwanted import unwanted
 from apportion.edges import refusals
 from apportion.platform import start
 from apportion.platform.errors import ConfigError
@@ -312,7 +313,7 @@ def _notes(
 ) -> list[str]:
     asked = ", ".join(sorted(needs)) or "none"
     notes = [] if machine is None or machine.assumed is None else [machine.assumed]
-    notes.append(f"signals the algorithm asks for: {asked}")
+    notes += [f"signals the algorithm asks for: {asked}", *unwanted(config, needs)]
     if model is None:
         notes.append(f"memory of {config.model.path} is not known: it is not on this machine yet")
     else:
@@ -327,9 +328,8 @@ def _notes(
     if config.train.max_minutes is not None:
         notes.append(f"ends after {config.train.max_minutes:g} minutes at the latest (train.max_minutes)")
     notes.append(_checkpoint_note(config.checkpoint))
-    roles = {"policy", "rollout", "critic", "reference"} | (
-        {"reward"} if has_models(config.reward.functions) else set()
-    )
+    models = {"reward"} if has_models(config.reward.functions) else set()
+    roles = {"policy", "rollout", "critic", "reference"} | models
     slow = [a.role for a in actors if a.role in roles and a.gpus == 0]
     if slow and any(a.gpus for a in actors):
         notes.append(f"on CPUs while others have GPUs: {', '.join(slow)} (cluster.gpus_per_*)")

@@ -15,6 +15,7 @@ from apportion.assembly.downloads import fetch_here, fetch_on_nodes, from_cache,
 from apportion.assembly.hosts import cores_environment, device_environment, thread_count, training_environment
 from apportion.assembly.report import device_summary, print_device_memory
 from apportion.assembly.starting import join
+from apportion.conf.checks import check_warmup
 from apportion.conf.defaults import engine_settings
 from apportion.conf.layout import check_layout, layout_of
 from apportion.conf.models import read_limits, read_model
@@ -26,6 +27,7 @@ from apportion.conf.preference_schema import (
     check_reference,
 )
 from apportion.conf.teachers import check_same_tokenizer
+from apportion.conf.unwanted import unwanted
 from apportion.data.builtin import resolve_model
 from apportion.data.errors import DataError as SourceError
 from apportion.data.pair_tokens import EncodedExample, ExampleEncoder, PreferenceData, encode_sources, hold_out, pack
@@ -71,19 +73,22 @@ def _train(config: PreferenceConfig, resolved: dict[str, Any], locks: ExitStack)
         if isinstance(config, DpoRunConfig) and config.dpo.reference:
             _check_reference(config, config.dpo.reference)
         examples, held_out, left_out = _examples(config, model)
+        steps = total_steps(settings, len(examples))
+        check_warmup("policy", config.policy.warmup_steps, steps)
         if checkpoint:
             check_position(settings, examples, checkpoint.state)  # before a rank starts
-            check_steps_left(checkpoint.state, total_steps(settings, len(examples)), run_of(checkpoint).path)
+            check_steps_left(checkpoint.state, steps, run_of(checkpoint).path)
             folder = run_of(checkpoint)
         else:
             folder = make_run_folder(config.runs_folder, config.run_name, config.recipe)
             locks.enter_context(held(folder.path))
             folder.save_config(resolved)
-        steps = total_steps(settings, len(examples))
         tracker = _tracker(config, resolved, folder, checkpoint, steps)
         for line in cautions(checkpoint.state) if checkpoint else []:
             tracker.warn(line)
     _say(f"run folder: {folder.path}\n{_sizes(len(examples), held_out, left_out, steps)}")
+    for note in unwanted(config):
+        _say(f"note: {note}")
     with (
         terminated_as_interrupt(),
         closing(tracker),  # of a start that fails; otherwise they are closed before the cluster is torn down

@@ -70,7 +70,7 @@ LINES = [
     ([*WHOLE, "policy.zero_stage=5"], "policy.zero_stage: got 5, expected 0, 1, 2 or 3"),
     ([*WHOLE, "train.max_sync_gap=0"], "train.max_sync_gap: got 0.0, expected above 0 or null"),
     ([*WHOLE, "train.max_sync_gap=-0.1"], "train.max_sync_gap: got -0.1, expected above 0 or null"),
-    ([*WHOLE, "train.max_sync_gap=nan"], "train.max_sync_gap: got nan, expected above 0 or null"),
+    ([*WHOLE, "train.max_sync_gap=nan"], "train.max_sync_gap: got nan, expected a finite number"),
     ([*WHOLE, "train.max_sync_gap=inf"], "train.max_sync_gap: got inf, expected a finite number"),
     ([*WHOLE, "rollout.top_p=2"], "rollout.top_p: got 2.0, expected 1e-06 to 1.0"),
     (

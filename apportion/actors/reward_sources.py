@@ -115,8 +115,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
 
 
-def _is_whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def _is_whole(value: Any, least: int, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def _is_text(value: Any) -> bool:
@@ -130,8 +130,11 @@ _EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda v: v is None or (isinstance(v, list) and bool(v) and all(isinstance(url, str) for url in v)),
         "a list of addresses",
     ),
-    "weight": (_is_number, "a number"),
-    "timeout_seconds": (lambda v: _is_number(v) and v > 0, "above 0 (a number of seconds)"),
+    "weight": (
+        lambda v: _is_number(v) and (v == 0 or 1e-30 <= abs(v) <= 1e30),
+        "a number (0, or 1e-30 to 1e30 in size)",
+    ),
+    "timeout_seconds": (lambda v: _is_number(v) and 1e-3 <= v <= 1e8, "above 0 (a number of seconds, 0.001 to 1e+08)"),
     "name": (_is_text, "text"),
     "params": (
         lambda v: isinstance(v, dict) and all(isinstance(key, str) for key in v),
@@ -146,9 +149,15 @@ _EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
         "a mapping of arguments to columns, as {answer: reward_model.ground_truth}",
     ),
     "one_by_one": (lambda v: isinstance(v, bool), "true or false"),
-    "batch_size": (lambda v: v is None or _is_whole(v, 1), "at least 1 (a whole number)"),
-    "retries": (lambda v: _is_whole(v, 0), "at least 0 (a whole number)"),
-    "outage_seconds": (lambda v: v is None or (_is_number(v) and v >= 0), "at least 0 (a number of seconds)"),
+    "batch_size": (
+        lambda v: v is None or _is_whole(v, 1, 2**31 - 1),
+        "at least 1 (a whole number) and at most 2147483647",
+    ),
+    "retries": (lambda v: _is_whole(v, 0, 1000), "at least 0 (a whole number) and at most 1000"),
+    "outage_seconds": (
+        lambda v: v is None or (_is_number(v) and 0 <= v <= 1e8),
+        "at least 0 (a number of seconds) and at most 1e+08",
+    ),
     "auth_env": (_is_text, "an environment variable's name"),
 }
 

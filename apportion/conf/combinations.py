@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import ceil
 
+from apportion.conf.checks import check_warmup
 from apportion.conf.devices import check_devices, check_heads
 from apportion.conf.machine import Machine
 from apportion.conf.models import (
@@ -19,6 +20,8 @@ from apportion.conf.parts import drops_lone_responses, group_relative, pooled_un
 from apportion.conf.schema import AlgorithmConfig, Config
 from apportion.platform.errors import ConfigError
 
+MOST_TRAJECTORIES = 10_000_000  # of one step
+
 
 def longest_sampled(config: Config) -> int:
     """Tokens of the longest sequence that an engine is asked for, evaluation's included."""
@@ -32,6 +35,7 @@ def check_combinations(
     """ConfigError for the first combination that cannot run. `machine` is None where the cluster is not this machine;
     `gpus` is what each actor asks for."""
     _check_batches(config)
+    _check_warmup(config, needs)
     _check_lengths(config, needs)
     _check_algorithm(config, needs)
     _check_rollout(config, model)
@@ -72,12 +76,23 @@ def _check_batches(config: Config) -> None:
             f"expected a multiple of {updates} such as {options}, so that every optimiser step has whole groups"
         )
     responses = config.rollout.responses_per_prompt
+    if prompts * responses > MOST_TRAJECTORIES:
+        raise ConfigError(
+            f"train.prompts_per_step: got {prompts} with rollout.responses_per_prompt={responses}, "
+            f"{prompts * responses:,} trajectories a step, expected at most {MOST_TRAJECTORIES:,}; lower one of the two"
+        )
     rows = prompts // updates * responses
     if rows < ranks:
         raise ConfigError(
             f"train.prompts_per_step: got {prompts}, which gives {rows} trajectories an optimiser step for "
             f"cluster.policy_ranks={ranks}, expected at least {ceil(ranks / responses) * updates}, or fewer ranks"
         )
+
+
+def _check_warmup(config: Config, needs: frozenset[str]) -> None:
+    steps = config.train.steps * config.algorithm.updates_per_batch * config.algorithm.epochs
+    for section in ("policy", "critic") if "values" in needs else ("policy",):
+        check_warmup(section, getattr(config, section).warmup_steps, steps)
 
 
 def _check_lengths(config: Config, needs: frozenset[str]) -> None:

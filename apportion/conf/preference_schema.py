@@ -9,7 +9,25 @@ import os
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from apportion.conf.checks import LARGEST_SEED, MISSING, SMALLEST_STORE_GIB, at_least, between, one_of
+from apportion.conf.checks import (
+    LARGEST,
+    LARGEST_GIB,
+    LARGEST_SEED,
+    LONGEST_MINUTES,
+    LONGEST_SECONDS,
+    MISSING,
+    MOST_ACTORS,
+    MOST_THREADS,
+    SHORTEST_MINUTES,
+    SMALLEST,
+    SMALLEST_STORE_GIB,
+    above_zero,
+    at_least,
+    between,
+    check_warmup,
+    from_zero,
+    one_of,
+)
 from apportion.conf.devices import (
     check_attention,
     check_dtype,
@@ -23,7 +41,15 @@ from apportion.conf.machine import Machine, joins, this_machine
 from apportion.conf.models import check_own_tokenizer, check_rows_of_several, check_targets, read_limits
 from apportion.conf.placement import firm_bytes
 from apportion.conf.preference_memory import check_gpu_memory
-from apportion.conf.schema import CheckpointConfig, EngineConfig, LoraConfig, ModelConfig, TrackingConfig
+from apportion.conf.schema import (
+    MOST_GPUS,
+    SMALLEST_GPU_SHARE,
+    CheckpointConfig,
+    EngineConfig,
+    LoraConfig,
+    ModelConfig,
+    TrackingConfig,
+)
 from apportion.platform.errors import ConfigError
 
 # Those of algorithms.preference and data.pair_tokens, said again here because those import torch.
@@ -67,6 +93,7 @@ class PairDataConfig:
         at_least("data.limit", self.limit, 1)
         at_least("data.eval_limit", self.eval_limit, 1)
         between("data.eval_share", self.eval_share, 0.0, 0.9)
+        from_zero("data.eval_share", self.eval_share, 1e-9, 0.9)
         if self.eval is not None and self.eval_share > 0:
             raise ConfigError(f"data.eval_share: got {self.eval_share} beside data.eval, expected one of the two")
 
@@ -82,8 +109,8 @@ class RewardModelConfig:
     center: float = 0.0  # weight of (r_chosen + r_rejected)^2
 
     def __post_init__(self) -> None:
-        at_least("reward_model.margin", self.margin, 0)
-        at_least("reward_model.center", self.center, 0)
+        from_zero("reward_model.margin", self.margin, SMALLEST, LARGEST)
+        from_zero("reward_model.center", self.center, SMALLEST, 1e6)
 
 
 @dataclass
@@ -97,8 +124,7 @@ class DpoConfig:
 
     def __post_init__(self) -> None:
         one_of("dpo.loss", self.loss, DPO_LOSSES)
-        if self.beta <= 0:
-            raise ConfigError(f"dpo.beta: got {self.beta}, expected above 0")
+        above_zero("dpo.beta", self.beta, 1e-9, 1e6)
         if not 0 <= self.label_smoothing < 0.5:
             raise ConfigError(f"dpo.label_smoothing: got {self.label_smoothing}, expected 0 to below 0.5")
         if self.label_smoothing and self.loss != "sigmoid":
@@ -119,11 +145,9 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         at_least("train.steps", self.steps, 0)
-        at_least("train.batch_size", self.batch_size, 1)
-        if self.epochs <= 0:
-            raise ConfigError(f"train.epochs: got {self.epochs}, expected above 0")
-        if self.max_minutes is not None and self.max_minutes <= 0:
-            raise ConfigError(f"train.max_minutes: got {self.max_minutes}, expected above 0 or null")
+        at_least("train.batch_size", self.batch_size, 1, 10_000_000)
+        above_zero("train.epochs", self.epochs, 1e-9, 1e6)
+        above_zero("train.max_minutes", self.max_minutes, SHORTEST_MINUTES, LONGEST_MINUTES, " or null")
 
 
 @dataclass
@@ -152,16 +176,12 @@ class RanksConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in (
-            "policy_ranks",
-            "threads",
-            "start_timeout_seconds",
-            "call_timeout_seconds",
-            "download_timeout_seconds",
-        ):
-            at_least(f"cluster.{name}", getattr(self, name), 1)
-        at_least("cluster.object_store_gib", self.object_store_gib, SMALLEST_STORE_GIB)
-        at_least("cluster.gpus_per_policy_rank", self.gpus_per_policy_rank, 0)
+        at_least("cluster.policy_ranks", self.policy_ranks, 1, MOST_ACTORS)
+        at_least("cluster.threads", self.threads, 1, MOST_THREADS)
+        for name in ("start_timeout_seconds", "call_timeout_seconds", "download_timeout_seconds"):
+            at_least(f"cluster.{name}", getattr(self, name), 1, LONGEST_SECONDS)
+        at_least("cluster.object_store_gib", self.object_store_gib, SMALLEST_STORE_GIB, LARGEST_GIB)
+        from_zero("cluster.gpus_per_policy_rank", self.gpus_per_policy_rank, SMALLEST_GPU_SHARE, MOST_GPUS)
 
 
 @dataclass
@@ -236,6 +256,8 @@ def check(config: PreferenceConfig, machine: Machine | None = None) -> None:
             f"policy.micro_batch_tokens: got {policy.micro_batch_tokens}, expected at least {needed} = {answers} x "
             f"data.max_tokens{both}; raise it or lower data.max_tokens"
         )
+    if config.train.steps is not None:
+        check_warmup("policy", policy.warmup_steps, config.train.steps)
     check_offload("policy", policy.offload_optimizer, config.cluster.gpus_per_policy_rank)
     _check_ranks(config, machine)
     check_attention(config.model.attention, "cluster.gpus_per_policy_rank", config.cluster.gpus_per_policy_rank)

@@ -8,7 +8,24 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 
-from apportion.conf.checks import LARGEST_SEED, SMALLEST_STORE_GIB, at_least, between, one_of
+from apportion.conf.checks import (
+    COLDEST,
+    HOTTEST,
+    LARGEST,
+    LARGEST_GIB,
+    LARGEST_SEED,
+    LONGEST_MINUTES,
+    LONGEST_SECONDS,
+    MOST_ACTORS,
+    MOST_THREADS,
+    SHORTEST_MINUTES,
+    SMALLEST_STORE_GIB,
+    above_zero,
+    at_least,
+    between,
+    from_zero,
+    one_of,
+)
 from apportion.conf.schema_algorithm import AlgorithmConfig, CorrectionConfig, KlConfig
 from apportion.conf.schema_experience import DataConfig, EnvironmentConfig, JudgeConfig, RewardConfig, RolloutConfig
 from apportion.conf.schema_models import (
@@ -47,6 +64,9 @@ __all__ = [
 ]
 
 
+SMALLEST_GPU_SHARE, MOST_GPUS = 0.001, 1024  # of one actor
+
+
 @dataclass
 class ClusterConfig:
     """What runs where. CPUs are Ray's accounting; with no GPU, sampling and updating take turns on all cores."""
@@ -74,10 +94,11 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         for name in ("policy_ranks", "rollout_engines", "reference_ranks"):
-            at_least(f"cluster.{name}", getattr(self, name), 1)
-        for name in ("start_timeout_seconds", "call_timeout_seconds", "download_timeout_seconds", "threads"):
-            at_least(f"cluster.{name}", getattr(self, name), 1)
-        at_least("cluster.object_store_gib", self.object_store_gib, SMALLEST_STORE_GIB)
+            at_least(f"cluster.{name}", getattr(self, name), 1, MOST_ACTORS)
+        for name in ("start_timeout_seconds", "call_timeout_seconds", "download_timeout_seconds"):
+            at_least(f"cluster.{name}", getattr(self, name), 1, LONGEST_SECONDS)
+        at_least("cluster.threads", self.threads, 1, MOST_THREADS)
+        at_least("cluster.object_store_gib", self.object_store_gib, SMALLEST_STORE_GIB, LARGEST_GIB)
         one_of("cluster.weight_transfer", self.weight_transfer, ("object_store", "broadcast"))
         for name in (
             "gpus_per_policy_rank",
@@ -87,7 +108,7 @@ class ClusterConfig:
             "gpus_per_critic_rank",
             "gpus_per_reward_worker",
         ):
-            at_least(f"cluster.{name}", getattr(self, name), 0)
+            from_zero(f"cluster.{name}", getattr(self, name), SMALLEST_GPU_SHARE, MOST_GPUS)
 
 
 @dataclass
@@ -104,11 +125,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         at_least("train.steps", self.steps, 0)
-        at_least("train.prompts_per_step", self.prompts_per_step, 1)
-        if self.max_minutes is not None and self.max_minutes <= 0:
-            raise ConfigError(f"train.max_minutes: got {self.max_minutes}, expected above 0 or null")
-        if self.max_sync_gap is not None and not self.max_sync_gap > 0:
-            raise ConfigError(f"train.max_sync_gap: got {self.max_sync_gap}, expected above 0 or null")
+        at_least("train.prompts_per_step", self.prompts_per_step, 1, 1_000_000)
+        above_zero("train.max_minutes", self.max_minutes, SHORTEST_MINUTES, LONGEST_MINUTES, " or null")
+        above_zero("train.max_sync_gap", self.max_sync_gap, 1e-9, LARGEST, " or null")
 
 
 @dataclass
@@ -126,13 +145,11 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         at_least("evaluation.every_steps", self.every_steps, 0)
-        at_least("evaluation.samples", self.samples, 0)
+        at_least("evaluation.samples", self.samples, 0, 1_000_000)
         at_least("evaluation.max_response_tokens", self.max_response_tokens, 1)
         at_least("evaluation.show", self.show, 0)
-        if self.temperature <= 0:
-            raise ConfigError(
-                f"evaluation.temperature: got {self.temperature}, expected above 0 (greedy is evaluation.greedy)"
-            )
+        above_zero("evaluation.temperature", self.temperature, COLDEST, HOTTEST, " (greedy is evaluation.greedy)")
+        between("evaluation.correct_at", self.correct_at, -LARGEST, LARGEST)
         for k in self.k:
             if not 1 <= k <= self.samples:
                 raise ConfigError(f"evaluation.k: got {k}, expected 1 to evaluation.samples={self.samples}")
@@ -164,7 +181,7 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         at_least("checkpoint.every_steps", self.every_steps, 0)
-        at_least("checkpoint.every_minutes", self.every_minutes, 0)
+        from_zero("checkpoint.every_minutes", self.every_minutes, SHORTEST_MINUTES, LONGEST_MINUTES)
         at_least("checkpoint.keep", self.keep, 1)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from apportion.conf.checks import MISSING, at_least, one_of
+from apportion.conf.checks import LARGEST, MISSING, SMALLEST, above_zero, at_least, from_zero, one_of
 from apportion.platform.errors import ConfigError
 
 
@@ -25,16 +25,13 @@ class KlConfig:
     def __post_init__(self) -> None:
         one_of("algorithm.kl.place", self.place, ("none", "reward", "loss"))
         one_of("algorithm.kl.estimator", self.estimator, ("k1", "k2", "k3", "abs"))
-        at_least("algorithm.kl.coefficient", self.coefficient, 0)
+        from_zero("algorithm.kl.coefficient", self.coefficient, SMALLEST, 1e6)
         at_least("algorithm.kl.horizon", self.horizon, 1)
         if self.straight_through and self.place != "loss":
             raise ConfigError(
                 f"algorithm.kl.straight_through: got true with place={self.place}, which has no gradient, expected place=loss"
             )
-        if self.target is not None and not self.target > 0:
-            raise ConfigError(
-                f"algorithm.kl.target: got {self.target}, expected above 0, or null for a fixed coefficient"
-            )
+        above_zero("algorithm.kl.target", self.target, SMALLEST, LARGEST, ", or null for a fixed coefficient")
         if self.target is not None and self.place == "none":
             raise ConfigError("algorithm.kl.target: got a value with place=none, expected place=reward or place=loss")
 
@@ -56,8 +53,8 @@ class CorrectionConfig:
     def __post_init__(self) -> None:
         one_of("algorithm.correction.method", self.method, ("none", "truncate", "mask"))
         one_of("algorithm.correction.level", self.level, ("token", "sequence", "geometric"))
-        at_least("algorithm.correction.cap", self.cap, 1.0)
-        at_least("algorithm.correction.bound", self.bound, 0)
+        at_least("algorithm.correction.cap", self.cap, 1.0, LARGEST)
+        at_least("algorithm.correction.bound", self.bound, 0, LARGEST)
         if self.floor is not None and not 0 <= self.floor <= 1:
             raise ConfigError(f"algorithm.correction.floor: got {self.floor}, expected 0 to 1, or null")
         if self.level == "geometric" and self.method != "mask":
@@ -95,7 +92,7 @@ class AlgorithmConfig:
     def __post_init__(self) -> None:
         at_least("algorithm.updates_per_batch", self.updates_per_batch, 1)
         at_least("algorithm.epochs", self.epochs, 1)
-        at_least("algorithm.entropy_coefficient", self.entropy_coefficient, 0)
+        from_zero("algorithm.entropy_coefficient", self.entropy_coefficient, SMALLEST, 1e6)
         if self.surrogate is None and self.distillation is None:
             raise ConfigError(
                 "algorithm.surrogate: got null, expected a mapping with a name, or algorithm.distillation"

@@ -5,7 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from apportion.conf.checks import MISSING, at_least, between, one_of
+from apportion.conf.checks import (
+    COLDEST,
+    HOTTEST,
+    LARGEST,
+    LARGEST_COUNT,
+    LARGEST_GIB,
+    LONGEST_SECONDS,
+    MISSING,
+    MOST_ACTORS,
+    MOST_RETRIES,
+    MOST_THREADS,
+    SHORTEST_SECONDS,
+    SMALLEST,
+    above_zero,
+    at_least,
+    between,
+    from_zero,
+    one_of,
+)
 from apportion.platform.errors import ConfigError
 
 
@@ -56,21 +74,17 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         one_of("rollout.engine", self.engine, ("vllm", "transformers"))
-        at_least("rollout.responses_per_prompt", self.responses_per_prompt, 1)
+        at_least("rollout.responses_per_prompt", self.responses_per_prompt, 1, 1_000_000)
         at_least("rollout.max_response_tokens", self.max_response_tokens, 1)
-        at_least("rollout.tensor_parallel_size", self.tensor_parallel_size, 1)
-        at_least("rollout.max_sequences", self.max_sequences, 1)
+        at_least("rollout.tensor_parallel_size", self.tensor_parallel_size, 1, 1024)
+        at_least("rollout.max_sequences", self.max_sequences, 1, 1_000_000)
         at_least("rollout.top_k", self.top_k, 0)
         if "" in self.stop:
             raise ConfigError(f"rollout.stop: got {self.stop}, expected texts that are not empty, or []")
         between("rollout.top_p", self.top_p, 1e-6, 1.0)
-        if self.kv_cache_gib <= 0:
-            raise ConfigError(f"rollout.kv_cache_gib: got {self.kv_cache_gib}, expected above 0")
+        above_zero("rollout.kv_cache_gib", self.kv_cache_gib, 0.001, LARGEST_GIB)
         between("rollout.gpu_memory_utilization", self.gpu_memory_utilization, 0.05, 0.98)
-        if self.temperature <= 0:
-            raise ConfigError(
-                f"rollout.temperature: got {self.temperature}, expected above 0 (greedy has no policy gradient)"
-            )
+        above_zero("rollout.temperature", self.temperature, COLDEST, HOTTEST, " (greedy has no policy gradient)")
 
 
 @dataclass
@@ -89,10 +103,11 @@ class EnvironmentConfig:
     observation_role: str = "user"  # in the chat template
 
     def __post_init__(self) -> None:
-        for name in ("workers", "threads", "max_turns", "max_turn_tokens"):
+        at_least("environment.workers", self.workers, 1, MOST_ACTORS)
+        at_least("environment.threads", self.threads, 1, MOST_THREADS)
+        for name in ("max_turns", "max_turn_tokens"):
             at_least(f"environment.{name}", getattr(self, name), 1)
-        if self.step_timeout_seconds <= 0:
-            raise ConfigError(f"environment.step_timeout_seconds: got {self.step_timeout_seconds}, expected above 0")
+        above_zero("environment.step_timeout_seconds", self.step_timeout_seconds, SHORTEST_SECONDS, LONGEST_SECONDS)
 
 
 @dataclass
@@ -111,12 +126,11 @@ class RewardConfig:
     step_delimiter: str = "\n\n"  # what separates two steps, where a reward is a list with one number a step
 
     def __post_init__(self) -> None:
-        at_least("reward.workers", self.workers, 1)
+        at_least("reward.workers", self.workers, 1, MOST_ACTORS)
         between("reward.max_failed_share", self.max_failed_share, 0.0, 1.0)
-        at_least("reward.clip", self.clip, 0)
-        at_least("reward.outage_seconds", self.outage_seconds, 0)
-        if self.timeout_seconds <= 0:
-            raise ConfigError(f"reward.timeout_seconds: got {self.timeout_seconds}, expected above 0")
+        from_zero("reward.clip", self.clip, SMALLEST, LARGEST)
+        at_least("reward.outage_seconds", self.outage_seconds, 0, LONGEST_SECONDS)
+        above_zero("reward.timeout_seconds", self.timeout_seconds, SHORTEST_SECONDS, LONGEST_SECONDS)
         if not self.step_delimiter:
             raise ConfigError("reward.step_delimiter: got an empty text, expected what separates two steps")
 
@@ -157,15 +171,24 @@ class JudgeConfig:
     def __post_init__(self) -> None:
         one_of("judge.engine", self.engine, ("vllm", "transformers"))
         one_of("judge.dtype", self.dtype, ("bfloat16", "float32", "float16"))
-        for name in ("critiques", "max_tokens", "concurrency", "workers", "parts", "tensor_parallel_size"):
-            at_least(f"judge.{name}", getattr(self, name), 1)
-        for name in ("temperature", "retries", "outage_seconds"):
-            at_least(f"judge.{name}", getattr(self, name), 0)
+        for name, most in (
+            ("critiques", 10_000),
+            ("max_tokens", LARGEST_COUNT),
+            ("concurrency", MOST_THREADS),
+            ("workers", MOST_ACTORS),
+            ("parts", 1_000_000),
+            ("tensor_parallel_size", 1024),
+        ):
+            at_least(f"judge.{name}", getattr(self, name), 1, most)
+        from_zero("judge.temperature", self.temperature, COLDEST, HOTTEST)
+        at_least("judge.retries", self.retries, 0, MOST_RETRIES)
+        at_least("judge.context_tokens", self.context_tokens, 1)
+        at_least("judge.outage_seconds", self.outage_seconds, 0, LONGEST_SECONDS)
         between("judge.max_failed_share", self.max_failed_share, 0.0, 1.0)
         between("judge.gpu_memory_utilization", self.gpu_memory_utilization, 0.05, 0.98)
-        for name in ("timeout_seconds", "batch_timeout_seconds", "kv_cache_gib"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"judge.{name}: got {getattr(self, name)}, expected above 0")
+        for name in ("timeout_seconds", "batch_timeout_seconds"):
+            above_zero(f"judge.{name}", getattr(self, name), SHORTEST_SECONDS, LONGEST_SECONDS)
+        above_zero("judge.kv_cache_gib", self.kv_cache_gib, 0.001, LARGEST_GIB)
         if not self.delimiter:
             raise ConfigError("judge.delimiter: got an empty text, expected what separates two steps")
         if self.context_tokens <= self.max_tokens:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from apportion.conf.checks import MISSING, above, at_least, between, one_of
+from apportion.conf.checks import LARGEST, MISSING, SMALLEST, above_zero, at_least, between, from_zero, one_of
 from apportion.platform.errors import ConfigError
 
 
@@ -34,9 +34,12 @@ class LoraConfig:
     targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
 
     def __post_init__(self) -> None:
-        at_least("policy.lora.rank", self.rank, 1)
-        above("policy.lora.alpha", self.alpha, 0)
-        between("policy.lora.dropout", self.dropout, 0.0, 1.0)
+        at_least("policy.lora.rank", self.rank, 1, 65_536)
+        above_zero("policy.lora.alpha", self.alpha, 1e-6, 1e6)
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(
+                f"policy.lora.dropout: got {self.dropout}, expected 0 to below 1 (1 drops all that adapters read)"
+            )
         if not all(self.targets or [""]):
             raise ConfigError("policy.lora.targets: got none, expected the names of linear layers such as q_proj")
 
@@ -67,11 +70,13 @@ class EngineConfig:
         one_of(f"{at}.schedule", self.schedule, ("constant", "linear", "cosine"))
         if self.zero_stage not in (None, 0, 1, 2, 3):
             raise ConfigError(f"{at}.zero_stage: got {self.zero_stage}, expected 0, 1, 2 or 3")
-        for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"):
-            at_least(f"{at}.{name}", getattr(self, name), 0)
+        from_zero(f"{at}.learning_rate", self.learning_rate, 1e-15, 1000.0)
+        from_zero(f"{at}.weight_decay", self.weight_decay, SMALLEST, 1000.0)
+        from_zero(f"{at}.max_grad_norm", self.max_grad_norm, SMALLEST, LARGEST)
+        at_least(f"{at}.warmup_steps", self.warmup_steps, 0)
         for name in ("adam_beta1", "adam_beta2"):
             between(f"{at}.{name}", getattr(self, name), 0.0, 1.0 - 1e-9)
-        above(f"{at}.adam_eps", self.adam_eps, 0)  # a weight without a gradient is divided by it alone
+        above_zero(f"{at}.adam_eps", self.adam_eps, SMALLEST, 1.0)  # a weight without a gradient is divided by it alone
         at_least(f"{at}.micro_batch_tokens", self.micro_batch_tokens, 16)
         at_least(f"{at}.logits_chunk_tokens", self.logits_chunk_tokens, 1)
         between(f"{at}.min_lr_ratio", self.min_lr_ratio, 0.0, 1.0)
@@ -100,7 +105,7 @@ class CriticConfig(EngineConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least("critic.value_clip", self.value_clip, 0)
+        from_zero("critic.value_clip", self.value_clip, SMALLEST, LARGEST)
         at_least("critic.warmup_steps_without_policy", self.warmup_steps_without_policy, 0)
 
 
