@@ -1,6 +1,7 @@
 """The judge's caches: what is asked once, what is kept on disk, and what is asked again."""
 
 import json
+import os
 
 import pytest
 from judge_parts import Scripted, batch_of, judge_with, prompt
@@ -33,16 +34,44 @@ def test_critiques_are_kept_on_disk_as_json_and_found_by_content(tmp_path):
     assert len(again.asked) == 2
 
 
+def entry(wrong, failure=""):
+    return json.dumps([{"wrong_steps": wrong, "failure": failure, "answer": "", "detail": ""}])
+
+
 @pytest.mark.parametrize(
-    "text", ["{", "[]", '[{"wrong_steps": ["a"], "failure": "", "answer": "", "detail": ""}]', "7"]
+    "text",
+    [
+        "{",
+        "[]",
+        entry(["a"]),
+        "7",
+        entry([2]),  # of two steps, from 0
+        entry([-1]),
+        entry([0], "down"),
+        entry(None),
+        entry(None, "down"),
+        "[" * 200_000,
+        "[" + "9" * 5000 + "]",
+        " " * (2**24 + 1),
+    ],
+    ids=lambda text: text[:60],
 )
 def test_a_file_that_holds_no_critiques_is_asked_again_and_told(tmp_path, text):
     key = critique_key("j", "c", 1)
     (tmp_path / key[:2]).mkdir()
     (tmp_path / key[:2] / f"{key}.json").write_text(text)
     cache = CritiqueCache(tmp_path)
-    assert cache.get(key, 1) is None
-    assert "asked again" in cache.problem
+    assert cache.get(key, 1, 2) is None
+    assert "asked again" in cache.problem and "\n" not in cache.problem
+
+
+def test_a_pipe_among_the_kept_critiques_holds_nobody_up(tmp_path):
+    key = critique_key("j", "c", 1)
+    (tmp_path / key[:2]).mkdir()
+    os.mkfifo(tmp_path / key[:2] / f"{key}.json")
+    cache = CritiqueCache(tmp_path)
+    assert cache.get(key, 1, 2) is None
+    assert "it is no regular file" in cache.problem
 
 
 def test_a_folder_that_cannot_be_written_costs_no_run(tmp_path):

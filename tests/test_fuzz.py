@@ -6,7 +6,7 @@ APPORTION_FUZZ=N tries N of each; the same number gives the same cases.
 import os
 
 import pytest
-from fuzz.command_lines import command_line
+from fuzz.command_lines import command_line, number_line
 from fuzz.outcome import fault, instead_of_runs, outcome
 from fuzz.run_folders import damaged, evaluate, make_run, take_up
 
@@ -26,6 +26,17 @@ def test_a_random_command_line_is_planned_or_refused_in_one_line():
     with instead_of_runs(lambda *_: 0, lambda *_: 0):
         for seed in range(CASES or 12):
             words = command_line(seed)
+            if (found := fault(outcome(words), NAMES)) is not None:
+                faults.append((seed, [word[:100] for word in words], found))
+    assert faults == []
+
+
+@pytest.mark.timeout(14400)
+def test_an_odd_number_is_planned_or_refused_in_one_line():
+    faults = []
+    with instead_of_runs(lambda *_: 0, lambda *_: 0):
+        for seed in range(CASES or 12):
+            words = number_line(seed)
             if (found := fault(outcome(words), NAMES)) is not None:
                 faults.append((seed, [word[:100] for word in words], found))
     assert faults == []

@@ -151,7 +151,7 @@ class Judge:
         for key, case in zip(keys, cases, strict=True):
             if key in known or key in wanted:
                 continue
-            kept = self._cache.get(key, self._count)
+            kept = self._cache.get(key, self._count, len(case.steps))
             if kept is None:
                 wanted[key] = case
             else:

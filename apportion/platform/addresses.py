@@ -52,7 +52,7 @@ def _host_problem(host: str, bracketed: bool) -> str | None:
         try:
             (ipaddress.IPv6Address if bracketed else ipaddress.IPv4Address)(host)
         except ValueError:
-            return f"whose host is no IPv{6 if bracketed else 4} address"
+            return "whose host cannot be read" if bracketed else "whose host is no IPv4 address"
         return None
     if not host.isascii():
         import idna  # httpx encodes such names with it

@@ -6,6 +6,7 @@ import random
 
 from apportion.conf.explain import config_keys
 from apportion.conf.preference_schema import STAGES
+from apportion.conf.schema import Config
 
 BASES = (
     [],
@@ -14,6 +15,7 @@ BASES = (
     ["experiment=tiny_grpo", "algorithm=rloo"],
     ["model.path=builtin:tiny", "data.train=arithmetic", "reward.functions=numeric_match"],
 )
+ALGORITHMS = ("grpo", "ppo", "capo", "reinforce_pp")  # with a critic, with a judge, with neither
 STAGE_BASES = ([], ["model.path=builtin:tiny", "data.train=pairs.jsonl"])
 ODD_VALUES = (
     "", "1", "0", "-1", "1.5", "1e3", "1e400", "-1e400", "nan", "inf", "-inf", ".nan", "true", "false", "null", "none", "None",
@@ -26,6 +28,10 @@ ODD_VALUES = (
     str(2**63), "9" * 5000, "y" * 300, "z" * 5000, "int(3)", "str(3)", "range(1,3)", "choice(a,b)", "glob(*)", "sort(1,2)",
     "interval(0,1)", "shuffle(a,b)", "float(x)", "json_str({a: 1})", "a b", " a", "a ", "a\nb", "!!python/object:x", "*a", "&a b",
     "model:x", "builtin:tiny", "builtin:no", "hf://x", "1_000", "0x10", "1:30", "2024-01-01", "-", "--", "@", "%", "a/b", "a//b",
+)  # fmt: skip
+NUMBERS = (
+    "-1", "-2147483649", "-1e300", "0", "-0.0", "5e-324", "1e-300", "1e-30", "1e-8", "0.5", "1", "2", "2147483647", "2147483648",
+    str(2**53 + 1), str(2**63), str(2**64), str(10**400), "1e18", "1e38", "1e300", "1e400", "nan", "inf", "-inf",
 )  # fmt: skip
 WHOLE_WORDS = (
     "", "=", "=1", "x", "+", "~", "++", "+=1", "~=1", "@=1", "a@b=1", "+a@b=1", "seed", ".=1", "a.=1", ".a=1", "a..b=1", "seed.=1",
@@ -53,6 +59,19 @@ def command_line(seed: int) -> list[str]:
     for _ in range(draw.choice((1, 1, 1, 2, 3))):
         words.insert(draw.randint(1, len(words)), _word(draw, list(keys)))
     return words
+
+
+def number_line(seed: int) -> list[str]:
+    """The words of case `seed`: a sound command line with odd numbers for one or two keys that take numbers."""
+    draw = random.Random(seed)
+    stage = draw.choice([None] * 3 + list(STAGES))
+    command, base, kind = "plan", ["experiment=tiny_grpo", f"algorithm={draw.choice(ALGORITHMS)}"], Config
+    if stage is not None:
+        command, base, kind = stage.replace("_", "-"), STAGE_BASES[1], STAGES[stage]
+    keys = [key for key, words in config_keys(kind).items() if "an integer" in words or "a number" in words]
+    lora = ["lora=default"] * draw.randint(0, 1)
+    keys = [key for key in keys if lora or ".lora." not in key]
+    return [command, *base, *lora, *(f"{draw.choice(keys)}={draw.choice(NUMBERS)}" for _ in range(draw.randint(1, 2)))]
 
 
 def _word(draw: random.Random, keys: list[str]) -> str:
