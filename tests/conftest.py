@@ -3,11 +3,17 @@
 import os
 import signal
 import sys
+import tempfile
 import types
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; read when numpy and torch are imported
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["GOMP_SPINCOUNT"] = "0"  # the engines of two runs at once would keep each other from the cores
+
+# The key that signs the runs of tests is not the user's; the workers of one session share it.
+os.environ.setdefault(
+    "APPORTION_IDENTITY", os.path.join(tempfile.gettempdir(), f"apportion-test-identity-{os.getuid()}")
+)
 
 if (
     signal.getsignal(signal.SIGINT) == signal.SIG_IGN

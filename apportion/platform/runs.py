@@ -24,6 +24,7 @@ from apportion.platform.files import write_text_atomically
 from apportion.platform.foreign import LARGEST_YAML, checked_yaml, read_text
 from apportion.platform.messages import warn
 from apportion.platform.run_lock import held, is_held
+from apportion.platform.signature import signed
 
 REDACTED = "<redacted>"
 COMMAND_LINES = "before"  # the key under which a configuration holds words of commands
@@ -74,8 +75,16 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def save_config(self, config: Mapping[str, Any]) -> None:
-        """`config.yaml`, without secrets."""
-        write_text_atomically(self.path / "config.yaml", _yaml(redacted(config)))
+        """`config.yaml`, without secrets, signed as this user's own. Trust in what the run was is not kept: this user has
+        seen it, and signs what came of it."""
+        text = _yaml(redacted(config) | ({"trust_run": False} if "trust_run" in config else {}))
+        try:
+            text = signed(text, self.path)
+        except OSError as error:
+            _warn_once(
+                f"{self.path} is not signed as your own ({error}), so that resume and evaluate may ask for trust_run=true"
+            )
+        write_text_atomically(self.path / "config.yaml", text)
 
     def write_summary(self, summary: Mapping[str, Any]) -> Path:
         """`summary.json`, whole or not at all; values that are not finite are null."""
