@@ -42,6 +42,7 @@ from apportion.platform.run_lock import held
 from apportion.platform.runs import RunFolder, find_checkpoint, make_run_folder, named_run, redacted, run_of
 from apportion.platform.token_page import has_samples, write_token_page
 from apportion.platform.tracking import MultiTracker, TrackedRun, open_trackers
+from apportion.saved import refuse_foreign_folder
 from apportion.trainer import Trainer
 
 
@@ -54,7 +55,9 @@ def train(config: Config, resolved: dict[str, Any]) -> int:
 def _train(config: Config, resolved: dict[str, Any], locks: ExitStack) -> int:
     with refusals():
         if config.resume:  # held before its newest checkpoint is looked for: a run that still writes is refused
-            locks.enter_context(held(named_run(config.resume, config.runs_folder)))
+            named = named_run(config.resume, config.runs_folder)
+            refuse_foreign_folder(named, config.trust_run)
+            locks.enter_context(held(named))
         checkpoint = find_checkpoint(config.resume, config.runs_folder) if config.resume else None
         needs = needs_of(config)
         if checkpoint:
@@ -135,6 +138,7 @@ def evaluate(config: Config, checkpoint: str) -> int:
     with refusals():
         check_evaluation_devices(config)
         found = _evaluated(checkpoint, config.runs_folder)
+        refuse_foreign_folder(run_of(found).path, config.trust_run, "logs", config.model.trust_remote_code)
         model = str(found.path / "model")
         if config.data.eval is None:
             raise ConfigError("data.eval: got none, expected a source to evaluate on")

@@ -22,10 +22,10 @@ from apportion.platform.messages import say
 from apportion.platform.process import working_folder_last
 from apportion.platform.teardown import leave
 from apportion.saved import (
-    chooses,
+    SavedRun,
+    evaluated,
     no_such_run,
-    read_saved,
-    refuse_other_stage,
+    open_saved,
     refuse_redacted,
     resumed,
     saved_config,
@@ -169,13 +169,7 @@ def _evaluate(words: list[str]) -> int:
         got = repr(words[0]) if words else "nothing"
         raise ConfigError(f"evaluate: got {got}, expected apportion evaluate CHECKPOINT_OR_RUN [KEY=VALUE ...]")
     checkpoint, overrides = words[0], words[1:]
-    runs = value_of("runs_folder", overrides) or "runs"
-    base = None if chooses(overrides) else saved_config(checkpoint, runs)
-    there = Path(checkpoint).exists() or (Path(runs) / checkpoint).exists()
-    if not there or (base is None and not overrides):
-        raise no_such_run("checkpoint", checkpoint, runs)
-    if base is not None:
-        refuse_other_stage("checkpoint", checkpoint, base, None)
+    base = evaluated(checkpoint, overrides)
 
     def run(config: Config, resolved: dict[str, Any]) -> int:
         from apportion.build import evaluate
@@ -269,7 +263,7 @@ def to_config(composed: DictConfig) -> tuple[Any, dict[str, Any]]:
 
 def compose_config(overrides: list[str], base: Path | None = None, stage: str | None = None) -> DictConfig:
     """The composed configuration, without Hydra's command line. `base` is a run's own configuration to start from;
-    `stage` a preference stage's name, None for training."""
+    `stage` a preference stage's name, None for training. Whoever acts on a run's own asks `SavedRun.refuse_foreign`."""
     from hydra import compose, initialize_config_module
     from hydra.core.global_hydra import GlobalHydra
 
@@ -281,7 +275,7 @@ def compose_config(overrides: list[str], base: Path | None = None, stage: str | 
     GlobalHydra.instance().clear()
     try:
         with _explained(stage), whole_mappings(), initialize_config_module("apportion.conf", version_base="1.3"):
-            return compose(_register(base, stage), overrides=words)
+            return compose(_register(open_saved(base) if base else None, stage), overrides=words)
     finally:
         GlobalHydra.instance().hydra = outer
 
@@ -303,7 +297,7 @@ def _register_schema(stage: str | None) -> None:
     ConfigStore.instance().store(name=f"schema_of_{stage}" if stage else "schema", node=_schema(stage))
 
 
-def _register(base: Path | None, stage: str | None) -> str:
+def _register(base: SavedRun | None, stage: str | None) -> str:
     """Make the schema (and a run's own configuration) known to Hydra; the name of the primary configuration to use."""
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
@@ -313,7 +307,7 @@ def _register(base: Path | None, stage: str | None) -> str:
     _register_schema(stage)
     if base is None:
         return f"preference/{stage}" if stage else "config"
-    ConfigStore.instance().store(name="saved_run", node=OmegaConf.create(read_saved(base)), package="_global_")
+    ConfigStore.instance().store(name="saved_run", node=OmegaConf.create(base.values), package="_global_")
     return f"preference/saved_{stage}" if stage else "saved"
 
 
@@ -379,11 +373,15 @@ def _with_hydra(command: str, words: list[str], run: Run, base: Path | None = No
     switches, overrides = _split(command, words)
     overrides = rewritten(overrides, _schema(stage), sweep=not {"-m", "--multirun"}.isdisjoint(switches))
     codes: list[int] = []
+    saved = open_saved(base) if base else None
 
     def task(composed: DictConfig) -> None:
         try:
             with system_errors():
-                codes.append(run(*to_config(composed)))
+                config, resolved = to_config(composed)
+                if saved is not None:
+                    saved.refuse_foreign(resolved, words, command != "evaluate" and resolved["resume"] is None)
+                codes.append(run(config, resolved))
         except ApportionError as error:
             codes.append(_report(error))
 
@@ -391,7 +389,7 @@ def _with_hydra(command: str, words: list[str], run: Run, base: Path | None = No
     sys.argv = [f"apportion {command}", *switches, *overrides]
     try:
         with _explained(stage), whole_mappings(), unsaved_sweeps():
-            hydra.main(version_base="1.3", config_path="conf", config_name=_register(base, stage))(task)()
+            hydra.main(version_base="1.3", config_path="conf", config_name=_register(saved, stage))(task)()
     except SystemExit as stop:  # how argparse and --help end
         codes.append(stop.code if isinstance(stop.code, int) else FAILED)
     finally:

@@ -52,6 +52,7 @@ from apportion.preference_trainer import (
     check_position,
     total_steps,
 )
+from apportion.saved import refuse_foreign_folder
 
 
 def train(config: PreferenceConfig, resolved: dict[str, Any]) -> int:
@@ -63,7 +64,9 @@ def train(config: PreferenceConfig, resolved: dict[str, Any]) -> int:
 def _train(config: PreferenceConfig, resolved: dict[str, Any], locks: ExitStack) -> int:
     with refusals():
         if config.resume:  # held before its newest checkpoint is looked for: a run that still writes is refused
-            locks.enter_context(held(named_run(config.resume, config.runs_folder)))
+            named = named_run(config.resume, config.runs_folder)
+            refuse_foreign_folder(named, config.trust_run)
+            locks.enter_context(held(named))
         checkpoint = find_checkpoint(config.resume, config.runs_folder) if config.resume else None
         if checkpoint:
             check_layout(checkpoint.path, layout_of(config))

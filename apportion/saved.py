@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,75 @@ from apportion.conf.arguments import plain
 from apportion.conf.checks import leaves
 from apportion.platform.errors import ConfigError, nearest
 from apportion.platform.foreign import LARGEST_YAML, checked_yaml, read_text
-from apportion.platform.messages import quoted
+from apportion.platform.messages import quoted, shortened
 from apportion.platform.run_state import is_number
-from apportion.platform.runs import REDACTED
+from apportion.platform.runs import REDACTED, redacted_text
+from apportion.platform.signature import unsigned_because
 
 SAVED_NAME = "config.yaml"  # what a run's folder keeps its configuration under
+_OF_HYDRA = ("hydra", "defaults")  # keys that Hydra would take as orders: what to load, to set and to call
+_SHOWN = 20  # values of a foreign configuration that one line names
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """A run's configuration as its folder keeps it. A command that takes it up calls `refuse_foreign` before it imports or
+    starts anything that the configuration names."""
+
+    file: Path
+    values: dict[str, Any]  # for omegaconf
+    foreign: str | None  # why it is not known as this user's own run in this place; None where it is
+
+    def refuse_foreign(self, resolved: dict[str, Any], words: list[str], before: bool = False) -> None:
+        """ConfigError for a foreign run whose configuration would run or contact something, unless the user trusts it.
+        `resolved` is the composed configuration, `words` those of the command line: what they say themselves is the
+        user's own. `before`: the command runs the stages of `before`."""
+        if self.foreign is None or resolved.get("trust_run"):
+            return
+        from apportion.conf.trust import uses  # not for --help
+
+        found = [use for use in uses(resolved, before) if not use.typed(words)]
+        if found:
+            named = [f"{use.key} {use.what} {shortened(redacted_text(use.value), 120)}" for use in found]
+            raise _not_trusted(self.file, self.foreign, named)
+
+
+def refuse_foreign_folder(folder: Path, trusts: bool, writes: str = "", code: bool = False) -> None:
+    """ConfigError for the folder of a foreign run with links that lead out of it, in whose place a command would write,
+    unless the user trusts it. `writes`: the only part of it that the command writes in; `code`: the command runs code of
+    the models in it."""
+    if trusts:
+        return
+    file = folder / SAVED_NAME
+    try:
+        foreign = unsigned_because(read_text(file, LARGEST_YAML), folder)
+    except ValueError as error:
+        raise _unreadable(file, error) from error
+    if foreign is None:
+        return
+    found = [f"{link.relative_to(folder)} is a link to {os.readlink(link)}" for link in _links_out(folder, writes)]
+    found += ["model.trust_remote_code runs the code in its models"] if code else []
+    if found:
+        raise _not_trusted(file, foreign, found)
+
+
+def _links_out(folder: Path, part: str) -> list[Path]:
+    """Links in a run's folder that lead out of it. Checkpoints are only read and replaced as a whole."""
+    entries = [folder / part] if part else []
+    for top, folders, files in os.walk(folder / part):
+        entries += [Path(top) / name for name in (*folders, *files)]
+        if Path(top) == folder / "checkpoints":
+            folders.clear()  # not to be walked
+    whole = os.path.realpath(folder)
+    return [e for e in entries if e.is_symlink() and not Path(os.path.realpath(e)).is_relative_to(whole)]
+
+
+def _not_trusted(file: Path, foreign: str, found: list[str]) -> ConfigError:
+    more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
+    return ConfigError(
+        f"trust_run: got false with {file}: {'; '.join(found[:_SHOWN] + more)}; {foreign}; expected a run that you made in "
+        "this place: look at these values, and if you trust them, add trust_run=true"
+    )
 
 
 def value_of(key: str, words: list[str]) -> str | None:
@@ -38,6 +103,18 @@ def resumed(words: list[str], stage: str | None = None) -> Path | None:
     if saved is None:
         raise no_such_run("resume", str(resume), runs)
     refuse_other_stage("resume", str(resume), saved, stage)
+    return saved
+
+
+def evaluated(checkpoint: str, words: list[str]) -> Path | None:
+    """As `resumed`, for the checkpoint or run that `evaluate` measures; `words` are those after it."""
+    runs = value_of("runs_folder", words) or "runs"
+    saved = None if chooses(words) else saved_config(checkpoint, runs)
+    there = Path(checkpoint).exists() or (Path(runs) / checkpoint).exists()
+    if not there or (saved is None and not words):
+        raise no_such_run("checkpoint", checkpoint, runs)
+    if saved is not None:
+        refuse_other_stage("checkpoint", checkpoint, saved, None)
     return saved
 
 
@@ -75,22 +152,54 @@ def saved_config(path: str, runs_folder: str = "runs") -> Path | None:
     return None
 
 
+def open_saved(file: Path) -> SavedRun:
+    """ConfigError for a file that was spoilt by hand, and for one that gives orders to Hydra.
+
+    A foreign one cannot trust itself, and does not say where this user's runs are.
+    """
+    try:
+        text = read_text(file, LARGEST_YAML)
+    except ValueError as error:
+        raise _unreadable(file, error) from error
+    values, foreign = _parsed(file, text), unsigned_because(text, file.parent)
+    for key in _OF_HYDRA:
+        if key in values:
+            raise ConfigError(f"{file}: got the key {key}, which no run saves and Hydra would follow: remove it")
+    values.pop("trust_run", None)
+    if foreign is not None:
+        values.pop("runs_folder", None)
+    return SavedRun(file, values, foreign)
+
+
 def read_saved(file: Path) -> dict[str, Any]:
     """What a run's saved configuration holds, for omegaconf: `${` in its texts is text, since every reference was
     resolved before it was saved. ConfigError for a file that was spoilt by hand."""
+    try:
+        return _parsed(file, read_text(file, LARGEST_YAML))
+    except ValueError as error:
+        raise _unreadable(file, error) from error
+
+
+def _parsed(file: Path, text: str) -> dict[str, Any]:
     import yaml
     from omegaconf._utils import get_yaml_loader  # as OmegaConf.load reads, which has no place to escape between
 
     try:
-        read = yaml.load(checked_yaml(read_text(file, LARGEST_YAML)), Loader=get_yaml_loader())
-    except (yaml.YAMLError, ValueError) as error:
+        read = yaml.load(checked_yaml(text), Loader=get_yaml_loader())
+    except yaml.YAMLError as error:
         said = " ".join(str(error).split()).replace('in "<unicode string>", ', "in ")
-        got = "got a file that is no YAML" if isinstance(error, yaml.YAMLError) else "got a file that cannot be read"
-        raise ConfigError(f"{file}: {got} ({said}), expected a run's configuration") from error
+        raise ConfigError(f"{file}: got a file that is no YAML ({said}), expected a run's configuration") from error
+    except ValueError as error:
+        raise _unreadable(file, error) from error
     if not isinstance(read, dict | None):
         raise ConfigError(f"{file}: got a {type(read).__name__}, expected a run's configuration, a mapping: correct it")
     _check_leaves(file, read or {})
     return _escaped(read or {})
+
+
+def _unreadable(file: Path, error: ValueError) -> ConfigError:
+    said = " ".join(str(error).split())
+    return ConfigError(f"{file}: got a file that cannot be read ({said}), expected a run's configuration")
 
 
 def _check_leaves(file: Path, value: Any, key: str = "") -> None:

@@ -1,10 +1,9 @@
 """What a saved configuration keeps and has lost, and how a command that takes it up is told."""
 
 import pytest
-import yaml
 
 from apportion.cli import compose_config, main, to_config
-from apportion.platform.runs import make_run_folder
+from apportion.platform.runs import RunFolder, make_run_folder
 
 
 @pytest.fixture
@@ -18,7 +17,7 @@ def run(tmp_path, monkeypatch):
     resolved["before"] = ["dpo run_name=a +data.token=<redacted>"]
     folder = tmp_path / "runs" / "first"
     (folder / "checkpoints" / "step-000010" / "model").mkdir(parents=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(resolved))
+    RunFolder(folder).save_config(resolved)
     return folder
 
 

@@ -203,6 +203,8 @@ class PreferenceConfig:
     run_name: str | None = None  # null: made from the recipe, the time and a random tail
     runs_folder: str = "runs"
     resume: str | None = None  # a run's folder or name, or one of its checkpoints
+    # Run what the configuration of somebody else's run names (docs/reliability.md); counts on the command line alone
+    trust_run: bool = False
     model: ModelConfig = field(default_factory=ModelConfig)
     data: PairDataConfig = field(default_factory=PairDataConfig)
     policy: PreferencePolicyConfig = field(default_factory=PreferencePolicyConfig)

@@ -194,6 +194,8 @@ class Config:
     run_name: str | None = None  # null: made from the recipe, the time and a random tail
     runs_folder: str = "runs"
     resume: str | None = None  # a run's folder or name, or one of its checkpoints
+    # Run what the configuration of somebody else's run names (docs/reliability.md); counts on the command line alone
+    trust_run: bool = False
     before: list[str] = field(default_factory=list)  # stages to run first, unless their runs have ended
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
