@@ -14,7 +14,9 @@ from apportion.conf.before import Stage, done, keep_words, same_words, stages
 from apportion.conf.schema import Config
 from apportion.edges import terminated_as_interrupt
 from apportion.platform.errors import ApportionError, ConfigError
-from apportion.platform.runs import never_began, redacted_text
+from apportion.platform.known_secrets import redacted_text
+from apportion.platform.messages import say
+from apportion.platform.runs import never_began
 
 STOP_SECONDS = 60.0  # that an interrupted stage has to stop its actors
 
@@ -28,12 +30,11 @@ def run_before(config: Config) -> None:
         if not done(stage, config.runs_folder):
             left.append(stage)
         elif same_words(stage, config.runs_folder):
-            print(f"reusing {Path(config.runs_folder) / stage.run_name}", flush=True)
+            say(f"reusing {Path(config.runs_folder) / stage.run_name}")
         else:
-            print(
+            say(
                 f"reusing {Path(config.runs_folder) / stage.run_name}, which was started by hand: whether by the words of "
-                "`before` is not known",
-                flush=True,
+                "`before` is not known"
             )
     own = None if config.run_name is None else Path(config.runs_folder) / config.run_name
     if left and own is not None and own.exists() and not never_began(own):
@@ -46,7 +47,7 @@ def run_before(config: Config) -> None:
 
 def _run(stage: Stage, runs_folder: str) -> None:
     words = [*stage.words, f"runs_folder={runs_folder}"]
-    print(f"first: apportion {' '.join(redacted_text(word) for word in words)}", flush=True)
+    say(f"first: apportion {' '.join(redacted_text(word) for word in words)}")
     with terminated_as_interrupt():
         # In a session of its own it gets one signal, ours; a terminal's Ctrl-C would come twice and cut its tidying short.
         process = subprocess.Popen(

@@ -13,7 +13,7 @@ from apportion.assembly.hosts import joins
 from apportion.assembly.inputs import load_held_out, load_prompts
 from apportion.assembly.loop_settings import evaluation_settings, loop_settings, sync_check
 from apportion.assembly.needs import Needs, needs_of
-from apportion.assembly.report import device_summary, examples, print_report, rewarded, say, summary_of
+from apportion.assembly.report import device_summary, examples, print_report, rewarded, summary_of
 from apportion.assembly.serving import judge_requests, serving_requests
 from apportion.assembly.starting import start
 from apportion.assembly.training import critic_requests, policy_requests, reference_requests
@@ -37,9 +37,11 @@ from apportion.platform.checkpoint import Checkpoint, CheckpointStore
 from apportion.platform.cluster import Cluster
 from apportion.platform.console import plain_text
 from apportion.platform.errors import ConfigError
+from apportion.platform.known_secrets import redacted
+from apportion.platform.messages import say
 from apportion.platform.plots import plot_run
 from apportion.platform.run_lock import held
-from apportion.platform.runs import RunFolder, find_checkpoint, make_run_folder, named_run, redacted, run_of
+from apportion.platform.runs import RunFolder, find_checkpoint, make_run_folder, named_run, run_of
 from apportion.platform.token_page import has_samples, write_token_page
 from apportion.platform.tracking import MultiTracker, TrackedRun, open_trackers
 from apportion.saved import refuse_foreign_folder
@@ -153,9 +155,9 @@ def evaluate(config: Config, checkpoint: str) -> int:
         actors = start(config, cluster, serving_requests(config, model))
         report = _evaluator(config, actors, held_out, say).evaluate("evaluation")
     for name, value in sorted(report.metrics.items()):
-        print(f"{name:32s} {value:.4f}")
+        say(f"{name:32s} {value:.4f}")
     for row in examples(report.answers, held_out):
-        print(f"\n{plain_text(row['prompt'])}\n  -> {plain_text(row['answer'])!r} ({rewarded(row['reward'])})")
+        say(f"\n{plain_text(row['prompt'])}\n  -> {plain_text(row['answer'])!r} ({rewarded(row['reward'])})")
     return 0
 
 

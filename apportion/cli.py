@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from apportion import __version__
 from apportion.edges import system_errors, tell, unsaved_sweeps
 from apportion.platform.errors import ApportionError, ConfigError, nearest
-from apportion.platform.messages import say
+from apportion.platform.known_secrets import learned
+from apportion.platform.messages import mask_secrets, say
 from apportion.platform.process import working_folder_last
 from apportion.platform.teardown import leave
 from apportion.saved import (
@@ -60,12 +61,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _main(arguments: list[str] | None) -> int:
-    words = sys.argv[1:] if arguments is None else arguments
+    words = mask_secrets(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help", "help"):
-        print(_usage())
+        say(_usage())
         return 0
     if words[0] in ("-V", "--version"):
-        print(f"apportion {__version__}")
+        say(f"apportion {__version__}")
         return 0
     working_folder_last()
     try:
@@ -78,10 +79,9 @@ def _main(arguments: list[str] | None) -> int:
     except ApportionError as error:
         return _report(error)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        say("interrupted", sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:
-        # The reader of our output has gone (| head): pointing stdout elsewhere keeps the last flush quiet.
+    except BrokenPipeError:  # the reader of our output has gone (| head): this keeps the last flush quiet
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
 
@@ -163,7 +163,7 @@ def _check_stages(config: Config) -> None:
 
 def _evaluate(words: list[str]) -> int:
     if words and words[0] in ("-h", "--help"):
-        print("usage: apportion evaluate CHECKPOINT_OR_RUN [KEY=VALUE ...]")
+        say("usage: apportion evaluate CHECKPOINT_OR_RUN [KEY=VALUE ...]")
         return 0
     if not words or words[0].startswith("-") or ("=" in words[0] and not Path(words[0]).exists()):
         got = repr(words[0]) if words else "nothing"
@@ -181,7 +181,7 @@ def _evaluate(words: list[str]) -> int:
 
 def _show(words: list[str]) -> int:
     if words and words[0] in ("-h", "--help"):
-        print("usage: apportion show RUN [runs_folder=FOLDER]")
+        say("usage: apportion show RUN [runs_folder=FOLDER]")
         return 0
     names = [word for word in words if not word.startswith(("-", "runs_folder="))]
     if len(names) != 1 or len(words) > 2:
@@ -202,7 +202,7 @@ def _doctor(words: list[str]) -> int:
     from apportion.doctor import examine, render
 
     findings = examine()
-    print(render(findings))
+    say(render(findings))
     return FAILED if any(finding.level == "fail" for finding in findings) else 0
 
 
@@ -250,7 +250,7 @@ def to_config(composed: DictConfig) -> tuple[Any, dict[str, Any]]:
 
     try:
         explain.check_keys(composed)
-        resolved: Any = OmegaConf.to_container(composed, resolve=True)
+        resolved: Any = learned(OmegaConf.to_container(composed, resolve=True))
         check_shape(resolved, OmegaConf.get_type(composed) or Config)
         explain.missing_values(composed)
         config: Any = OmegaConf.to_object(composed)

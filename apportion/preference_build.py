@@ -40,9 +40,11 @@ from apportion.loop.resume import check_steps_left
 from apportion.platform.checkpoint import Checkpoint, CheckpointStore
 from apportion.platform.cluster import STARTING, Actor, ActorRequest, Cluster, gather
 from apportion.platform.console_lines import ConsoleLines
+from apportion.platform.known_secrets import redacted
+from apportion.platform.messages import say
 from apportion.platform.plots import plot_run
 from apportion.platform.run_lock import held
-from apportion.platform.runs import RunFolder, find_checkpoint, make_run_folder, named_run, redacted, run_of
+from apportion.platform.runs import RunFolder, find_checkpoint, make_run_folder, named_run, run_of
 from apportion.platform.tracking import MultiTracker, TrackedRun, open_trackers
 from apportion.preference_trainer import (
     PreferenceTrainer,
@@ -89,9 +91,9 @@ def _train(config: PreferenceConfig, resolved: dict[str, Any], locks: ExitStack)
         tracker = _tracker(config, resolved, folder, checkpoint, steps)
         for line in cautions(checkpoint.state) if checkpoint else []:
             tracker.warn(line)
-    _say(f"run folder: {folder.path}\n{_sizes(len(examples), held_out, left_out, steps)}")
+    say(f"run folder: {folder.path}\n{_sizes(len(examples), held_out, left_out, steps)}")
     for note in unwanted(config):
-        _say(f"note: {note}")
+        say(f"note: {note}")
     with (
         terminated_as_interrupt(),
         closing(tracker),  # of a start that fails; otherwise they are closed before the cluster is torn down
@@ -109,7 +111,7 @@ def _train(config: PreferenceConfig, resolved: dict[str, Any], locks: ExitStack)
             with refusals():
                 trainer.restore(checkpoint.path, checkpoint.state)
             folder.save_config(resolved)  # not before: a resume that is refused leaves the run as it was
-            _say(f"resumed from {checkpoint.path} at step {checkpoint.step}")
+            say(f"resumed from {checkpoint.path} at step {checkpoint.step}")
         start = time.perf_counter()
         progress = trainer.run()
         summary = _summary(config, progress, left_out, time.perf_counter() - start) | {
@@ -124,7 +126,7 @@ def _train(config: PreferenceConfig, resolved: dict[str, Any], locks: ExitStack)
         plot_run(folder.path)
     _report(progress)
     print_device_memory(summary)
-    _say(f"model: {folder.checkpoints / f'step-{progress.step:06d}' / 'model'}")
+    say(f"model: {folder.checkpoints / f'step-{progress.step:06d}' / 'model'}")
     return 0
 
 
@@ -189,7 +191,7 @@ def _examples(config: PreferenceConfig, model: str) -> tuple[PreferenceData, Pre
         train, held_out = hold_out(train, data.eval_share, config.seed)
         held_out = held_out[: data.eval_limit]
     if prompts.reasoning_left_out:
-        _say(
+        say(
             f"data: the chat template leaves out the reasoning of earlier turns in {prompts.reasoning_left_out} prompts; "
             "nothing is learned from these turns"
         )
@@ -316,10 +318,6 @@ def _report(progress: StageProgress) -> None:
     for name, after in progress.after.items():
         if name in progress.before and name.startswith("eval/"):
             before = progress.before[name]
-            _say(
+            say(
                 f"held-out {name.removeprefix('eval/')}: {before:.4f} before, {after:.4f} after ({after - before:+.4f})"
             )
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)

@@ -12,9 +12,10 @@ from apportion.conf.arguments import plain
 from apportion.conf.checks import leaves
 from apportion.platform.errors import ConfigError, nearest
 from apportion.platform.foreign import LARGEST_YAML, checked_yaml, read_text
+from apportion.platform.known_secrets import redacted_text
 from apportion.platform.messages import quoted, shortened
 from apportion.platform.run_state import is_number
-from apportion.platform.runs import REDACTED, redacted_text
+from apportion.platform.secret_shapes import REDACTED
 from apportion.platform.signature import unsigned_because
 
 SAVED_NAME = "config.yaml"  # what a run's folder keeps its configuration under

@@ -26,6 +26,7 @@ from hypothesis import settings
 
 from apportion.batch import Batch, Trajectory
 from apportion.data.builtin import resolve_model
+from apportion.platform.known_secrets import NAMES, known
 
 settings.register_profile("same", derandomize=True, database=None)  # the same examples every time, on every machine
 settings.load_profile("same")
@@ -90,6 +91,15 @@ def built_for_cpus(request, monkeypatch):
     """What is planned in a test does not depend on which vLLM is installed where it runs."""
     if request.node.get_closest_marker("system") is None:
         monkeypatch.setattr("apportion.conf.devices.version", lambda name: "0+cpu")
+
+
+@pytest.fixture(autouse=True)
+def no_known_secrets(monkeypatch):
+    """A test knows none of another one's."""
+    monkeypatch.setattr(known, "_values", {})
+    monkeypatch.setattr(known, "_names", frozenset())
+    monkeypatch.setattr(known, "_state", None)
+    monkeypatch.delenv(NAMES, raising=False)
 
 
 @pytest.fixture

@@ -12,8 +12,9 @@ import yaml
 from apportion.platform.checkpoint import CheckpointStore, RunState
 from apportion.platform.errors import CheckpointError, ConfigError
 from apportion.platform.files import write_text_atomically
+from apportion.platform.known_secrets import redacted, redacted_text
 from apportion.platform.run_lock import held
-from apportion.platform.runs import find_checkpoint, make_run_folder, redacted, redacted_text, run_of
+from apportion.platform.runs import find_checkpoint, make_run_folder, run_of
 from apportion.saved import saved_config
 
 

@@ -7,6 +7,7 @@ import socket
 from apportion.data.downloads import HubModel, fetch
 from apportion.data.errors import DataError
 from apportion.platform.errors import ConfigError
+from apportion.platform.messages import say
 from apportion.platform.process import ActorBase
 
 
@@ -14,6 +15,6 @@ class DownloadWorker(ActorBase):
     def fetch(self, models: list[HubModel]) -> None:
         for model in models:
             try:
-                fetch(model, lambda text: print(text, flush=True))
+                fetch(model, say)
             except DataError as error:
                 raise ConfigError(f"{error} (on {socket.gethostname()})") from error

@@ -19,6 +19,8 @@ from typing import Any
 from apportion.actors.environment_calls import EventLoop, StepTimeout, ThreadPool
 from apportion.data.columns import own_copy
 from apportion.data.environments import load_environment
+from apportion.platform.known_secrets import redacted_text
+from apportion.platform.messages import say
 from apportion.platform.process import ActorBase
 
 TRACEBACK_CHARACTERS = 4000
@@ -107,7 +109,7 @@ class EnvironmentWorker(ActorBase):
         plain = [close for close in closers if not inspect.iscoroutinefunction(close)]
         for outcome in [*(self._pool.run(plain) if plain else []), *(self._loop.run(waiting) if waiting else [])]:
             if isinstance(outcome, BaseException):
-                print(_told(outcome, "close"), flush=True)
+                say(_told(outcome, "close"))
 
     def live(self) -> int:
         """Instances that are open."""
@@ -217,4 +219,7 @@ def _no_text(observation: Any) -> str | None:
 def _told(error: BaseException, method: str) -> str:
     if isinstance(error, StepTimeout):
         return f"{method}: {error}"
-    return f"{method}:\n{''.join(traceback.format_exception(error))[-TRACEBACK_CHARACTERS:]}"
+    text = redacted_text(
+        "".join(traceback.format_exception(error))
+    )  # before it is shortened: half a secret is no known one
+    return f"{method}:\n{text[-TRACEBACK_CHARACTERS:]}"

@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Any
 
 from apportion.data.columns import value_at
+from apportion.platform.known_secrets import redacted_text
 
 ASYNC_GRACE_SECONDS = 1.0  # for a coroutine to notice that it was cancelled
 TRACEBACK_CHARACTERS = 4000
@@ -95,6 +96,7 @@ def failure_of(error: BaseException, name: str) -> Failure:
     if isinstance(error, UsersExit):
         error = error.error
     text = "".join(traceback.format_exception(type(error), error, _users_frames(error)))
+    text = redacted_text(text)  # before it is shortened: half a secret is no known one
     return Failure("raised", f"{name}:\n{text[-TRACEBACK_CHARACTERS:]}")
 
 

@@ -18,7 +18,6 @@ from apportion.actors.download import DownloadWorker
 from apportion.actors.reward_sources import parse_entries
 from apportion.assembly.hosts import joins
 from apportion.assembly.needs import needs_of
-from apportion.assembly.report import say
 from apportion.conf.judges import own_model
 from apportion.conf.preference_schema import DpoRunConfig, PreferenceConfig
 from apportion.conf.schema import Config
@@ -26,6 +25,7 @@ from apportion.conf.teachers import teacher_paths
 from apportion.data.downloads import HubModel, as_json, cached_folder, needs_the_hub, on_hub
 from apportion.platform.cluster import DOWNLOADING, ActorRequest, Cluster, gather
 from apportion.platform.errors import ConfigError
+from apportion.platform.messages import say
 
 END_SECONDS = 5.0  # for a download that is told to end
 OFFLINE = {"HF_HUB_OFFLINE": "1"}

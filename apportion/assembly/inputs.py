@@ -8,13 +8,13 @@ from typing import Any
 from apportion.actors.reward_answers import FIRST_ROWS, check_answers, check_source_columns, check_tags
 from apportion.actors.reward_check import check_functions
 from apportion.actors.reward_sources import FunctionSource
-from apportion.assembly.report import say
 from apportion.batch import Prompt
 from apportion.conf.models import read_limits
 from apportion.conf.schema import Config
 from apportion.data.prompts import PromptEncoder, PromptStream, every_prompt
 from apportion.data.sources import Source, load_sources
 from apportion.data.turns import TurnEncoder
+from apportion.platform.messages import say
 
 
 def load_prompts(config: Config, tokenizer: Any) -> tuple[PromptStream, list[Prompt]]:

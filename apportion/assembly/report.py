@@ -8,6 +8,7 @@ from apportion.batch import Prompt
 from apportion.conf.schema import Config
 from apportion.loop.device_memory import DevicePeaks
 from apportion.loop.state import Progress
+from apportion.platform.messages import plain_text, say
 from apportion.platform.runs import RunFolder
 
 
@@ -42,7 +43,7 @@ def device_summary(peaks: DevicePeaks) -> dict[str, Any]:
 def print_device_memory(summary: dict[str, Any]) -> None:
     if peaks := summary.get("peak_device_memory_mib"):
         most = ", ".join(f"{name} {mib / 1024:.1f} GiB" for name, mib in peaks.items())
-        print(f"most GPU memory of each actor: {most}")
+        say(f"most GPU memory of each actor: {most}")
 
 
 def _rate(count: float, seconds: float) -> float | None:
@@ -59,17 +60,15 @@ def _last_question(prompt: Any) -> str:
 
 
 def print_report(summary: dict[str, Any], folder: RunFolder) -> None:
-    from apportion.platform.console import plain_text
-
     before, after = summary["accuracy_before"], summary["accuracy_after"]
     if before is not None and after is not None:
-        print(f"\nheld-out greedy accuracy: {before:.3f} before, {after:.3f} after ({after - before:+.3f})")
+        say(f"\nheld-out greedy accuracy: {before:.3f} before, {after:.3f} after ({after - before:+.3f})")
     for old, new in zip(summary["answers_before"], summary["answers_after"], strict=False):
-        print(f"\n{plain_text(old['prompt'])}")
-        print(f"  before: {plain_text(old['answer'])!r} ({rewarded(old['reward'])})")
-        print(f"  after:  {plain_text(new['answer'])!r} ({rewarded(new['reward'])})")
+        say(f"\n{plain_text(old['prompt'])}")
+        say(f"  before: {plain_text(old['answer'])!r} ({rewarded(old['reward'])})")
+        say(f"  after:  {plain_text(new['answer'])!r} ({rewarded(new['reward'])})")
     print_device_memory(summary)
-    print(
+    say(
         f"\nrun folder: {folder.path} (summary.json, metrics.jsonl, samples.jsonl, tokens.html, plots, logs, checkpoints)"
     )
 
@@ -77,7 +76,3 @@ def print_report(summary: dict[str, Any], folder: RunFolder) -> None:
 def rewarded(reward: float | None) -> str:
     """What is said of an answer's reward; None where it failed or no reward has an opinion."""
     return "no reward" if reward is None else f"reward {reward:g}"
-
-
-def say(text: str) -> None:
-    print(text, flush=True)

@@ -6,12 +6,12 @@ from apportion.actors.engine import World
 from apportion.actors.environment_client import share, sharing
 from apportion.assembly.hosts import thread_count
 from apportion.assembly.order import LOADS_IN_SETUP, waves
-from apportion.assembly.report import say
 from apportion.conf.preference_schema import RanksConfig
 from apportion.conf.schema import ClusterConfig, Config
 from apportion.loop.state import Actors
 from apportion.platform.channel import ChannelAddress
 from apportion.platform.cluster import STARTING, Actor, ActorRequest, Call, Cluster, gather
+from apportion.platform.messages import say
 
 
 def start(config: Config, cluster: Cluster, requests: dict[str, list[ActorRequest]]) -> Actors:

@@ -12,9 +12,10 @@ from apportion.conf.schema import Config
 from apportion.platform.errors import ConfigError
 from apportion.platform.files import write_text_atomically
 from apportion.platform.foreign import read_json
+from apportion.platform.known_secrets import redacted_text
 from apportion.platform.messages import quoted
 from apportion.platform.run_lock import is_held
-from apportion.platform.runs import check_run_name, never_began, redacted_text
+from apportion.platform.runs import check_run_name, never_began
 
 WORDS_FILE = "before.json"  # in the run's folder: what it was made by
 COMMANDS = tuple(name.replace("_", "-") for name in STAGES)

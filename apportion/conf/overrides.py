@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import Container, DictConfig, ListConfig, Node, OmegaConf
 
 from apportion.platform.errors import ConfigError
+from apportion.platform.known_secrets import learned
 from apportion.platform.messages import quoted
 
 
@@ -29,6 +30,7 @@ def whole_mappings() -> Iterator[None]:
             _refuse_path(override, config)
             if override.package is not None or not _replaced(override, config):
                 one_by_one([override], config)
+        learned(OmegaConf.to_container(config, resolve=False))  # before anything of it is printed, as by --cfg
 
     ConfigLoaderImpl._apply_overrides_to_config = staticmethod(apply)
     try:

@@ -23,6 +23,7 @@ from typing import Any
 from apportion.platform import cuda, errors, health, logs, progress, start
 from apportion.platform.death import cause_of_death, lost_node, useful_words, witness
 from apportion.platform.errors import ActorError, ApportionError, CheckpointError, ConfigError
+from apportion.platform.known_secrets import NAMES, known
 from apportion.platform.notices import notices, notify
 from apportion.platform.process import ProcessInfo, tail
 from apportion.platform.progress import Clocks
@@ -155,6 +156,7 @@ class Cluster:
                 "PYTHONPATH": python_path(request.cls),
                 "APPORTION_MODULES": module_folders(),
                 **start.worker_variables(),
+                NAMES: known.names(),
             }
             key = f"{self._remains.mark}/{request.name}"
             marks = {"APPORTION_LOG": log, MARK: self._remains.mark, progress.KEY: key}

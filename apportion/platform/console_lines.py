@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from apportion.platform.messages import say
+
 _HIDDEN = ("timing/", "perf/")
 
 
@@ -20,7 +22,7 @@ class ConsoleLines:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         shown = [f"{name} {value:.4g}" for name, value in metrics.items() if not name.startswith(_HIDDEN)]
         seconds = f"  {metrics['timing/step']:.1f} s" if "timing/step" in metrics else ""
-        print(f"step {step}/{self._total}  {'  '.join(shown)}{seconds}", flush=True)
+        say(f"step {step}/{self._total}  {'  '.join(shown)}{seconds}")
 
     def log_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Nothing: these runs have none."""
@@ -29,7 +31,7 @@ class ConsoleLines:
         """Nothing: the command prints it."""
 
     def warn(self, message: str) -> None:
-        print(f"warning: {message}", flush=True)
+        say(f"warning: {message}")
 
     def state(self) -> dict[str, Any]:
         return {}

@@ -1,5 +1,5 @@
-"""Print text for people on the terminal. It may quote a model, a data row, or a configuration that somebody else wrote, so
-it is shown as text: no escape sequence steers the terminal, no value fills it.
+"""Print text for people on the terminal: the exit for all that we print. It may quote a model, a data row, or a configuration
+that somebody else wrote, so it is shown as text: no escape sequence steers the terminal, no value fills it, no secret is in it.
 """
 
 from __future__ import annotations
@@ -9,14 +9,25 @@ import sys
 import unicodedata
 from typing import IO
 
+from apportion.platform.known_secrets import known, redacted_text
+from apportion.platform.streams import mask_output
+
 LONGEST_WORD = 400  # characters without white space, as a path may have
 LONGEST_LINE = 4000
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\-_])")
 
 
+def mask_secrets(words: list[str]) -> list[str]:
+    """Let no secret of the environment, or of a command's words, out of this process through what it prints. Gives the words."""
+    for word in words:
+        known.learn_text(word)
+    mask_output()
+    return words
+
+
 def say(text: str, stream: IO[str] | None = None) -> None:
     """Print a text for people (default: on stdout)."""
-    print(terminal_text(text), file=stream, flush=True)
+    print(redacted_text(terminal_text(text)), file=stream, flush=True)
 
 
 def warn(text: str) -> None:
@@ -55,6 +66,9 @@ def brief(line: str) -> str:
 
 def shortened(text: str, limit: int) -> str:
     """The text; of a longer one than `limit` its beginning, its length and its end."""
+    if len(text) <= limit:
+        return text
+    text = redacted_text(text)  # first: half a secret is no known one
     if len(text) <= limit:
         return text
     return f"{text[: limit * 2 // 3]}...({len(text):,} characters)...{text[-(limit // 3) :]}"

@@ -10,13 +10,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from apportion.platform.known_secrets import redacted_text
+from apportion.platform.messages import say
+
 NOTICES_FILE = "notices.txt"
 
 
 def notify(line: str) -> None:
     log = os.environ.get("APPORTION_LOG")
-    text = " ".join(line.split()) + "\n"
-    print(text, end="", file=sys.stderr, flush=True)
+    text = redacted_text(" ".join(line.split())) + "\n"
+    say(text.rstrip("\n"), sys.stderr)
     if log:
         with open(Path(log).parent / NOTICES_FILE, "a", encoding="utf-8") as file:
             file.write(text)
@@ -25,8 +28,8 @@ def notify(line: str) -> None:
 class Notices:
     """Of the actors of one run; `follow` it, and `tell` what is new."""
 
-    def __init__(self, say: Callable[[str], None] | None = None) -> None:
-        self._say = say or (lambda line: print(line, file=sys.stderr, flush=True))
+    def __init__(self, tell: Callable[[str], None] | None = None) -> None:
+        self._say = tell or (lambda line: say(line, sys.stderr))
         self._file: Path | None = None
         self._read = 0
 

@@ -12,7 +12,10 @@ from pathlib import Path
 from apportion.platform import logs
 from apportion.platform.device_memory import DeviceMemory, device_memory
 from apportion.platform.inherited import keep_sockets_from_children
+from apportion.platform.known_secrets import known
+from apportion.platform.messages import say
 from apportion.platform.rendezvous import hold_port
+from apportion.platform.streams import mask_output
 
 
 @dataclass
@@ -27,6 +30,9 @@ class ActorBase:
 
     def __new__(cls, *args: object, **kwargs: object) -> ActorBase:
         log_to_file()  # before the constructor, which is where most things go wrong
+        if "APPORTION_LOG" in os.environ:
+            known.learn([*args, *kwargs.values()])
+            mask_output()
         if "APPORTION_LOG" in os.environ:  # in a process of Ray's
             keep_sockets_from_children()
         find_environment_programs()
@@ -99,7 +105,7 @@ def log_to_file() -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     except OSError as error:  # another node without the run's folder: Ray keeps the output then
-        print(f"log file {path} cannot be written here: {error}", file=sys.stderr)
+        say(f"log file {path} cannot be written here: {error}", sys.stderr)
         return
     sys.stdout.flush()
     sys.stderr.flush()

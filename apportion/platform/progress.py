@@ -11,6 +11,8 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
+from apportion.platform.messages import say
+
 KEY = "APPORTION_PROGRESS"  # in an actor's environment: the key of its count
 NAMESPACE = "apportion-progress"
 TELL_SECONDS = 5.0  # at least, between two counts that an actor leaves
@@ -69,7 +71,7 @@ class Counter:
                 said = False
             except Exception as error:  # noqa: BLE001 - whatever the kind: a GCS that is restarted answers again later
                 if not said:
-                    print(f"progress is not told: {type(error).__name__}: {error}", flush=True)
+                    say(f"progress is not told: {type(error).__name__}: {error}")
                 said = True
 
 

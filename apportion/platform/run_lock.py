@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import functools
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import IO
 
 from apportion.platform.errors import ConfigError
 from apportion.platform.foreign import open_to_append
+from apportion.platform.messages import warn
 
 LOCK_FILE = ".lock"
 _NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS)
@@ -56,4 +56,4 @@ def _locked(file: IO[str], mode: int, folder: Path) -> bool:
 
 @functools.cache
 def _warn_once(runs: str) -> None:
-    print(f"warning: {runs} is on a file system without locks: start no second process on a run", file=sys.stderr)
+    warn(f"{runs} is on a file system without locks: start no second process on a run")

@@ -9,7 +9,6 @@ import contextlib
 import functools
 import json
 import math
-import os
 import re
 import secrets
 import time
@@ -22,44 +21,15 @@ from apportion.platform.checkpoint import FOLDER_PATTERN, Checkpoint, Checkpoint
 from apportion.platform.errors import ConfigError, nearest
 from apportion.platform.files import write_text_atomically
 from apportion.platform.foreign import LARGEST_YAML, checked_yaml, read_text
+from apportion.platform.known_secrets import redacted, without_known
 from apportion.platform.messages import warn
 from apportion.platform.run_lock import held, is_held
 from apportion.platform.signature import signed
 
-REDACTED = "<redacted>"
-COMMAND_LINES = "before"  # the key under which a configuration holds words of commands
 _METRICS_FILES = ("metrics.jsonl", "samples.jsonl")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=@-]*")
 _LONGEST_NAME = 255  # bytes that a file system takes
 _EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")  # a number for the reader of a saved configuration, not for safe_dump
-_SECRET_WORDS = r"token|secret|password|passwd|api_?key|access_?key|private_?key|credentials?|authorization|auth"
-_SECRET_KEY = re.compile(rf"(?:^|_)(?:{_SECRET_WORDS})$")
-# Text tokens of a tokenizer, not credentials.
-_TEXT_TOKEN_KEY = re.compile(
-    r"(?:^|_)(?:bos|eos|pad|unk|sep|cls|mask|stop|start|end|begin|image|special|prefix|step)_token$"
-)
-# From where a name begins: tried from each of its letters, a long one would take the square of its length.
-_SECRET_NAME = rf"(?<![A-Za-z0-9_.-])(?P<before>[A-Za-z0-9_.-]*?)(?P<word>{_SECRET_WORDS})"
-_QUOTED = r"""(?P<open>\\?['"])(?P<quoted>.*?)(?P=open)"""
-_ASSIGNMENT = re.compile(rf"(?P<head>{_SECRET_NAME}=)(?:{_QUOTED}|(?P<bare>[^\s&'\",;}}\]]+))", re.IGNORECASE)
-_ENTRY = re.compile(  # `key: value` as YAML and JSON write it; `lead` is what stands before the key of a mapping
-    rf"""(?P<head>(?P<lead>[{{,]\s*\\?['"]?|\\?['"])?{_SECRET_NAME}(?:\\?['"]\s*:\s*|\s*:\s+))"""
-    rf"(?:{_QUOTED}|(?P<bare>[^\s&'\",;}}\]{{\[][^\s&'\",;}}\]]*))",
-    re.IGNORECASE,
-)
-_HEADER = re.compile(
-    r"((?:(?:proxy-)?authorization|(?:x-)?api-?key|x-[a-z-]*token)\s*:\s*)(\S+(?: \S+)?)", re.IGNORECASE
-)
-_KNOWN_SHAPES = re.compile(
-    r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|xox[abprs]-[\w-]{10,}"
-    r"|AKIA[A-Z0-9]{16}|(?:Bearer|Basic)\s+[A-Za-z0-9._~+/=-]{8,}|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*)"
-)
-_URL_USER = re.compile(r"(://)[^/\s]+@")  # up to the last @: a password may hold one
-_URL = re.compile(r"://[^\s]+")
-_QUERY_SECRET = re.compile(  # besides the names of an assignment: words that are secrets in an address alone
-    r"([?&#;](?:(?:[\w.-]*[._-])?(?:key|sig|signature|pwd|pass)|code)=)(?:[^\s&#'\"\\,;}\]]|[,;](?=[^\s'\"\\]))+",
-    re.IGNORECASE,
-)
 
 
 @dataclass(frozen=True)
@@ -87,11 +57,10 @@ class RunFolder:
         write_text_atomically(self.path / "config.yaml", text)
 
     def write_summary(self, summary: Mapping[str, Any]) -> Path:
-        """`summary.json`, whole or not at all; values that are not finite are null."""
+        """`summary.json`, whole or not at all, without secrets; values that are not finite are null."""
         file = self.path / "summary.json"
-        write_text_atomically(
-            file, json.dumps(_json_values(summary), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        )
+        values = without_known(_json_values(summary))
+        write_text_atomically(file, json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
         return file
 
 
@@ -191,84 +160,6 @@ def _taken_over(folder: Path) -> bool:
     except ConfigError:  # a run that is starting
         return False
     return True
-
-
-def redacted(config: Any) -> Any:
-    """A copy without secrets: values under telling keys, `KEY=value` texts, users and keys in addresses, known token shapes.
-
-    >>> redacted({"api_key": "abc", "max_prompt_tokens": 8, "eos_token": "</s>"})
-    {'api_key': '<redacted>', 'max_prompt_tokens': 8, 'eos_token': '</s>'}
-    """
-    if isinstance(config, Mapping):
-        return {key: _redacted_under(str(key), value) for key, value in config.items()}
-    if isinstance(config, list | tuple):
-        return [redacted(value) for value in config]
-    # `"token": "word"` in a prompt or pattern is no secret; in words of a command it may be.
-    return redacted_text(config, entries=False) if isinstance(config, str) else config
-
-
-def redacted_text(text: str, entries: bool = True) -> str:
-    """A text (an override, a log line, an address) without secrets; `entries`: those written as `key: value` too.
-
-    >>> redacted_text("http://me:p@w@host/v1?api_key=abc&n=1&sig=x%3D")
-    'http://<redacted>@host/v1?api_key=<redacted>&n=1&sig=<redacted>'
-    """
-    for value in _environment_secrets():
-        text = text.replace(value, REDACTED)
-    if "://" in text:
-        text = _URL_USER.sub(rf"\1{REDACTED}@", text)
-        text = _URL.sub(lambda url: _QUERY_SECRET.sub(rf"\1{REDACTED}", url[0]), text)
-    text = _HEADER.sub(rf"\1{REDACTED}", text)
-    text = _ASSIGNMENT.sub(_redacted_value, _KNOWN_SHAPES.sub(REDACTED, text))
-    return _ENTRY.sub(_redacted_entry, text) if entries else text
-
-
-def _environment_secrets() -> list[str]:
-    """Values of environment variables with a telling name, longest first; short ones are words, not secrets."""
-    found = {
-        value for name, value in os.environ.items() if _is_secret_key(name) and len(value) >= 12 and "/" not in value
-    }
-    return sorted(found, key=len, reverse=True)
-
-
-def _name(match: re.Match[str]) -> str:
-    """Of `MYTOKEN` the word alone: what stands before it without a separator says nothing."""
-    before = match["before"]
-    return before + match["word"] if before[-1:] in ("_", ".", "-") else match["word"]
-
-
-def _redacted_value(match: re.Match[str]) -> str:
-    key, value = _name(match), match["bare"] or match["quoted"] or ""
-    harmless = value.lower() in ("", "null", "none", "true", "false")
-    # As under a mapping's key: `kl_per_token=0.1` is no secret.
-    number = "token" in key.lower() and re.fullmatch(r"[-+]?[0-9.]+(?:e[-+]?[0-9]+)?", value, re.IGNORECASE)
-    if harmless or number or not _is_secret_key(key):
-        return match[0]
-    quote = match["open"] or ""
-    return f"{match['head']}{quote}{REDACTED}{quote}"
-
-
-def _redacted_entry(match: re.Match[str]) -> str:
-    """In prose ("The password: say friend") a plain word before a colon is no key; `api_key` is one anywhere."""
-    return _redacted_value(match) if match["lead"] or "_" in _normal_key(_name(match)) else match[0]
-
-
-def _redacted_under(key: str, value: Any) -> Any:
-    if key == COMMAND_LINES and isinstance(value, list):
-        return [redacted_text(str(line)) for line in value]
-    # A number is no secret under a key like `kl_per_token`, but may well be a password.
-    harmless = value is None or isinstance(value, bool) or (isinstance(value, int | float) and "token" in key.lower())
-    return redacted(value) if harmless or not _is_secret_key(key) else REDACTED
-
-
-def _is_secret_key(key: str) -> bool:
-    normal = _normal_key(key)
-    return bool(_SECRET_KEY.search(normal)) and not _TEXT_TOKEN_KEY.search(normal)
-
-
-def _normal_key(key: str) -> str:
-    spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key)
-    return re.sub(r"[^a-z0-9]+", "_", spaced.lower()).strip("_")
 
 
 def find_checkpoint(argument: str, runs_root: str | Path) -> Checkpoint:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from apportion.platform import health, progress
+from apportion.platform.messages import say, warn
 from apportion.platform.session import (
     MARK,
     Watcher,
@@ -102,7 +103,7 @@ class Remains:
         if self._root is None and not lost:  # the cluster's raylet ends them, in a moment
             left_after(self.mark, LAST_SECONDS)
         if left := end_marked(self.mark):
-            print(f"warning: processes {left} cannot be ended; look at what they wait for", file=sys.stderr)
+            warn(f"processes {left} cannot be ended; look at what they wait for")
 
     def _decide(self, keep: bool) -> None:
         """Whether Ray's logs stay. Said in the folder before Ray's processes end: their end may end this process."""
@@ -128,7 +129,7 @@ class Remains:
 
     def _give_up(self, problem: str) -> None:
         """Called by the watch where the main thread hangs in a call into Ray: nothing else can end this process."""
-        print(f"error: {problem}; this process hangs in a call into Ray and ends now", file=sys.stderr, flush=True)
+        say(f"error: {problem}; this process hangs in a call into Ray and ends now", sys.stderr)
         self._decide(keep=True)
         end_marked(self.mark)
         self._tidy()

@@ -17,10 +17,10 @@ from typing import Any, Protocol
 from apportion.platform.errors import ApportionError, ConfigError
 from apportion.platform.files import write_text_atomically
 from apportion.platform.foreign import open_to_append, parse_json, refuse_link
+from apportion.platform.known_secrets import known, redacted_text, without_known
 from apportion.platform.messages import plain_text, quoted, warn
 from apportion.platform.metric_names import unknown_metrics
 from apportion.platform.run_state import is_count, is_number
-from apportion.platform.runs import redacted_text
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
@@ -183,6 +183,8 @@ class MultiTracker:
         self._states: State = dict(states or {})  # also of those that are off in this part of the run
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        if known.mask(names := "\n".join(metrics)) != names:  # a name may come from a user's function
+            metrics = {known.mask(name): value for name, value in metrics.items()}
         unknown = [name for name in unknown_metrics(metrics) if name not in self._unknown]
         if unknown:
             self._unknown.update(unknown)
@@ -192,16 +194,18 @@ class MultiTracker:
             self._attempt(tracker, "log", step, seen)
 
     def log_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        rows = [without_known(row) for row in rows]
         for tracker in list(self._trackers):
             self._attempt(tracker, "log_samples", step, rows)
 
     def log_summary(self, summary: Mapping[str, Any]) -> None:
+        summary = without_known(summary)
         for tracker in list(self._trackers):
             self._attempt(tracker, "log_summary", summary)
 
     def warn(self, message: str) -> None:
         """Tracebacks of a user's functions come here, with whatever addresses and keys stand in them."""
-        message = redacted_text(message, entries=False)
+        message = redacted_text(message)
         if not any(tracker.name in ("console", "jsonl") for tracker in self._trackers):
             warn(plain_text(message))
         for tracker in list(self._trackers):

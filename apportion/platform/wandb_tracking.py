@@ -30,7 +30,7 @@ class WandbSettings:
 class WandbTracker:
     """Weights & Biases. Its step is the run's, so a step that a resumed run repeats keeps its first numbers there.
 
-    `config` must be free of secrets (see `runs.redacted`); the API key is read by wandb from its own places.
+    `config` must be free of secrets (see `known_secrets.redacted`); the API key is read by wandb from its own places.
     """
 
     name = "wandb"

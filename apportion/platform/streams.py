@@ -1,0 +1,88 @@
+"""The exit for what Python code prints in this process: our own lines, those of libraries and their loggers, warnings, and the
+traceback of an error that nobody catches. Secrets are masked there, line by line.
+
+What C libraries and child programs write goes to the file descriptors directly, past this.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import sys
+import threading
+from typing import IO, Any
+
+from apportion.platform.known_secrets import redacted_text
+
+LONGEST_LINE = 2**16  # characters that are held back for the rest of their line
+
+
+class MaskedStream(io.TextIOBase):
+    """A text stream in front of another one. It passes on whole lines, and the rest of one when it is flushed."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self.stream = stream
+        self._held = ""
+        self._lock = threading.RLock()
+
+    def write(self, text: str) -> int:
+        with self._lock:
+            self._held += text
+            end = max(self._held.rfind("\n"), self._held.rfind("\r")) + 1
+            if not end and len(self._held) > LONGEST_LINE:
+                end = len(self._held)
+            if end:
+                ready, self._held = self._held[:end], self._held[end:]
+                self.stream.write(redacted_text(ready))
+        return len(text)
+
+    def flush(self) -> None:
+        with self._lock:
+            if self._held:
+                ready, self._held = self._held, ""
+                self.stream.write(redacted_text(ready))
+        if not self.stream.closed:
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self.stream.encoding
+
+    @property
+    def errors(self) -> str | None:  # type: ignore[override]
+        return self.stream.errors
+
+    def fileno(self) -> int:
+        return self.stream.fileno()
+
+    def isatty(self) -> bool:
+        return self.stream.isatty()
+
+    def writable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        """The stream behind it belongs to the process."""
+        self.flush()
+
+
+def mask_output() -> None:
+    """Put such a stream in place of stdout and stderr, for the rest of this process. Handlers of logging that were made
+    before write to it as well."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None or isinstance(stream, MaskedStream):
+            continue
+        masked = MaskedStream(stream)
+        setattr(sys, name, masked)
+        for handler in _handlers():
+            if isinstance(handler, logging.StreamHandler) and handler.stream is stream:
+                handler.setStream(masked)
+
+
+def _handlers() -> list[logging.Handler]:
+    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
+    return [handler for logger in loggers if isinstance(logger, logging.Logger) for handler in logger.handlers]
