@@ -269,6 +269,8 @@ def test_samples_keep_what_only_looks_like_a_secret_and_lose_what_is_known():
 
 def test_a_shortened_text_holds_no_half_of_a_secret():
     known.learn({"password": "0123456789-abcdefghij-ABCDEFGHIJ"})
+    assert known.mask("got '0123456789-abcdef...fghij-ABCDEFGHIJ'") == f"got '{GONE}...{GONE}'"
+    assert known.mask("0123456789-") == "0123456789-"
     for before in range(60, 90):
         text = "x" * before + "0123456789-abcdefghij-ABCDEFGHIJ" + "y" * 90
         for shown in (shortened(text, 120), quoted(text)):

@@ -17,6 +17,7 @@ from apportion.actors.judge_client import ANSWERED
 from apportion.batch import Critique
 from apportion.platform.files import write_text_atomically
 from apportion.platform.foreign import parse_json, read_text
+from apportion.platform.known_secrets import without_known
 
 FORMAT = 1  # part of every key, so that a change of meaning finds nothing old
 KEPT_IN_MEMORY = 20_000
@@ -52,7 +53,7 @@ class CritiqueCache:
         if self._folder is None:
             return
         file = self._file(key)
-        text = json.dumps([vars(critique) for critique in critiques], ensure_ascii=False)
+        text = json.dumps(without_known([vars(critique) for critique in critiques]), ensure_ascii=False)
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_text_atomically(file, text)

@@ -60,6 +60,7 @@ _EVERYDAY = frozenset(
         "authorization",
     ]
 )
+_END = 12  # characters of the beginning or end of a long value that are masked where the rest is cut off
 _DEEPEST = 20
 _HEADER_SCHEME = re.compile(r"(Bearer|Basic|Token|Digest|ApiKey)\s+(\S.*)", re.IGNORECASE)
 
@@ -70,6 +71,7 @@ class KnownSecrets:
         self._names: frozenset[str] = frozenset()
         self._state: Any = None  # that `_forms` were made of
         self._forms: list[tuple[str, re.Pattern[str] | None]] = []
+        self._long: list[str] = []  # values of which a part is masked, too: a message may shorten what it quotes
 
     def learn(self, settings: Any) -> None:
         """Learn the secrets in a configuration, or in what an actor is constructed with."""
@@ -101,6 +103,11 @@ class KnownSecrets:
         for form, pattern in self._current():
             if form in text:
                 text = text.replace(form, REDACTED) if pattern is None else pattern.sub(REDACTED, text)
+        for value in self._long:
+            if value[:_END] in text:
+                text = _without_end(text, value)
+            if value[-_END:] in text:
+                text = _without_end(text[::-1], value[::-1], REDACTED[::-1])[::-1]
         return text
 
     def _learn_values(self, found: Iterable[tuple[str, bool]]) -> None:
@@ -127,6 +134,7 @@ class KnownSecrets:
             for name, value in variables:
                 values |= _of_variable(name, value, name in names)
             self._forms, self._state = _forms(values), state
+            self._long = [value for value in values if len(value) >= 2 * _END]
         return self._forms
 
 
@@ -268,6 +276,18 @@ def _is_worth(value: str, weak: bool) -> bool:
 
 def _stands_alone(value: str) -> bool:
     return len(value) < _LONG_WORD and (value.isalpha() or value.isdigit())
+
+
+def _without_end(text: str, value: str, mask: str = REDACTED) -> str:
+    """The text without any beginning of `value`, as far as it goes."""
+    pieces, at = [], 0
+    while (start := text.find(value[:_END], at)) >= 0:
+        end = start + _END
+        while end < len(text) and end - start < len(value) and text[end] == value[end - start]:
+            end += 1
+        pieces += [text[at:start], mask]
+        at = end
+    return "".join([*pieces, text[at:]])
 
 
 def _forms(values: Mapping[str, bool]) -> list[tuple[str, re.Pattern[str] | None]]:
