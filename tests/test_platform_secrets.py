@@ -145,7 +145,7 @@ HARMLESS = [
     "task-specific-fine-tuning-of-models", "sk-learn-and-other-libraries-too", "sha256:" + "0123456789abcdef" * 4, "step-000012/model",
     "Tokenizing: 100%|####| 10/10", "passage: It was a dark night", "token 5 of 10", "api_key_env: JUDGE_KEY", "{auth_env: REWARD_HEADER}",
     "The secret is to keep going.", "--max-tokens 128", "--tokenizer path", "1e-5 0.25 12345678", "key: 5", "{pin: 3}", "Answer: 42",
-    "password", "note: keep the token", "https://h/v1/models?page=2&limit=10", "me@host.org wrote: hi", "git@github.com:a/b.git",
+    "api_key: ${oc.env:KEY}", "export A_TOKEN=$B_TOKEN", "{api_key: file:key}", "password", "note: keep the token", "https://h/v1/models?page=2&limit=10", "me@host.org wrote: hi", "git@github.com:a/b.git",
 ]  # fmt: skip
 
 

@@ -31,7 +31,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 from urllib.parse import quote, quote_plus
 
-from apportion.platform.secret_shapes import REDACTED, Redaction, is_secret_key, is_weak_key
+from apportion.platform.secret_shapes import REDACTED, Redaction, is_reference, is_secret_key, is_weak_key
 
 NAMES = "APPORTION_SECRETS"  # in the environment: names of the variables that settings name, between commas
 SHORTEST = 6
@@ -262,7 +262,12 @@ def _behind_user(scheme: str, encoded: str) -> list[str]:
 
 def _is_worth(value: str, weak: bool) -> bool:
     """Whether masking a value does more good than harm."""
-    if len(value) < SHORTEST or value.lower() in _EVERYDAY or value.startswith(("-----BEGIN ", "-----END ")):
+    if (
+        len(value) < SHORTEST
+        or value.lower() in _EVERYDAY
+        or is_reference(value)
+        or value.startswith(("-----BEGIN ", "-----END "))
+    ):
         return False
     if re.fullmatch(r"[-+]?[\d.,]+(?:e[-+]?\d+)?", value):
         return len(value) >= _LONG_NUMBER

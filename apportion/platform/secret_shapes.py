@@ -58,8 +58,10 @@ _HEAD = re.compile(
 _SECRET_NAME = re.compile(rf"(?P<before>.*?)(?P<word>{_WORDS})", re.IGNORECASE)
 _QUOTED = re.compile(r"""(?P<open>\\?['"])(?P<value>.*?)(?P=open)""")
 _LIST = re.compile(r"\[(?P<value>[^\]\n]+)(?=\])")
-_BARE = re.compile(r"(?P<value>[^\s&'\",;}\]]+)")
-_PLAIN = re.compile(r"(?!(?:got|expected)\b)(?P<value>[^\s&'\",;}\]{\[|>][^\s&'\",;}\]]*)")  # of `key: value`
+_BARE = re.compile(r"(?!\$\{[^{}\s]*\})(?P<value>[^\s&'\",;}\]]+)")
+_PLAIN = re.compile(
+    r"(?!(?:got|expected)\b|\$\{[^{}\s]*\})(?P<value>[^\s&'\",;}\]{\[|>][^\s&'\",;}\]]*)"
+)  # of `key: value`
 _AUTHORIZATION = re.compile(
     r"((?:proxy-)?authorization\s*:\s*+)(?!<redacted>)([^\s'\"{[][^\r\n'\"}\]]*?)(?=\s*(?:, |['\"}\]\r\n]|$))",
     re.IGNORECASE,
@@ -256,7 +258,7 @@ class Redaction:
         """Whether `value` is the secret that `key` names."""
         if value.lower() in _NOT_A_VALUE or value.startswith(REDACTED) or not is_secret_key(key):
             return False
-        if not any(map(str.isalnum, value)):  # `api_key=...`
+        if not any(map(str.isalnum, value)) or is_reference(value):  # `api_key=...`
             return False
         # As under a mapping's key: `kl_per_token=0.1` is no secret.
         if "token" in key.lower() and re.fullmatch(r"[-+0-9.e, ]+", value, re.IGNORECASE):
@@ -266,6 +268,11 @@ class Redaction:
         if re.search(r"(?:^|[._-])pwd$", key, re.IGNORECASE) and re.match(r"[/~.]", value):  # the working folder
             return False
         return not is_weak_alone(key) or looks_random(value)
+
+
+def is_reference(value: str) -> bool:
+    """Whether a value says where the secret is."""
+    return bool(re.fullmatch(r"(?:file|env):[\w./~-]+|\$\{[^{}]*\}|\$[A-Z_][A-Z0-9_]*", value))
 
 
 def is_weak_alone(key: str) -> bool:
