@@ -12,6 +12,7 @@ from typing import Any
 
 from apportion.actors.reward_call import Failure, failure_of
 from apportion.data.verifiers import IN_A_PROCESS, VERIFIERS
+from apportion.platform.streams import mask_output
 
 READY = "ready"
 ORPHAN_SECONDS = 5.0  # past the limit: only a child whose parent is gone comes this far
@@ -46,4 +47,5 @@ def _reward(verifier: str, name: str, sample: dict[str, Any]) -> float | Failure
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the parent, which ends this process
+    mask_output()  # its library may print what a sample holds
     serve(Connection(int(sys.argv[1])), sys.argv[2])
