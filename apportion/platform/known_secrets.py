@@ -125,8 +125,9 @@ class KnownSecrets:
         names = self._all_names()
         variables = tuple(
             (name, value)
-            for name, value in os.environ.items()
-            if name in names or is_secret_key(name) or ("@" in value and "://" in value)
+            for name in list(os.environ)  # another thread may remove one
+            if (value := os.environ.get(name))
+            and (name in names or is_secret_key(name) or ("@" in value and "://" in value))
         )
         state = (len(self._values), names, variables)
         if state != self._state:

@@ -10,7 +10,7 @@ import io
 import logging
 import sys
 import threading
-from typing import IO, Any
+from typing import Any, TextIO
 
 from apportion.platform.known_secrets import redacted_text
 
@@ -20,7 +20,7 @@ LONGEST_LINE = 2**16  # characters that are held back for the rest of their line
 class MaskedStream(io.TextIOBase):
     """A text stream in front of another one. It passes on whole lines, and the rest of one when it is flushed."""
 
-    def __init__(self, stream: IO[str]) -> None:
+    def __init__(self, stream: TextIO) -> None:
         self.stream = stream
         self._held = ""
         self._lock = threading.RLock()
