@@ -1,5 +1,6 @@
 """Waiting for actors: who is late, who died and why. On a real, embedded Ray, and without any."""
 
+import contextlib
 import importlib
 import os
 import re
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +23,7 @@ from apportion.platform.process import (
     tail,
     working_folder_last,
 )
+from apportion.platform.session import marked
 
 
 class Patient(ActorBase):
@@ -97,6 +100,28 @@ def actors(cluster):
 @pytest.mark.system
 def test_results_come_in_the_order_of_the_calls(actors):
     assert gather([actors[0].call("wait", 0.2), actors[1].call("wait", 0.0)], 30, "a test") == [0.2, 0.0]
+
+
+def listening(pids: list[int]) -> dict[str, str]:
+    """Addresses as the kernel writes them on which these processes listen, by the socket."""
+    sockets = set()
+    for pid in pids:
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                sockets.add(os.readlink(descriptor).removeprefix("socket:[").removesuffix("]"))
+    lines = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    return {words[9]: words[1].split(":")[0] for words in lines if words[3] == "0A" and words[9] in sockets}
+
+
+@pytest.mark.system
+def test_a_ray_of_the_runs_own_listens_on_loopback_alone(cluster, actors):
+    import ray
+
+    found = listening([os.getpid(), *marked(cluster._remains.mark)])
+    assert len(found) >= 6  # of the GCS, the raylet, its agents, this process and both actors
+    assert set(found.values()) <= {"0100007F", "0000000000000000FFFF00000100007F"}
+    assert ray.util.get_node_ip_address() == "127.0.0.1"
+    assert ray._private.ray_constants.ENABLE_RAY_CLUSTER  # a cluster that is joined later has to reach this process
 
 
 @pytest.mark.system

@@ -1,6 +1,9 @@
 """Where Ray's files go, and one line for each way in which it does not start."""
 
 import errno
+import os
+import re
+import stat
 
 import pytest
 
@@ -52,6 +55,51 @@ def test_a_home_folder_that_keeps_no_token_is_made_up_for(tmp_path):
     token = environment["RAY_AUTH_TOKEN"]
     start.provide_token(environment)
     assert len(token) == 64 and environment["RAY_AUTH_TOKEN"] == token
+
+
+def test_the_token_is_readable_by_its_owner_alone(tmp_path, capsys):
+    home = tmp_path / "new" / "home"
+    before = os.umask(0)
+    try:
+        start.provide_token({"HOME": str(home)})
+    finally:
+        os.umask(before)
+    file = home / ".ray" / "auth_token"
+    assert [path.name for path in file.parent.iterdir()] == ["auth_token"]
+    assert (stat.S_IMODE(file.stat().st_mode), stat.S_IMODE(file.parent.stat().st_mode)) == (0o600, 0o700)
+    token = file.read_text()
+    assert re.fullmatch("[0-9a-f]{64}", token)
+    start.provide_token({"HOME": str(home)})
+    assert file.read_text() == token and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o640, 0o604, 0o666])
+def test_a_token_that_others_can_read_is_taken_from_them(mode, tmp_path, capsys):
+    file = tmp_path / ".ray" / "auth_token"
+    file.parent.mkdir()
+    file.write_text("t" * 64)
+    file.chmod(mode)
+    for _ in range(2):
+        start.provide_token({"HOME": str(tmp_path)})
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600 and file.read_text() == "t" * 64
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "t" * 64 not in said
+    assert said.startswith(f"warning: other users could read {file}, Ray's token: its mode is 0600 now")
+
+
+def test_a_token_that_another_run_writes_first_is_kept(tmp_path, monkeypatch):
+    file = tmp_path / ".ray" / "auth_token"
+    link = os.link
+
+    def late(source, target):
+        file.write_text("theirs")
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", late)
+    environment = {"HOME": str(tmp_path)}
+    start.provide_token(environment)
+    assert file.read_text() == "theirs" and environment == {"HOME": str(tmp_path)}
+    assert [path.name for path in file.parent.iterdir()] == ["auth_token"]
 
 
 def test_workers_are_told_of_no_folder_before_what_is_installed():

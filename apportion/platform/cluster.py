@@ -134,7 +134,8 @@ class Cluster:
         driver = cuda.driver()
         if driver.installed:  # as the plan has counted them: Ray would ask another library, which may say otherwise
             local["num_gpus"] = len(driver.gpus)
-        ray.init(address="local", **local, **common)
+        with start.on_loopback():
+            ray.init(address="local", **local, **common)
 
     def expect(self, requests: Sequence[ActorRequest]) -> None:
         """Say at once what a joined cluster lacks of what will be asked for. An autoscaler may add it, so the run waits; a

@@ -11,11 +11,13 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from apportion.platform.errors import ApportionError, ConfigError
+from apportion.platform.notices import notify
 
 SOCKET_BYTES = 107  # the longest path of a Unix socket on Linux
 # What Ray puts behind its folder, with a process id of 7 digits.
@@ -107,12 +109,65 @@ def home_folder(environment: Mapping[str, str]) -> Path:
 
 
 def provide_token(environment: MutableMapping[str, str]) -> None:
-    """A token for a Ray of this process's own where the home folder cannot keep one: Ray writes it to ~/.ray."""
+    """A token for a Ray of this process's own that other users cannot read: whoever has it can run code in the run.
+
+    Ray would write ~/.ray/auth_token with the mode of any other file. Where the home folder cannot keep a token, the
+    environment gets one.
+    """
     if environment.get("RAY_AUTH_MODE", "").lower() == "disabled" or any(map(environment.get, _TOKEN_VARIABLES)):
         return
-    home = home_folder(environment)
-    if not (home / ".ray" / "auth_token").is_file() and problem(home / ".ray") is not None:
+    file = home_folder(environment) / ".ray" / "auth_token"
+    if file.is_file():
+        _keep_from_others(file)
+    elif not _write_token(file):
         environment["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+def _keep_from_others(file: Path) -> None:
+    try:
+        if file.stat().st_mode & 0o077:
+            file.chmod(0o600)
+            notify(
+                f"warning: other users could read {file}, Ray's token: its mode is 0600 now; if others use this machine, "
+                "delete the file, and the next run makes a new token"
+            )
+    except OSError as error:
+        notify(f"warning: other users can read {file}, Ray's token ({error.strerror}): set its mode to 0600")
+
+
+def _write_token(file: Path) -> bool:
+    """Whether a token is now in `file`: of this process, or of another that wrote it first. The file appears whole."""
+    unnamed = file.with_name(f"{file.name}.{secrets.token_hex(4)}")
+    try:
+        file.parent.parent.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(mode=0o700, exist_ok=True)
+        with open(os.open(unnamed, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
+            out.write(secrets.token_hex(32))
+        with suppress(FileExistsError):
+            os.link(unnamed, file)
+    except OSError:
+        return False
+    finally:
+        with suppress(OSError):
+            unnamed.unlink()
+    return True
+
+
+@contextmanager
+def on_loopback() -> Iterator[None]:
+    """Ray's servers that are started meanwhile listen on 127.0.0.1 alone; otherwise on every interface.
+
+    Ray replaces 127.0.0.1 in `_node_ip_address` by the address that other machines see. What it has for this is a
+    switch (RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER), which it reads from the environment when it is first imported.
+    """
+    from ray._private import ray_constants
+
+    given = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = given
 
 
 def explained(error: Exception, address: str | None, folder: Path | None) -> ApportionError:
