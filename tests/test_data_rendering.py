@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+import time
 
 import numpy as np
 import pyarrow
@@ -11,6 +12,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from apportion.data.errors import DataError
+from apportion.data.find import Place, find_message
 from apportion.data.messages import clean_messages, clean_tools
 from apportion.data.pair_tokens import ExampleEncoder, encode_sources
 from apportion.data.pairs import PairColumns, read_demonstration, read_pair, row_check
@@ -727,3 +729,18 @@ def test_whatever_a_template_raises_makes_a_bad_row_with_the_line_of_the_templat
         ask([user("What is 1 + 1?")], template)
     line = str(caught.value)
     assert line.startswith("the chat template refuses these messages (") and said in line and "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("content", "text", "found"),
+    [
+        ("a <think>x</think> b <think>y</think> c", "a  b  c", Place(6, 7, True)),
+        ("a </think> b <think> c", "a </think> b c", None),
+        ("<think>x</think> b " + "<think>" * 40000, "b " + "<think>" * 40000, Place(0, 280002, True)),
+        ("</think>" + "<think>" * 40000 + " b", "c", None),
+    ],
+)
+def test_thoughts_that_are_left_out_are_found_in_a_time_that_grows_with_the_text(content, text, found):
+    start = time.monotonic()
+    assert find_message(text, {"role": "assistant", "content": content}, 0) == found
+    assert time.monotonic() - start < 5.0

@@ -66,7 +66,15 @@ def _ways(message: Message) -> Iterator[tuple[list[str], bool]]:
         yield [content] if content else [], True
     if tagged:
         yield [piece for piece in (CLOSING_TAG.split(content)[-1].strip(),) if piece], True
-        yield [piece.strip() for piece in THOUGHT.split(content) if piece.strip()], True
+        yield [piece.strip() for piece in _without_thoughts(content) if piece.strip()], True
+
+
+def _without_thoughts(content: str) -> list[str]:
+    """What is before, between and after the thoughts of `content`. After the last closing tag no opening one is looked
+    at: each would be followed to the end."""
+    end = max((tag.end() for tag in CLOSING_TAG.finditer(content)), default=0)
+    pieces = THOUGHT.split(content[:end])
+    return [*pieces[:-1], pieces[-1] + content[end:]]
 
 
 def _split(content: str) -> list[str]:
