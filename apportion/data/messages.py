@@ -7,7 +7,7 @@
 
 A message in the one form has a `role`, a `content` that is text, and as far as the row has them `reasoning_content` (of
 the assistant), `tool_calls` (`[{type, id, function: {name, arguments}}]`) and `train` (False: not to be learned from).
-Every other key stays as it is.
+Every other key stays as it is. A role is one of ROLES, or one that a loaded chat template compares roles with.
 """
 
 from __future__ import annotations
@@ -39,11 +39,29 @@ SHAREGPT_ROLES = {
 }
 # What chat templates know; "ipython", "environment" and "observation" are names of a tool's answer in some of them.
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "environment", "observation")
+_ROLE = re.compile(r"[A-Za-z][\w-]{0,39}")  # of a template's own
 TEXT_PARTS = ("text", "input_text", "output_text")
 THOUGHT_PARTS = {"thinking": "thinking", "reasoning": "text"}  # type of a part -> where its text is
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _NOT_LEARNED = {"weight": (0, 1), "train": (False, True), "training": (False, True), "loss": (False, True)}
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # of a pair that JSON writes for one character: no tokenizer takes it
+
+
+_templates: dict[str, str] = {}  # chat templates that this process has loaded -> what they write about roles
+
+
+def know_template(template: Any) -> None:
+    """From now on messages may have a role that this chat template compares roles with: a quoted word beside `role`."""
+    for text in template.values() if isinstance(template, Mapping) else [template]:
+        if isinstance(text, str):
+            blocks = (re.split(r"[%}]\}", block, maxsplit=1)[0] for block in re.split(r"\{[%{]", text)[1:])
+            _templates[text] = "\n".join(block for block in blocks if "role" in block)
+
+
+def _of_a_template(role: str) -> bool:
+    return _ROLE.fullmatch(role) is not None and any(
+        f"{quote}{role}{quote}" in written for written in _templates.values() for quote in ("'", '"')
+    )
 
 
 def clean_messages(value: Any) -> list[Message]:
@@ -129,8 +147,11 @@ def _message(message: Any, number: int) -> Message:
         role, content, message = _from_sharegpt(role, message.get("value"), message, who)
     elif role in SHAREGPT_ROLES and role not in ROLES:  # OpenAI's keys with ShareGPT's names: a template knows no "gpt"
         role, content, message = _from_sharegpt(role, content, message, who)
-    elif role not in ROLES:
-        raise DataError(f"{who}: got role {role!r:.40}, expected one of {', '.join(ROLES)}{nearest(role, ROLES)}")
+    elif role not in ROLES and not _of_a_template(role):
+        raise DataError(
+            f"{who}: got role {role!r:.40}, expected one of {', '.join(ROLES)}{nearest(role, ROLES)}, or one that "
+            "model.chat_template compares roles with"
+        )
     others = {k: v for k, v in message.items() if v is not None and k not in ("role", "content", "from", "value")}
     others = without_nulls(others)
     thoughts: list[str] = [others.pop(key) for key in REASONING_KEYS if key in others]
@@ -150,9 +171,12 @@ def _message(message: Any, number: int) -> Message:
 
 
 def _from_sharegpt(role: str, content: Any, message: Mapping[str, Any], who: str) -> tuple[str, Any, Mapping[str, Any]]:
-    known = SHAREGPT_ROLES.get(role.lower())
+    known = SHAREGPT_ROLES.get(role.lower()) or (role if _of_a_template(role) else None)
     if known is None:
-        raise DataError(f"{who}: got from {role!r}, expected one of {', '.join(SHAREGPT_ROLES)}")
+        raise DataError(
+            f"{who}: got from {role!r:.40}, expected one of {', '.join(SHAREGPT_ROLES)}, or one that "
+            "model.chat_template compares roles with"
+        )
     if role.lower() != "function_call":
         return known, content, message
     try:

@@ -17,7 +17,7 @@ import numpy as np
 from apportion.batch import Prompt
 from apportion.data.digest import digest_arrays
 from apportion.data.errors import BadRows, DataError, UnusableError, reason_of
-from apportion.data.messages import Message, as_messages, check_characters, clean_messages, clean_tools
+from apportion.data.messages import Message, as_messages, check_characters, clean_messages, clean_tools, know_template
 from apportion.data.model_errors import of_model_files, reason
 from apportion.data.rendering import NOT_RENDERED, Renderer
 from apportion.data.rows import Row
@@ -49,6 +49,7 @@ def load_tokenizer(path: str, chat_template: str | None = None, trust_remote_cod
         tokenizer.pad_token = tokenizer.eos_token
     if (text := template_text(chat_template)) is not None:
         tokenizer.chat_template = text
+    know_template(tokenizer.chat_template)
     return tokenizer
 
 
