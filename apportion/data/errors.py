@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 POLICIES = ("error", "skip")
+FAULTY_TEMPLATE = "faulty_template"  # the reason where a chat template is at fault: skipping rows does not help
 
 
 class DataError(ValueError):
@@ -64,6 +65,6 @@ class BadRows:
 
     def reject(self, reason: str, message: str) -> None:
         """Raise DataError(message), or count the row under `reason` and go on."""
-        if self.policy == "error":
+        if self.policy == "error" or reason == FAULTY_TEMPLATE:
             raise DataError(message)
         self.counts[reason] += 1

@@ -9,21 +9,24 @@ and arguments may be written as JSON writes them.
 from __future__ import annotations
 
 import json
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, TypeVar
 
-from apportion.data.errors import DataError, UnusableError
+from apportion.data import templates
+from apportion.data.errors import FAULTY_TEMPLATE, DataError, UnusableError, reason_of
 from apportion.data.find import Place, find_message
 from apportion.data.messages import REASONING_KEYS, Message, tool_name
 
 NOT_RENDERED = "not_rendered"  # what a row is counted under whose text the template leaves out or changes
 LEADING_ROLES = ("system", "developer")  # some templates show what these say in a later message
+PLACES = 64  # of such a text that are tried: a template that repeats it without end is not searched without end
 SHORT = 24  # characters: a text this short may be found in what the template itself writes
 SHAPES = 4096  # kept; more than any data has
+REFUSES = "the chat template refuses these messages"
+OVERRUN = "template_limit"  # what a row is counted under with which the template goes past a limit
+FAULTY_AFTER = 2  # conversations past a limit: each may take the whole of it
 
 
 @dataclass
@@ -40,15 +43,32 @@ class Renderer:
     tokenizer: Any
     template_kwargs: Mapping[str, Any]
     _shapes: dict[Any, int | None] = field(default_factory=dict)
+    _overruns: list[str] = field(default_factory=list)  # the limits that the template went past, one for each time
 
-    def text(self, messages: list[Message], tools: list[dict[str, Any]] | None, asks: bool) -> str:
-        """What the template writes, unchecked; `asks` adds the beginning of the assistant's next message."""
-        with template_refusals():
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages, tools=tools, add_generation_prompt=asks, tokenize=False, **self.template_kwargs
-                )
+    def text(self, messages: list[Message], tools: Any, asks: bool, refuses: str = REFUSES, cure: str = "") -> str:
+        """What the template writes, unchecked; `asks` adds the beginning of the assistant's next message.
+
+        DataError where it refuses the messages (`refuses` and `cure` say so) or goes past a limit. After the second time
+        past a limit it runs no more: the template is at fault rather than a row.
+        """
+        if len(self._overruns) < FAULTY_AFTER:
+            try:
+                return templates.apply(self.tokenizer, messages, tools, asks, self.template_kwargs)
+            except templates.Refused as error:
+                raise DataError(f"{refuses} ({error}){cure}") from error
+            except templates.Overrun as error:
+                self._overruns.append(str(error))
+        said = f"the chat template {self._overruns[-1]}"
+        if len(self._overruns) < FAULTY_AFTER:
+            raise UnusableError(
+                OVERRUN,
+                f"{said}; set model.chat_template to one that does not, or leave such rows out with data.on_bad_row=skip",
             )
+        raise UnusableError(
+            FAULTY_TEMPLATE,
+            f"{said}, for {FAULTY_AFTER} conversations by now, so data.on_bad_row=skip does not help; set "
+            "model.chat_template to one that does not",
+        )
 
     def checked(self, messages: list[Message], tools: list[dict[str, Any]] | None, asks: bool) -> Rendered:
         """The rendering of messages in the one form, with tool arguments written as the template takes them.
@@ -97,8 +117,11 @@ class Renderer:
         marked = [_marked(message, number) for number, message in enumerate(messages)]
         found: list[int | None] = []
         for form in forms(marked):
-            with suppress(DataError):  # of a template that looks into the texts: nothing is known then
+            try:
                 found.append(_first_missing(self.text(form, tools, asks), form))
+            except DataError as error:  # of a template that looks into the texts: nothing is known then
+                if reason_of(error) == FAULTY_TEMPLATE:
+                    raise
         return None if None in found or not found else found[0]
 
     def _refuse_none(self, text: str, messages: list[Message], tools: Any) -> None:
@@ -128,6 +151,8 @@ def faithful(messages: list[Message], use: Callable[[list[Message]], Result]) ->
         try:
             return use(form)
         except DataError as error:
+            if reason_of(error) in (OVERRUN, FAULTY_TEMPLATE):  # another form would take as long
+                raise
             errors.append(error)
     raise next((error for error in errors if isinstance(error, UnusableError)), errors[0])
 
@@ -159,35 +184,6 @@ def left_out(message: Message, index: int, what: str | None = None) -> UnusableE
     )
 
 
-@contextmanager
-def template_refusals(what: str = "the chat template refuses these messages", cure: str = "") -> Iterator[None]:
-    """Turn what a chat template raises over messages into a DataError. A template is a program: one that meets a missing key,
-    divides by zero or calls itself without end fails as a program does, without a special error."""
-    from jinja2 import TemplateError
-
-    try:
-        yield
-    except (
-        TemplateError, SyntaxError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RuntimeError,
-    ) as error:  # fmt: skip
-        said = error.msg if isinstance(error, SyntaxError) else str(error)
-        line = next(iter(said.splitlines()), "") or type(error).__name__
-        raise DataError(f"{what} ({line}{_line_of_template(error)}){cure}") from error
-
-
-def _line_of_template(error: BaseException) -> str:
-    """`, line 3 of the template`, or nothing where that is not known, or where the template itself refuses."""
-    from jinja2 import TemplateError, TemplateSyntaxError
-
-    if type(error) is TemplateError:  # of `raise_exception`
-        return ""
-    line = error.lineno if isinstance(error, TemplateSyntaxError) else None
-    for frame, number in traceback.walk_tb(error.__traceback__):
-        if frame.f_code.co_filename == "<template>":
-            line = number
-    return "" if line is None else f", line {line} of the template"
-
-
 def strings(value: Any) -> Iterator[str]:
     """Every text in a nest of mappings and lists, keys included."""
     if isinstance(value, str):
@@ -213,12 +209,12 @@ def _places(text: str, messages: Sequence[Message]) -> list[Place]:
     said = first["content"].strip()
     if first["role"] in LEADING_ROLES and said and len(messages) > 1:
         # Some templates put the system message into a later one. What it takes there is nobody else's.
-        start = text.find(said)
-        while start >= 0:
+        start, tried = text.find(said), 0
+        while start >= 0 and tried < PLACES:
             others = _in_order(text[:start] + "\0" * len(said) + text[start + len(said) :], messages[1:])
             if isinstance(others, list):
                 return [Place(start, start + len(said)), *others]
-            start = text.find(said, start + 1)
+            start, tried = text.find(said, start + 1), tried + 1
     raise left_out(messages[places], places)
 
 

@@ -17,7 +17,6 @@ from apportion.data.errors import DataError
 from apportion.data.find import find_message
 from apportion.data.messages import as_messages
 from apportion.data.prompts import PromptEncoder
-from apportion.data.rendering import template_refusals
 from apportion.data.response_text import ResponseText
 
 MARKER = "apportionturn"  # a word that no template changes
@@ -92,11 +91,9 @@ class TurnEncoder:
 
     def _apply(self, messages: list[dict[str, str]], generation: bool) -> str:
         roles = ", ".join(message["role"] for message in messages)
-        what = f"the chat template refuses a conversation of roles {roles}"
-        with template_refusals(what, cure="; set environment.observation_role"):
-            return self._tokenizer.apply_chat_template(
-                messages, add_generation_prompt=generation, tokenize=False, **self.encoder.chat_template_kwargs
-            )
+        refuses = f"the chat template refuses a conversation of roles {roles}"
+        cure = "; set environment.observation_role"
+        return self.encoder.renderer.text(messages, None, generation, refuses, cure)
 
     def _ids(self, text: str) -> np.ndarray:
         return self.encoder.known_ids(self.encoder.plain_ids(text))
