@@ -7,6 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from apportion.actors.engines import EngineSpec
+from apportion.actors.engines.checkpoint_names import converter_of
+from apportion.actors.engines.given_responses import GivenResponses
+from apportion.actors.engines.transformers_engine import TransformersEngine
 from apportion.actors.loading import load_causal_lm, save_huggingface
 from apportion.actors.score_model import save_score_model
 from apportion.conf.schema import LoraConfig
@@ -56,6 +60,42 @@ def test_a_saved_reward_model_keeps_its_chat_template_too(tiny, tmp_path):
     named["score.weight"] = torch.zeros(1, model.config.hidden_size)
     save_score_model(tiny, named, tmp_path, chat_template="{{ messages[0].content }}")
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template == "{{ messages[0].content }}"
+
+
+def engine(model, trust):
+    return TransformersEngine(EngineSpec(model, "float32", 0, 64, 2, 1, 0.5, 0.1, False, False, trust, 1, 0))
+
+
+READERS = {
+    "engine": engine,
+    "responses": lambda model, trust: GivenResponses(model, trust).tokenizer,
+    "names": converter_of,
+    "saved": lambda model, trust: save_huggingface(model, {}, None, trust),
+    "saved rewards": lambda model, trust: save_score_model(model, {}, None, trust),
+}
+CONFIG, TOKENIZER = ("config.json", '{"model_type": "llama", "hidden_size": "x"}'), ("tokenizer.json", "[]")
+
+
+@pytest.mark.parametrize(
+    ("reader", "file", "text"),
+    [
+        ("engine", *CONFIG), ("engine", *TOKENIZER), ("engine", "model.safetensors", "x"), ("responses", *TOKENIZER),
+        ("names", *CONFIG), ("names", "config.json", "[]"), ("saved", *CONFIG), ("saved", *TOKENIZER),
+        ("saved", "generation_config.json", "[]"), ("saved rewards", *CONFIG), ("saved rewards", *TOKENIZER),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_of_a_model_is_one_line_wherever_the_model_is_read(tiny, tmp_path, reader, file, text):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny, folder)
+    (folder / file).write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        READERS[reader](str(folder), False)
+    line = str(caught.value)
+    assert line.startswith(f"{folder}: the model cannot be loaded (") and "\n" not in line
+    assert line.endswith("), expected the whole folder of a causal language model: fetch it again")
+    with pytest.raises(Exception) as traced:  # noqa: B017, PT011 - the library's own, of many kinds
+        READERS[reader](str(folder), True)
+    assert not isinstance(traced.value, ConfigError)
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])

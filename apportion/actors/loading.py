@@ -149,17 +149,21 @@ def save_huggingface(
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+    generation = None
+    with model_refused(base, trust_remote_code):
+        config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code)
+        with suppress(OSError):  # not every model has one; a hub's name may be no folder
+            generation = _that_can_be_saved(GenerationConfig.from_pretrained(base))
     if "lm_head.weight" in named:  # a head of its own, whatever the configuration says: `from_pretrained` kept it so
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     dtype = next(iter(named.values())).dtype
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     cpu = {name: tensor.to("cpu") for name, tensor in named.items()}
-    with suppress(OSError):  # not every model has one; a hub's name may be no folder
-        model.generation_config = _that_can_be_saved(GenerationConfig.from_pretrained(base))
+    if generation is not None:
+        model.generation_config = generation
     model.save_pretrained(folder, state_dict=cpu)
-    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code)
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(folder)

@@ -104,8 +104,9 @@ def save_score_model(
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-    config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code, num_labels=1)
-    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code)
+    with model_refused(base, trust_remote_code):
+        config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code, num_labels=1)
+        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code)
     config.pad_token_id = _padding(tokenizer)
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(

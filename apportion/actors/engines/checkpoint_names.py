@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apportion.actors.loading import model_refused
+
 
 class CheckpointWeights(Mapping[str, Tensor]):
     """The checkpoint's tensors by name, made of the sent ones when they are read.
@@ -52,8 +54,8 @@ def converter_of(path: str, trust_remote_code: bool) -> Any | None:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import PrefixChange
 
-    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
+    with model_refused(path, trust_remote_code), torch.device("meta"):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     conversions = get_model_conversion_mapping(model, add_legacy=False)
     model._weight_conversions = [c for c in conversions if not isinstance(c, PrefixChange)]

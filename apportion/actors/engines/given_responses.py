@@ -25,7 +25,10 @@ class GivenResponses:
     def tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self._model, trust_remote_code=self._trust_remote_code)
+        from apportion.actors.loading import model_refused
+
+        with model_refused(self._model, self._trust_remote_code):
+            return AutoTokenizer.from_pretrained(self._model, trust_remote_code=self._trust_remote_code)
 
     @cached_property
     def _spell(self) -> ResponseText:

@@ -10,7 +10,7 @@ import torch
 
 from apportion.actors.engine import own_device
 from apportion.actors.engines import EngineSpec, Request, Sample, Sampling
-from apportion.actors.loading import attention_softcap, tensors_only
+from apportion.actors.loading import attention_softcap, model_refused, tensors_only
 from apportion.data.response_text import ResponseText
 from apportion.platform import progress
 from apportion.platform.channel import ChannelAddress, WeightChannel
@@ -30,12 +30,12 @@ class TransformersEngine:
 
         torch.set_num_threads(spec.threads)
         self._device = own_device()
-        self._tokenizer = AutoTokenizer.from_pretrained(spec.model, trust_remote_code=spec.trust_remote_code)
-        self._spell = ResponseText(self._tokenizer)
-        with tensors_only(spec.model):
+        with model_refused(spec.model, spec.trust_remote_code), tensors_only(spec.model):
+            self._tokenizer = AutoTokenizer.from_pretrained(spec.model, trust_remote_code=spec.trust_remote_code)
             self._model: Any = AutoModelForCausalLM.from_pretrained(
                 spec.model, dtype=getattr(torch, spec.dtype), trust_remote_code=spec.trust_remote_code
             )
+        self._spell = ResponseText(self._tokenizer)
         if attention_softcap(self._model.config) is not None:
             self._model.set_attn_implementation("eager")  # the default leaves the cap out without a word
         self._model.to(self._device).eval()
