@@ -20,7 +20,7 @@ STAGES = ("rollout", "score", "cut", "signals", "credit", "update", "sync", "oth
 def train(folder: str, *overrides: str) -> tuple[list[dict], dict]:
     """Metrics of each step after the warm-up, and the summary, of a run of the quickstart's recipe."""
     command = [
-        sys.executable, "-m", "apportion", "train", "experiment=quickstart", f"runs_folder={folder}",
+        sys.executable, "-P", "-m", "apportion", "train", "experiment=quickstart", f"runs_folder={folder}",
         "evaluation.before=false", "evaluation.after=false", "checkpoint.final=false", "tracking.plots=false",
         *overrides,
     ]  # fmt: skip

@@ -93,7 +93,7 @@ def test_a_damaged_file_of_a_model_is_one_line_wherever_the_model_is_read(tiny, 
     line = str(caught.value)
     assert line.startswith(f"{folder}: the model cannot be loaded (") and "\n" not in line
     assert line.endswith("), expected the whole folder of a causal language model: fetch it again")
-    with pytest.raises(Exception) as traced:  # noqa: B017, PT011 - the library's own, of many kinds
+    with pytest.raises(Exception) as traced:
         READERS[reader](str(folder), True)
     assert not isinstance(traced.value, ConfigError)
 

@@ -1,13 +1,16 @@
 """What every actor process has: a log with a bound, and sockets of Ray that its children do not hold."""
 
+import ast
 import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from apportion.platform import logs
+from apportion.platform.process import safe_children
 
 
 @pytest.fixture
@@ -90,3 +93,55 @@ def test_the_death_of_an_actor_is_noticed_while_a_child_of_it_lives(how):
             assert actor.wait(5) == 3
         finally:
             os.killpg(actor.pid, 9)
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """Every command of this Python that the package and the benchmarks write, up to the first word that is computed."""
+    found = []
+    for file in [*ROOT.glob("apportion/**/*.py"), *ROOT.glob("benchmarks/**/*.py")]:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.List) and node.elts and ast.unparse(node.elts[0]) == "sys.executable":
+                words = [
+                    word.value for word in node.elts if isinstance(word, ast.Constant) and isinstance(word.value, str)
+                ]
+                found.append((str(file.relative_to(ROOT)), words))
+    return found
+
+
+def test_no_program_that_is_started_looks_into_the_working_folder_first():
+    found = commands()
+    assert len(found) >= 10
+    for file, words in found:
+        # A benchmark of this repository is not installed, and runs in the repository's folder.
+        own = file.startswith("benchmarks/") and not ("-m" in words and "apportion" in words)
+        assert own or words[0] in ("-P", "-I"), (file, words)
+
+
+@pytest.fixture
+def hostile(tmp_path, monkeypatch):
+    for name in ("yaml", "json", "torch", "typing_extensions"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('hijacked')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+
+def test_a_stage_that_runs_first_imports_nothing_of_the_working_folder(hostile):
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "apportion", "--version"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0 and "hijacked" not in done.stderr and "apportion" in done.stdout
+
+
+@pytest.mark.parametrize("given", [None, "", "1"])
+def test_what_a_library_starts_with_python_m_imports_nothing_of_the_working_folder(hostile, monkeypatch, given):
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    if given is not None:
+        monkeypatch.setenv("PYTHONSAFEPATH", given)
+    command = [sys.executable, "-m", "json.tool", "--help"]
+    with safe_children():
+        assert subprocess.run(command, capture_output=True, text=True, timeout=60).returncode == 0
+    assert os.environ.get("PYTHONSAFEPATH") == given
+    assert (subprocess.run(command, capture_output=True, timeout=60).returncode == 1) == (not given)

@@ -6,6 +6,8 @@ import os
 import resource
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,6 +87,21 @@ def find_user_modules() -> None:
     for folder in os.environ.get("APPORTION_MODULES", "").split(os.pathsep):
         if folder and folder not in sys.path:
             sys.path.append(folder)
+
+
+@contextmanager
+def safe_children() -> Iterator[None]:
+    """Programs that a library starts meanwhile find nothing of the working folder before what is installed: `python -m`,
+    with which vLLM reads a model's class, puts it first."""
+    given = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        if given is None:
+            del os.environ["PYTHONSAFEPATH"]
+        else:
+            os.environ["PYTHONSAFEPATH"] = given
 
 
 def working_folder_last() -> None:

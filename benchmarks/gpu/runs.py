@@ -44,7 +44,7 @@ def run_model(record: Record) -> None:
 
 
 def run_doctor(record: Record) -> None:
-    ended = run_command([sys.executable, "-m", "apportion", "doctor"], 100)
+    ended = run_command([sys.executable, "-P", "-m", "apportion", "doctor"], 100)
     lines = [line.strip() for line in ended.output.splitlines() if line.strip()]
     for line in lines:
         mark, _, rest = line.partition(" ")
@@ -57,7 +57,7 @@ def run_doctor(record: Record) -> None:
 def train(limit_seconds: float, *overrides: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Metrics of each step and the summary of one run; RuntimeError where it does not end well."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "apportion", "train", f"runs_folder={folder}", *SHORT, *overrides]
+        command = [sys.executable, "-P", "-m", "apportion", "train", f"runs_folder={folder}", *SHORT, *overrides]
         ended = run_command(command, limit_seconds)
         if ended.status is None:
             raise RuntimeError(f"apportion train did not end within {limit_seconds:g} s: {ended.last_line}")

@@ -18,6 +18,7 @@ from apportion.platform import progress
 from apportion.platform.channel import ChannelAddress
 from apportion.platform.device_memory import DeviceMemory, most
 from apportion.platform.errors import WeightSyncError
+from apportion.platform.process import safe_children
 from apportion.platform.weights import SyncReceipt, TensorEntry, WeightBundle
 
 
@@ -35,25 +36,26 @@ class VllmEngine:
         from vllm.platforms import current_platform
 
         self._workers = spec.tensor_parallel_size
-        self._llm = vllm.LLM(
-            model=spec.model,
-            dtype=spec.dtype,
-            seed=spec.seed,
-            max_model_len=spec.max_model_len,
-            max_num_seqs=spec.max_sequences,
-            tensor_parallel_size=spec.tensor_parallel_size,
-            gpu_memory_utilization=spec.gpu_memory_utilization,
-            # Graphs hold the addresses of weights. A sync keeps them: vLLM's reload copies into the tensors that are there.
-            enforce_eager=not spec.compile,
-            enable_prefix_caching=spec.prefix_caching,
-            # A prompt in pieces makes vLLM wind the request's generator back, which torch's CPU generator cannot do. On a
-            # GPU it can, and vLLM's newer runner draws from the seed and the position alone.
-            enable_chunked_prefill=False if spec.seeded and current_platform.is_cpu() else None,
-            trust_remote_code=spec.trust_remote_code,
-            logprobs_mode="processed_logprobs",
-            disable_log_stats=True,
-            worker_extension_cls="apportion.actors.engines.vllm_worker.WeightReceiver",
-        )
+        with safe_children():
+            self._llm = vllm.LLM(
+                model=spec.model,
+                dtype=spec.dtype,
+                seed=spec.seed,
+                max_model_len=spec.max_model_len,
+                max_num_seqs=spec.max_sequences,
+                tensor_parallel_size=spec.tensor_parallel_size,
+                gpu_memory_utilization=spec.gpu_memory_utilization,
+                # Graphs hold the addresses of weights. A sync keeps them: vLLM's reload copies into the tensors that are there.
+                enforce_eager=not spec.compile,
+                enable_prefix_caching=spec.prefix_caching,
+                # A prompt in pieces makes vLLM wind the request's generator back, which torch's CPU generator cannot do. On a
+                # GPU it can, and vLLM's newer runner draws from the seed and the position alone.
+                enable_chunked_prefill=False if spec.seeded and current_platform.is_cpu() else None,
+                trust_remote_code=spec.trust_remote_code,
+                logprobs_mode="processed_logprobs",
+                disable_log_stats=True,
+                worker_extension_cls="apportion.actors.engines.vllm_worker.WeightReceiver",
+            )
         count_steps(self._llm.llm_engine)
         self._tokenizer = self._llm.get_tokenizer()
         self._spell = ResponseText(self._tokenizer)
