@@ -11,7 +11,7 @@ from apportion.conf.preference_schema import STAGES
 from apportion.conf.schema import Config
 from apportion.conf.unwanted import unwanted
 from apportion.plan import make_plan
-from apportion.platform.errors import ConfigError
+from apportion.platform.errors import ApportionError, ConfigError
 
 KINDS = {"train": Config} | STAGES
 # Shares and decay rates from 0 on: a tiny one is as good as 0, and does no harm.
@@ -87,6 +87,28 @@ def test_a_value_that_no_run_can_use_is_refused_by_the_plan(override, problem):
     with pytest.raises(ConfigError) as refused:
         make_plan(to_config(compose_config([*TINY, override]))[0])
     assert str(refused.value) == f"{override.partition('=')[0]}: {problem}"
+
+
+@pytest.mark.parametrize(
+    ("entry", "problem"),
+    [
+        ("weight: 1e300", "got weight 1e+300, expected a number above 0, 1e-30 to 1e+30"),
+        ("weight: 1e-320", "got weight 1e-320, expected a number above 0, 1e-30 to 1e+30"),
+        (
+            "limit: 9223372036854775808",
+            "got limit 9223372036854775808, expected a whole number of at most 4294967295 in size",
+        ),
+        (
+            "high: 9223372036854775808",
+            "got high 9223372036854775808, expected a whole number of at most 4294967295 in size",
+        ),
+    ],
+)
+def test_a_number_of_a_source_has_bounds_too(entry, problem):
+    words = [*TINY, f"data.train=[{{source: arithmetic, {entry}}}]"]
+    with pytest.raises(ApportionError) as refused:
+        make_plan(to_config(compose_config(words))[0])
+    assert str(refused.value).endswith(f"arithmetic: {problem}")
 
 
 def test_a_dropout_that_drops_everything_is_refused():

@@ -126,7 +126,7 @@ class ServiceClient:
         route, shown = self._routes[url], shown_url(url)
         left = min(max(0.001, deadline - time.monotonic()), 1e6)
         waits = {"connect": deadline, "read": deadline, "write": deadline, "pool": left}
-        headers = self._headers | route.user
+        headers: dict[bytes | str, bytes | str] = {**self._headers, **route.user}
         try:
             with route.pool.stream(
                 "POST", route.target, headers=headers, content=content, extensions={"timeout": waits}

@@ -30,6 +30,9 @@ class Row:
     values: dict[str, Any]
 
 
+LARGEST = 2**32 - 1  # of the whole numbers that a source takes; seeds go so far
+
+
 @dataclass
 class SourceSpec:
     """What the configuration says of one source."""
@@ -46,8 +49,8 @@ class SourceSpec:
         if not isinstance(self.source, str) or not self.source:
             raise DataError(f"source: got {self.source!r}, expected {EXPECTED}")
         is_number = isinstance(self.weight, int | float) and not isinstance(self.weight, bool)
-        if not is_number or not 0 < self.weight < float("inf"):
-            raise DataError(f"{self.source}: got weight {self.weight!r}, expected a number above 0")
+        if not is_number or not 1e-30 <= self.weight <= 1e30:
+            raise DataError(f"{self.source}: got weight {self.weight!r}, expected a number above 0, 1e-30 to 1e+30")
         if self.limit is not None:
             check_whole(self.source, "limit", self.limit, least=1)
         for key in ("name", "split", "prompt_column"):
@@ -60,6 +63,8 @@ def check_whole(source: str, key: str, value: Any, least: int | None = None) -> 
     if not isinstance(value, int) or isinstance(value, bool) or (least is not None and value < least):
         bound = "" if least is None else f" of at least {least}"
         raise DataError(f"{source}: got {key} {value!r}, expected a whole number{bound}")
+    if abs(value) > LARGEST:
+        raise DataError(f"{source}: got {key} {value!r}, expected a whole number of at most {LARGEST} in size")
 
 
 def check_names(place: str, names: Sequence[str]) -> None:
