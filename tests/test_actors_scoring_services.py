@@ -120,6 +120,25 @@ def test_elements_of_a_service_are_checked_like_any_other(serve):
     assert (report.failed, report.no_opinion) == ({"wrong_type": 1, "not_finite": 1}, 1)
 
 
+@pytest.mark.parametrize("said", ["1e300", "-1e19", "[1e200, 0.0]", "1" + "0" * 400, "[1e308, 1e308]"])
+def test_a_reward_that_credit_could_not_square_is_a_failure_unless_it_is_clipped(serve, said):
+    service = serve(lambda body: (200, b'{"rewards": [%s, 1e18]}' % said.encode()))
+    batch, report = score(service.url, *batch_of("ab", "ab"))
+    np.testing.assert_array_equal(batch.rewards, [NAN, 1e18])
+    assert report.failed == {"not_finite": 1} and "\n" not in report.first_traceback
+    if "000" not in said:
+        clipped, report = score(service.url, *batch_of("ab", "ab"), clip=2.0)
+        assert report.failed == {} and np.abs(clipped.rewards).max() <= 4.0
+
+
+def test_components_that_add_up_to_too_much_are_a_failure(serve):
+    service = serve(lambda body: (200, b'{"rewards": [1e308]}'))
+    entries = [{"function": service.url, "weight": 1e6}, {"function": service.url, "name": "other"}]
+    batch, report = score(entries, *batch_of("ab"))
+    assert np.isnan(batch.rewards).all() and report.failed == {"not_finite": 1}
+    assert report.first_traceback == "reward: the weighted sum of its components is inf in size, expected at most 1e+18"
+
+
 def test_a_service_that_is_too_slow_fails_its_samples_in_time(serve):
     def slow(body):
         time.sleep(1.0)

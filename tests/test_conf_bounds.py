@@ -111,6 +111,38 @@ def test_a_number_of_a_source_has_bounds_too(entry, problem):
     assert str(refused.value).endswith(f"arithmetic: {problem}")
 
 
+CLUSTER = "cluster.address: got an address {}, expected HOST:PORT, ray://HOST:PORT or auto, or null for a Ray of the run's own"
+
+
+@pytest.mark.parametrize("stage", [None, "dpo"])
+@pytest.mark.parametrize(
+    ("address", "problem"),
+    [
+        ("h:99999", "whose port is no number from 1 to 65535"),
+        ("ray://a..b:10001", "whose host has an empty part between its dots"),
+        ("'h h:1'", "with a space, a control character or half a character"),
+        ("''", "without a host"),
+    ],
+)
+def test_what_is_no_address_of_a_cluster_is_refused(stage, address, problem):
+    base = TINY if stage is None else ["model.path=builtin:tiny", "data.train=pairs.jsonl"]
+    with pytest.raises(ConfigError) as refused:
+        to_config(
+            compose_config(
+                [*base, f'cluster.address="{address}"' if "'" not in address else f"cluster.address={address}"],
+                stage=stage,
+            )
+        )
+    assert str(refused.value) == CLUSTER.format(problem)
+
+
+@pytest.mark.parametrize(
+    "address", ["auto", "local", "ray://head:10001", "10.0.0.1:6379", "[::1]:6379", "head", "k8s://x y"]
+)
+def test_addresses_that_ray_knows_are_left_to_ray(address):
+    assert to_config(compose_config([*TINY, f'cluster.address="{address}"']))[0].cluster.address == address
+
+
 def test_a_dropout_that_drops_everything_is_refused():
     with pytest.raises(ConfigError, match=r"^policy.lora.dropout: got 1.0, expected 0 to below 1 \("):
         to_config(compose_config([*TINY, "lora=default", "policy.lora.dropout=1"]))

@@ -101,7 +101,7 @@ class ServiceClient:
         for name in ("httpx", "httpcore"):
             logging.getLogger(name).setLevel(logging.WARNING)  # below that they write addresses in full
         self._headers = {
-            "Accept": "application/json",
+            "Accept": "*/*",
             "Accept-Encoding": "gzip, deflate",
             "User-Agent": "apportion",
             "Content-Type": "application/json",
@@ -126,7 +126,7 @@ class ServiceClient:
         route, shown = self._routes[url], shown_url(url)
         left = min(max(0.001, deadline - time.monotonic()), 1e6)
         waits = {"connect": deadline, "read": deadline, "write": deadline, "pool": left}
-        headers: dict[bytes | str, bytes | str] = {**self._headers, **route.user}
+        headers = list((self._headers | route.user).items())
         try:
             with route.pool.stream(
                 "POST", route.target, headers=headers, content=content, extensions={"timeout": waits}

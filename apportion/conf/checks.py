@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from apportion.platform.addresses import address_problem
 from apportion.platform.errors import ConfigError, nearest
 from apportion.platform.messages import quoted
 
@@ -61,6 +62,18 @@ def from_zero(name: str, value: float | None, least: float, most: float) -> None
         raise ConfigError(f"{name}: got {value}, expected at least 0")
     if not least <= value <= most and _is_finite(value):
         raise ConfigError(f"{name}: got {value}, expected 0, or {least:g} to {most:g}")
+
+
+def check_cluster_address(address: str | None) -> None:
+    """ConfigError for what cannot be the address of a Ray cluster. One of another kind (a plugin of Ray) is left to Ray."""
+    kind, mark, rest = (address or "").rpartition("://")
+    if address in (None, "auto", "local") or (mark and kind != "ray"):
+        return
+    if problem := address_problem(f"http://{rest}"):
+        raise ConfigError(
+            f"cluster.address: got an address {problem}, expected HOST:PORT, ray://HOST:PORT or auto, or null for a Ray of "
+            "the run's own"
+        )
 
 
 def _is_finite(value: float) -> bool:

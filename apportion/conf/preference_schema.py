@@ -24,6 +24,7 @@ from apportion.conf.checks import (
     above_zero,
     at_least,
     between,
+    check_cluster_address,
     check_warmup,
     from_zero,
     one_of,
@@ -176,6 +177,7 @@ class RanksConfig:
     )
 
     def __post_init__(self) -> None:
+        check_cluster_address(self.address)
         at_least("cluster.policy_ranks", self.policy_ranks, 1, MOST_ACTORS)
         at_least("cluster.threads", self.threads, 1, MOST_THREADS)
         for name in ("start_timeout_seconds", "call_timeout_seconds", "download_timeout_seconds"):

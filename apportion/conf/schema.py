@@ -23,6 +23,7 @@ from apportion.conf.checks import (
     above_zero,
     at_least,
     between,
+    check_cluster_address,
     from_zero,
     one_of,
 )
@@ -93,6 +94,7 @@ class ClusterConfig:
     )
 
     def __post_init__(self) -> None:
+        check_cluster_address(self.address)
         for name in ("policy_ranks", "rollout_engines", "reference_ranks"):
             at_least(f"cluster.{name}", getattr(self, name), 1, MOST_ACTORS)
         for name in ("start_timeout_seconds", "call_timeout_seconds", "download_timeout_seconds"):
