@@ -357,7 +357,8 @@ def _at_end(batch: Batch, index: int, reward: float, name: str) -> np.ndarray | 
 
 def _count(report: ScoreReport, judged: dict[str, list[Any]], rows: list[Any]) -> None:
     for name, elements in judged.items():
-        known = [float(np.sum(e)) for e in elements if e is not None and not isinstance(e, Failure)]
+        with np.errstate(over="ignore"):  # of rewards that are too large, which are failures
+            known = [float(np.sum(e)) for e in elements if e is not None and not isinstance(e, Failure)]
         report.component_sums[name], report.component_counts[name] = float(sum(known)), len(known)
         failed = sum(isinstance(e, Failure) for e in elements)
         if failed:
