@@ -167,6 +167,16 @@ def test_no_preference_stage_runs_any_of_them(stage, capsys):
     assert nothing_ran()
 
 
+def test_what_no_configuration_can_mean_is_left_to_the_checks_that_name_it():
+    odd = {
+        "reward": {"functions": [None, 5, {"function": 5}, {}]},
+        "judge": 5,
+        "data": {"eval": [[], 1]},
+        "before": None,
+    }
+    assert list(uses(odd, before=True)) == []
+
+
 def test_a_reduction_of_sft_is_a_part_as_any_other():
     resolved = composed("sft")
     assert list(uses(resolved)) == []

@@ -111,10 +111,9 @@ def _call(key: str, name: str, value: str | None = None) -> Iterator[Use]:
 def _rewards(value: Any) -> Iterator[Use]:
     for at, entry in _entries("reward.functions", value):
         if not isinstance(entry, Mapping):
-            yield from _reward(at, str(entry))
+            yield from _reward(at, entry)
             continue
-        if entry.get("function") is not None:
-            yield from _reward(f"{at}.function", str(entry["function"]))
+        yield from _reward(f"{at}.function", entry.get("function"))
         for where, url in _entries(f"{at}.urls", entry.get("urls")):
             yield Use(where, str(url), "sends prompts and responses to")
         if entry.get("auth_env") is not None:
@@ -124,7 +123,9 @@ def _rewards(value: Any) -> Iterator[Use]:
             yield Use(f"{at}.params.trust_remote_code", "true", "runs the code of the model folder:")
 
 
-def _reward(key: str, function: str) -> Iterator[Use]:
+def _reward(key: str, function: Any) -> Iterator[Use]:
+    if not isinstance(function, str):  # none, or nothing that a configuration can mean: the check of rewards says so
+        return
     if function.startswith(_ADDRESS):
         yield Use(key, function, "sends prompts and responses to")
     elif function == "gym":  # reasoning-gym calls `eval` on the answers of some of its tasks
