@@ -1,6 +1,7 @@
 """What every actor process has: a log with a bound, and sockets of Ray that its children do not hold."""
 
 import ast
+import inspect
 import os
 import subprocess
 import sys
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from apportion.platform import logs
-from apportion.platform.process import safe_children
+from apportion.platform.known_secrets import known
+from apportion.platform.process import ActorBase, safe_children
 
 
 @pytest.fixture
@@ -145,3 +147,57 @@ def test_what_a_library_starts_with_python_m_imports_nothing_of_the_working_fold
         assert subprocess.run(command, capture_output=True, text=True, timeout=60).returncode == 0
     assert os.environ.get("PYTHONSAFEPATH") == given
     assert (subprocess.run(command, capture_output=True, timeout=60).returncode == 1) == (not given)
+
+
+class Leaky(ActorBase):
+    def __init__(self, settings, raises=None):
+        print("made with", settings["password"], os.environ["PLAIN_NAME"])
+        if raises is not None:
+            raise raises
+
+    def fail(self, error):
+        raise error
+
+    def value(self, a, b=2):
+        return a + b
+
+
+def test_an_actor_masks_the_secrets_of_its_settings_and_its_environment_in_its_log(tmp_path):
+    log = tmp_path / "logs" / "leaky-0.log"
+    program = (
+        "import logging, sys; from test_platform_process import Leaky\n"
+        "early = logging.StreamHandler(sys.stderr); logging.getLogger('early').addHandler(early)\n"
+        "Leaky({'password': 'open/sesame 9', 'auth_env': 'PLAIN_NAME'})\n"
+        "logging.getLogger('early').error('logged open/sesame 9')\n"
+        "raise ValueError(repr('open/sesame 9') + ' plain words')\n"
+    )
+    environment = {
+        **os.environ,
+        "APPORTION_LOG": str(log),
+        "PLAIN_NAME": "plain words",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    ended = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
+    )
+    text = log.read_text()
+    assert ended.stdout == ended.stderr == "" and ended.returncode == 1
+    assert "made with <redacted> <redacted>\n" in text and "logged <redacted>\n" in text
+    assert "ValueError: '<redacted>' <redacted>" in text and "Traceback" in text
+    assert "sesame" not in text and "plain words" not in text
+
+
+def test_what_an_actor_raises_has_no_secret(monkeypatch):
+    monkeypatch.setenv("PLAIN_NAME", "x")
+    known.learn({"password": "open-sesame-9"})
+    actor = Leaky({"password": "open-sesame-9"})
+    assert actor.value(1) == 3 and str(inspect.signature(Leaky.value)) == "(self, a, b=2)"
+    behind = OSError(2, "no open-sesame-9", "/x/open-sesame-9")
+    error = KeyError("open-sesame-9", 5)
+    error.__cause__ = behind
+    with pytest.raises(KeyError) as caught:
+        actor.fail(error)
+    assert caught.value is error and caught.value.args == ("<redacted>", 5)
+    assert str(behind) == "[Errno 2] no <redacted>: '/x/<redacted>'"
+    with pytest.raises(ValueError, match=r"^lost <redacted>$"):
+        Leaky({"password": "open-sesame-9"}, ValueError("lost open-sesame-9"))

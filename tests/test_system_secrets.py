@@ -6,11 +6,17 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 from pathlib import Path
 from urllib.parse import quote, quote_plus
 
 import pytest
 from run_commands import COMMON, starting
+
+from apportion.platform.cluster import ActorRequest, Cluster
+from apportion.platform.errors import ActorError
+from apportion.platform.known_secrets import known
+from apportion.platform.process import ActorBase
 
 pytestmark = pytest.mark.system
 
@@ -159,3 +165,33 @@ def test_what_is_no_secret_is_there(left):
     warnings = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["warnings"]
     assert any("ValueError: {'" in text and "'password': '<redacted>'" in text for text in warnings), warnings
     assert "ValueError: {'" in run.output
+
+
+class Unmade(ActorBase):
+    def __init__(self, settings):
+        raise ValueError(f"cannot log in with {settings['password']} or {os.environ['PLAIN_NAME']}")
+
+
+def test_what_a_constructor_raises_is_in_no_log_of_rays(tmp_path, monkeypatch):
+    short, kept, over = Path(tempfile.mkdtemp(dir="/tmp")), tmp_path / "kept", threading.Event()
+    kept.mkdir()
+    monkeypatch.setenv("RAY_TMPDIR", str(short))
+    monkeypatch.setenv("PLAIN_NAME", "plain words only")
+    known.learn(settings := {"password": "ParamPass7788", "auth_env": "PLAIN_NAME"})
+    keeper = threading.Thread(target=links, args=(short, kept, over))
+    keeper.start()
+    cluster = Cluster(None, "unmade", 1, tmp_path / "logs", None)
+    try:
+        with pytest.raises(ActorError) as caught:
+            cluster.start([ActorRequest("unmade-0", Unmade, (settings,))], 60)
+        time.sleep(2)  # for Ray to write it down
+    finally:
+        cluster.shutdown()
+        over.set()
+        keeper.join()
+        shutil.rmtree(short, ignore_errors=True)
+    assert "ValueError: cannot log in with <redacted> or <redacted>" in str(caught.value)
+    files = [file for file in (*kept.rglob("*"), *(tmp_path / "logs").rglob("*")) if file.is_file()]
+    assert len(files) > 5
+    for file in files:
+        assert b"ParamPass7788" not in file.read_bytes() and b"plain words only" not in file.read_bytes(), file

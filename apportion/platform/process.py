@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import inspect
 import os
 import resource
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from apportion.platform import logs
 from apportion.platform.device_memory import DeviceMemory, device_memory
 from apportion.platform.inherited import keep_sockets_from_children
-from apportion.platform.known_secrets import known
+from apportion.platform.known_secrets import known, redacted_text
 from apportion.platform.messages import say
 from apportion.platform.rendezvous import hold_port
 from apportion.platform.streams import mask_output
@@ -28,7 +32,16 @@ class ProcessInfo:
 
 
 class ActorBase:
-    """Mixed into actor classes; everything here may be called remotely."""
+    """Mixed into actor classes; everything here may be called remotely.
+
+    What a constructor or a call raises goes to Ray, which writes it into logs of its own: it leaves without secrets.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name, method in list(vars(cls).items()):
+            if inspect.isfunction(method) and (name == "__init__" or not name.startswith("_")):
+                setattr(cls, name, _raising_no_secrets(method))
 
     def __new__(cls, *args: object, **kwargs: object) -> ActorBase:
         log_to_file()  # before the constructor, which is where most things go wrong
@@ -68,6 +81,41 @@ class ActorBase:
         import ray
 
         ray.actor.exit_actor()
+
+
+def _raising_no_secrets(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(*args, **kwargs)
+        except Exception as error:
+            mask_error(error)
+            raise
+
+    return call
+
+
+def mask_error(error: BaseException) -> None:
+    """Mask the secrets in an error's texts, and in those of the errors behind it, in place."""
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        one = waiting.pop()
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        waiting += [one.__cause__, one.__context__]
+        one.args = tuple(redacted_text(value) if isinstance(value, str) else value for value in one.args)
+        for name in (
+            "strerror",
+            "filename",
+            "filename2",
+            "reason",
+            "msg",
+        ):  # what the texts of Python's own errors are made of
+            if isinstance(value := getattr(one, name, None), str) and (masked := redacted_text(value)) != value:
+                with contextlib.suppress(AttributeError):  # it cannot be set
+                    setattr(one, name, masked)
 
 
 def find_environment_programs() -> None:
