@@ -83,6 +83,8 @@ def test_every_header_is_a_secret_but_those_that_say_what_is_sent():
         ("pwd=hunter2;host=h", f"pwd={GONE};host=h"),
         ("Server=h;User=u;Password=a1/b2==;Port=1", f"Server=h;User=u;Password={GONE};Port=1"),
         ("Cookie: sid=abc; theme=dark", f"Cookie: {GONE}"),
+        ("Cookie: sid=abc SECRET_KEY='d e'", f"Cookie: {GONE} SECRET_KEY='{GONE}'"),
+        ("Authorization: Bearer abc SECRET_KEY='d e'", f"Authorization: {GONE} SECRET_KEY='{GONE}'"),
         ("Set-Cookie: sid=abc; HttpOnly\nnext", f"Set-Cookie: {GONE}\nnext"),
         ("{'Cookie': 'sid=abc; theme=dark'}", f"{{'Cookie': '{GONE}'}}"),
         ("Authorization: Basic dXNlcjpwdw==", f"Authorization: {GONE}"),
@@ -264,6 +266,10 @@ def test_samples_keep_what_only_looks_like_a_secret_and_lose_what_is_known():
         "columns": {GONE: "x"},
         "reward": 1.0,
     }
+    twice = masked_pieces(list("open-sesame-9 and open-sesame-9"))
+    assert len(twice) == 31 and "".join(twice) == f"{GONE} and {GONE}"
+    known.learn({"pin": 90817263})
+    assert masked_pieces(["open-sesame-9", "90817263", "x"]) == [GONE, GONE, "x"]
     assert masked_pieces(["a", "", "b"]) == ["a", "", "b"]
 
 

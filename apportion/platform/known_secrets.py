@@ -193,16 +193,18 @@ def masked_pieces(pieces: list[str]) -> list[str]:
     whole, apart = "".join(pieces), "\n".join(pieces)  # of one text, or texts of their own
     if known.mask(whole) == whole:
         return pieces if known.mask(apart) == apart else [known.mask(piece) for piece in pieces]
-    left = [*whole]
+    hidden, starts = [False] * len(whole), set()
     for form, pattern in known._current():
-        for found in (pattern or re.compile(re.escape(form))).finditer("".join(c or "\0" for c in left)):
-            left[found.start()] = REDACTED
-            left[found.start() + 1 : found.end()] = [""] * (found.end() - found.start() - 1)
-    ends, at = [], 0
+        for found in (pattern or re.compile(re.escape(form))).finditer(whole):
+            if not hidden[found.start()]:  # not one within a longer one
+                starts.add(found.start())
+            hidden[found.start() : found.end()] = [True] * (found.end() - found.start())
+    left, at = [], 0
     for piece in pieces:
-        ends.append("".join(left[at : at + len(piece)]))
+        shown = (REDACTED if i in starts else "" if hidden[i] else whole[i] for i in range(at, at + len(piece)))
+        left.append(known.mask("".join(shown)))
         at += len(piece)
-    return ends
+    return left
 
 
 def _plain(value: Any, depth: int = 0) -> Any:

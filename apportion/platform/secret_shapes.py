@@ -63,10 +63,12 @@ _PLAIN = re.compile(
     r"(?!(?:got|expected)\b|\$\{[^{}\s]*\})(?P<value>[^\s&'\",;}\]{\[|>][^\s&'\",;}\]]*)"
 )  # of `key: value`
 _AUTHORIZATION = re.compile(
-    r"((?:proxy-)?authorization\s*:\s*+)(?!<redacted>)([^\s'\"{[][^\r\n'\"}\]]*?)(?=\s*(?:, |['\"}\]\r\n]|$))",
+    r"((?:proxy-)?authorization\s*:\s*+)(?!<redacted>)((?:[A-Za-z][\w-]* +(?!<redacted>))?[^\s'\",{}\[\]]+)",
     re.IGNORECASE,
 )
-_COOKIE = re.compile(r"((?<![\w-])(?:set-)?cookie\s*:\s*+)(?!<redacted>)([^\r\n'\"]*[^\s'\"])", re.IGNORECASE)
+_COOKIE = re.compile(
+    r"((?<![\w-])(?:set-)?cookie\s*:\s*+)([^\s;='\"]+=[^\s;'\"]*(?:;\s*[^\s;='\"]+(?:=[^\s;'\"]*)?)*)", re.IGNORECASE
+)
 _SCHEME = re.compile(r"\b(Bearer|Basic|Token)\s+([A-Za-z0-9._~+/=-]{8,})")
 _CURL = re.compile(
     r"((?:\bcurl\b|\bwget\b|\bhttpie?\b)[^\n]{0,300}?\s(?:-u|--user|--proxy-user|-U)[ =]?\\?['\"]?)([^\s:'\"]+:[^\s'\"\\]+)"
