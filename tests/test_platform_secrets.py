@@ -207,11 +207,11 @@ def test_values_come_from_names_settings_and_addresses(monkeypatch):
 def test_names_of_variables_reach_another_process_and_no_value_does(monkeypatch):
     first = KnownSecrets()
     first.learn({"judge": {"api_key_env": "JUDGE_ACCESS"}, "params": {"password": "open-sesame"}})
-    monkeypatch.setenv("APPORTION_SECRETS", first.names())
+    monkeypatch.setenv("APPORTION_MASKED_VARIABLES", first.names())
     monkeypatch.setenv("JUDGE_ACCESS", "ordinary words here")
     other = KnownSecrets()
     assert first.names() == "JUDGE_ACCESS"
-    assert other.mask("said: ordinary words here") == f"said: {GONE}"
+    assert other.mask("JUDGE_ACCESS said: ordinary words here") == f"JUDGE_ACCESS said: {GONE}"
 
 
 def test_an_actor_learns_from_the_dataclasses_it_is_made_with():

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import quote, quote_plus
 
@@ -48,6 +49,7 @@ import base64, json, logging, os, sys, urllib.parse
 from pathlib import Path
 
 SHAPES = (Path(__file__).parent / "shapes.txt").read_text()
+calls = 0
 
 
 def leaky(prompts, completions, password, api_keys, openai_key, headers, key, passphrase, **columns):
@@ -58,7 +60,11 @@ def leaky(prompts, completions, password, api_keys, openai_key, headers, key, pa
     print("printed", said, *values.values())
     print("printed", said, file=sys.stderr)
     logging.getLogger("users").error("logged %s", said)
-    raise ValueError("\\n".join([said, *values.values()]))
+    global calls
+    calls += 1
+    if len(completions) > 1 or calls % 4 == 0:
+        raise ValueError("\\n".join([said, *values.values()]))
+    return [0.0]
 
 
 def length(prompts, completions, **columns):
@@ -86,6 +92,24 @@ def forms(secret: str) -> set[bytes]:
     return {text.encode() for text in texts} | {code for code in coded if len(code) >= 8}
 
 
+class Service(BaseHTTPRequestHandler):
+    """Answers with a reward; every fifth time it fails and shows what it was sent."""
+
+    asked = 0
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        Service.asked += 1
+        failed = Service.asked % 5 == 0
+        body = f"refused: {self.path} {self.headers}" if failed else '{"rewards": [0.5]}'
+        self.send_response(400 if failed else 200)
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+    def log_message(self, *words):
+        pass
+
+
 def links(source: Path, kept: Path, over: threading.Event) -> None:
     """Keep Ray's logs, which it removes in the end: a second name for each file as it appears."""
     while not over.wait(0.2):
@@ -104,7 +128,7 @@ def left(tmp_path_factory):
     folder, kept = tmp_path_factory.mktemp("secrets"), tmp_path_factory.mktemp("kept")
     (folder / "rewards.py").write_text(REWARDS)
     (folder / "shapes.txt").write_text(" ".join(text for text, _ in SHAPES))
-    service = '{urls: ["http://svc:UrlPass2200@127.0.0.1:9/x?key=QueryKey1100"], retries: 0, timeout_seconds: 2, outage_seconds: 0, auth_env: REWARD_HEADER}'
+    service = '{urls: ["http://svc:UrlPass2200@127.0.0.1:PORT/x?key=QueryKey1100"], batch_size: 1, retries: 0, outage_seconds: 0, auth_env: REWARD_HEADER}'
     params = (
         "{"
         + ", ".join(
@@ -117,11 +141,15 @@ def left(tmp_path_factory):
     short, over = Path(tempfile.mkdtemp(dir="/tmp")), threading.Event()
     keeper = threading.Thread(target=links, args=(short, kept, over))
     keeper.start()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Service)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    functions = functions.replace("PORT", str(server.server_port))
     try:
         with starting(folder) as start:
             environment = {name: value for name, (value, _) in ENVIRONMENT.items()}
             run = start(*WORDS, functions, RAY_TMPDIR=str(short), **environment).finished()
     finally:
+        server.shutdown()
         over.set()
         keeper.join()
         shutil.rmtree(short, ignore_errors=True)
@@ -161,7 +189,7 @@ def test_what_is_no_secret_is_there(left):
     """The test above would pass for a run that says nothing."""
     run, folder, _ = left
     log = (folder / "logs" / "reward-0.log").read_text()
-    assert log.count("printed {'") >= 2 and "logged {'" in log and "Basic <redacted>" in log
+    assert "REWARD_HEADER" in log and log.count("printed {'") >= 2 and "logged {'" in log and "Basic <redacted>" in log
     warnings = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["warnings"]
     assert any("ValueError: {'" in text and "'password': '<redacted>'" in text for text in warnings), warnings
     assert "ValueError: {'" in run.output

@@ -33,7 +33,7 @@ from urllib.parse import quote, quote_plus
 
 from apportion.platform.secret_shapes import REDACTED, Redaction, is_reference, is_secret_key, is_weak_key
 
-NAMES = "APPORTION_SECRETS"  # in the environment: names of the variables that settings name, between commas
+NAMES = "APPORTION_MASKED_VARIABLES"  # in the environment: names of the variables that settings name, between commas
 SHORTEST = 6
 _LONG_NUMBER = 8
 _LONG_WORD = 12  # characters of a word that is masked within others, too
