@@ -38,13 +38,8 @@ _HARMLESS_KEY = re.compile(
 _LONGEST_NAME = 120
 _NOT_A_VALUE = ("", "null", "none", "true", "false", "value")  # the last in what we say ourselves: KEY=VALUE
 _WORKING_FOLDERS = ("PWD", "OLDPWD")
-_HEADERS = (
-    "headers",
-    "cookies",
-    "extra_headers",
-    "default_headers",
-    "http_headers",
-)  # every value in them is taken as one
+# Mappings whose every value is one.
+_HEADERS = ("headers", "cookies", "extra_headers", "default_headers", "http_headers")
 _HARMLESS_HEADERS = re.compile(
     r"accept(?:_\w+)?|content_\w+|user_agent|connection|host|cache_control|origin|referer|date|te|via|expect"
 )
@@ -59,9 +54,8 @@ _SECRET_NAME = re.compile(rf"(?P<before>.*?)(?P<word>{_WORDS})", re.IGNORECASE)
 _QUOTED = re.compile(r"""(?P<open>\\?['"])(?P<value>.*?)(?P=open)""")
 _LIST = re.compile(r"\[(?P<value>[^\]\n]+)(?=\])")
 _BARE = re.compile(r"(?!\$\{[^{}\s]*\})(?P<value>[^\s&'\",;}\]]+)")
-_PLAIN = re.compile(
-    r"(?!(?:got|expected)\b|\$\{[^{}\s]*\})(?P<value>[^\s&'\",;}\]{\[|>][^\s&'\",;}\]]*)"
-)  # of `key: value`
+# Of `key: value`, where `got` and `expected` begin what our own errors say of a key.
+_PLAIN = re.compile(r"(?!(?:got|expected)\b|\$\{[^{}\s]*\})(?P<value>[^\s&'\",;}\]{\[|>][^\s&'\",;}\]]*)")
 _AUTHORIZATION = re.compile(
     r"((?:proxy-)?authorization\s*:\s*+)(?!<redacted>)((?:[A-Za-z][\w-]* +(?!<redacted>))?[^\s'\",{}\[\]]+)",
     re.IGNORECASE,
@@ -86,7 +80,8 @@ _SHAPES = re.compile(
     r"|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|gl(?:pat|dt|ptt|rt|cbt|ft|soat|imt|agent)-[\w.-]{16,}"
     r"|nvapi-[\w-]{16,}|gsk_[A-Za-z0-9]{16,}|r8_[A-Za-z0-9]{16,}|xai-[A-Za-z0-9]{16,}|pplx-[A-Za-z0-9]{16,}"
     r"|tgp_v1_[\w-]{16,}|fw_[A-Za-z0-9]{20,}|wandb_v\d_\w{16,}"
-    r"|xox[abeoprs]-[\w-]{10,}|xapp-(?=[a-z_-]*[A-Z0-9])[\w-]{10,}|npm_[A-Za-z0-9]{20,}|pypi-(?=[a-z_-]*[A-Z0-9])[\w-]{16,}|dckr_(?:pat|oat)_[\w-]{16,}"
+    r"|xox[abeoprs]-[\w-]{10,}|xapp-(?=[a-z_-]*[A-Z0-9])[\w-]{10,}|npm_[A-Za-z0-9]{20,}"
+    r"|pypi-(?=[a-z_-]*[A-Z0-9])[\w-]{16,}|dckr_(?:pat|oat)_[\w-]{16,}"
     r"|SG\.[\w-]{16,}\.[\w-]{16,}|shp(?:at|ca|pa|ss)_[A-Fa-f0-9]{16,}|dop_v1_[a-f0-9]{16,}|hvs\.[\w-]{16,}"
     r"|lin_api_[A-Za-z0-9]{16,}|tskey-[\w-]{16,}|AGE-SECRET-KEY-1[A-Z0-9]{16,}|\d{8,10}:AA[\w-]{30,}"
     r"|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*)"
