@@ -105,9 +105,12 @@ def _line_of_template(error: BaseException) -> str:
 
 
 def _limit_memory() -> None:
-    """Python raises MemoryError past MEMORY_GIB more than this process has now."""
-    with open("/proc/self/statm") as file:
-        now = int(file.read().split()[0]) * resource.getpagesize()
+    """Python raises MemoryError past MEMORY_GIB more than this process has now. Linux alone has this."""
+    try:
+        with open("/proc/self/statm") as file:
+            now = int(file.read().split()[0]) * resource.getpagesize()
+    except FileNotFoundError:
+        return
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     wanted = now + MEMORY_GIB * 2**30
     soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
