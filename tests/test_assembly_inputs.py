@@ -8,6 +8,7 @@ import pytest
 
 from apportion.assembly.inputs import FIRST_ROWS, load_prompts
 from apportion.cli import compose_config, to_config
+from apportion.data import templates
 from apportion.data.errors import DataError
 from apportion.data.prompts import load_tokenizer
 
@@ -45,3 +46,16 @@ def test_rows_further_on_are_read_when_they_are_drawn_and_skipping_is_left_to_th
     assert stream.skipped == {}
     stream.next_batch(len(stream))
     assert stream.skipped == {"too_long": 1}
+
+
+def test_a_chat_template_at_fault_is_found_before_anything_starts_also_where_rows_are_skipped(
+    tmp_path, tiny, monkeypatch
+):
+    def late(*arguments):
+        raise templates.Overrun("took more than 10 s")
+
+    monkeypatch.setattr(templates, "apply", late)
+    with pytest.raises(
+        DataError, match=r"questions.jsonl:2: the chat template took more than 10 s, for 2 conversations"
+    ):
+        loaded(tmp_path, tiny, FIRST_ROWS, "skip")

@@ -11,6 +11,7 @@ from apportion.actors.reward_sources import FunctionSource
 from apportion.batch import Prompt
 from apportion.conf.models import read_limits
 from apportion.conf.schema import Config
+from apportion.data.errors import BadRows, DataError, reason_of
 from apportion.data.prompts import PromptEncoder, PromptStream, every_prompt
 from apportion.data.sources import Source, load_sources
 from apportion.data.turns import TurnEncoder
@@ -22,8 +23,7 @@ def load_prompts(config: Config, tokenizer: Any) -> tuple[PromptStream, list[Pro
     data, encoder = config.data, _encoder(config, tokenizer)
     check_tags(_functions(config), tokenizer)
     sources = _sources(config, "train")
-    if data.on_bad_row == "error":
-        _check_first(sources, encoder)
+    _check_first(sources, encoder, data.on_bad_row)
     stream = PromptStream(
         sources, encoder, config.train.prompts_per_step, config.seed, data.shuffle, on_bad_row=data.on_bad_row
     )
@@ -83,9 +83,14 @@ def _say_left_out(left_out: Counter[str]) -> None:
         say(f"data: {left_out.total()} rows left out ({reasons})")
 
 
-def _check_first(sources: list[Source], encoder: PromptEncoder) -> None:
+def _check_first(sources: list[Source], encoder: PromptEncoder, on_bad_row: str) -> None:
     """DataError where one of the first rows gives no prompt: a limit that all of them pass is found before anything
-    starts. Later rows are encoded when they are drawn."""
+    starts. Where bad rows are skipped, this finds a chat template that is at fault. Later rows are encoded when they are
+    drawn."""
+    bad = BadRows(on_bad_row)
     for source in sources:
         for row in source.rows[:FIRST_ROWS]:
-            encoder.prompt(source, row, 0)
+            try:
+                encoder.prompt(source, row, 0)
+            except DataError as error:
+                bad.reject(reason_of(error), str(error))
