@@ -72,3 +72,11 @@ def test_a_configuration_that_was_spoilt_by_hand_is_named_in_one_line(words, tex
     assert error.startswith("error: ") and error.count("\n") == 1
     assert f"runs/first/config.yaml: {line}" in error
     assert build.calls == []
+
+
+def test_a_key_that_the_schema_does_not_have_is_of_the_runs_file(run, build, capsys):
+    (run / "config.yaml").write_text((run / "config.yaml").read_text() + "stepz: 1\n")
+    assert main(["train", "resume=first"]) == 2
+    assert capsys.readouterr().err.startswith(
+        "error: the run's config.yaml: stepz: got an unknown key, expected a key that exists"
+    )

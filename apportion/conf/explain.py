@@ -167,7 +167,11 @@ def explain(error: Exception, kind: type = Config) -> ConfigError:
         group = line.removeprefix("Multiple values for ").split(".")[0].split()[0]
         return ConfigError(f"{group}: got it twice or with '+', expected {group}=NAME once, without '+'")
     explained = _from_omegaconf(cause, line, kind)
-    return ConfigError(f"{in_quotes[1]}.yaml: {explained}") if line.startswith("In '") else explained
+    if not line.startswith("In '"):
+        return explained
+    # What a run kept has another name here than its file (saved.yaml).
+    file = "the run's config.yaml" if in_quotes[1] == "saved_run" else f"{in_quotes[1]}.yaml"
+    return ConfigError(f"{file}: {explained}")
 
 
 def _siblings(cause: BaseException) -> list[str]:
@@ -184,7 +188,7 @@ def _missing_choice(error: Any) -> ConfigError:
     group, _, name = wanted.rpartition("/")
     options = [str(option) for option in error.options or ()]
     if not group:
-        return ConfigError(f"configuration: got {wanted!r}, expected a file of that name in the search path")
+        return ConfigError(f"--config-name: got {wanted!r}, expected the name of a file in --config-dir")
     if not options:
         return ConfigError(f"{group}: got an unknown group with {name!r}, expected one of {', '.join(GROUPS)}")
     return ConfigError(f"{group}: got {quoted(name)}, expected one of {', '.join(options)}{nearest(name, options)}")
