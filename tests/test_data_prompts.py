@@ -120,6 +120,7 @@ def test_a_template_of_ones_own_replaces_the_tokenizers(tokenizer, tmp_path):
         ("config.json", '{"model_type": "llama", "num_attention_heads": 0}'),
         ("config.json", '{"model_type": "llama", "attention_bias": 5}'),
         ("special_tokens_map.json", "[" * 5000),
+        ("tokenizer_config.json", '{"model_max_length": [null], "eos_token": "<|end|>"}'),  # found where a text is read
     ],
 )
 def test_a_damaged_tokenizer_is_refused_in_one_line_with_its_folder(tokenizer, tmp_path, file, text):

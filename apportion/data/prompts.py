@@ -36,6 +36,7 @@ def load_tokenizer(path: str, chat_template: str | None = None, trust_remote_cod
     folder = resolve_model(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer("a")  # some settings are looked at here for the first time
     except Exception as error:
         if not of_model_files(error):
             raise
