@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apportion import __version__
+from apportion.conf.switches import split as switches_of
 from apportion.edges import system_errors, tell, unsaved_sweeps
 from apportion.platform.errors import ApportionError, ConfigError, nearest
 from apportion.platform.known_secrets import learned
@@ -40,9 +41,6 @@ if TYPE_CHECKING:
     from apportion.conf.schema import Config
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
-_SWITCHES = ("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m")
-_SWITCHES_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-name", "-cn", "--info", "-i")
-_OF_PLAN = {"--gpus": "cluster.gpus_per_policy_rank=1 and the like: --gpus is for apportion plan"}
 
 Run = Callable[[Any, dict[str, Any]], int]  # (the typed configuration, the same as a plain dict) -> exit code
 
@@ -152,7 +150,7 @@ def _check_stages(config: Config) -> None:
     if config.resume is not None:
         return
     for stage in stages(config):
-        switches, overrides = _split(stage.words[0], stage.words[1:])
+        switches, overrides = switches_of(stage.words[0], stage.words[1:])
         if switches:  # --config-dir and the like are for the stage's own process
             continue
         try:
@@ -311,33 +309,6 @@ def _register(base: SavedRun | None, stage: str | None) -> str:
     return f"preference/saved_{stage}" if stage else "saved"
 
 
-def _split(command: str, words: list[str]) -> tuple[list[str], list[str]]:
-    """Hydra's switches and the overrides, which Hydra's own parser only takes in one piece."""
-    switches: list[str] = []
-    overrides: list[str] = []
-    rest = iter(words)
-    for word in rest:
-        name, _, value = word.partition("=")
-        if not word.startswith("-"):
-            if name in ("algorithm", "experiment", "lora") and value == "null":
-                raise ConfigError(f"{name}: got null, expected a name, or nothing at all")
-            overrides.append(word)
-        elif word in _SWITCHES or (value and name in _SWITCHES_WITH_VALUE):
-            switches.append(word)
-        elif word in _SWITCHES_WITH_VALUE:
-            given = next(rest, None)
-            if given is None:
-                raise ConfigError(f"{command}: got {word} and nothing after it, expected {word} VALUE")
-            switches += [word, given]
-        else:
-            known = [switch for switch in (*_SWITCHES, *_SWITCHES_WITH_VALUE, "--gpus") if switch.startswith("--")]
-            expected = f"KEY=VALUE, --help, --cfg job, --multirun or --config-dir DIR{nearest(name, known)}"
-            raise ConfigError(f"{command}: got {word!r}, expected {_OF_PLAN.get(name, expected)}")
-    if "--cfg" in switches and switches[switches.index("--cfg") + 1] not in ("job", "hydra", "all"):
-        raise ConfigError(f"--cfg: got {switches[switches.index('--cfg') + 1]!r}, expected job, hydra or all")
-    return switches, overrides
-
-
 @contextlib.contextmanager
 def _explained(stage: str | None = None) -> Iterator[None]:
     """Hydra's and omegaconf's exceptions as one-line ConfigErrors; Hydra's own reporting of them off."""
@@ -370,8 +341,8 @@ def _with_hydra(command: str, words: list[str], run: Run, base: Path | None = No
     from apportion.conf.arguments import rewritten
     from apportion.conf.overrides import whole_mappings
 
-    switches, overrides = _split(command, words)
-    overrides = rewritten(overrides, _schema(stage), sweep=not {"-m", "--multirun"}.isdisjoint(switches))
+    switches, overrides = switches_of(command, words)
+    overrides = rewritten(overrides, _schema(stage), sweep="--multirun" in switches)
     codes: list[int] = []
     saved = open_saved(base) if base else None
 

@@ -106,6 +106,17 @@ LINES = [
     ),
     (["--cfg", "jobb"], "--cfg: got 'jobb', expected job, hydra or all"),
     (["--cfg"], "train: got --cfg and nothing after it, expected --cfg VALUE"),
+    (["--cfg=jobb"], "--cfg: got 'jobb', expected job, hydra or all"),
+    (
+        ["--info", "seed=1"],
+        "--info: got 'seed=1', expected all, config, defaults, defaults-tree, plugins or searchpath",
+    ),
+    (
+        ["--multirun", "--cfg", "job"],
+        "--multirun: got it together with --cfg, expected one of --run, --multirun, --cfg, --info",
+    ),
+    (["--resolve"], "--resolve: got it alone, expected it with --cfg job or --help"),
+    (["--config-name", "mine"], "--config-name: got 'mine', expected the name of a file in --config-dir"),
     (
         ["resume=nowhere"],
         "resume: got 'nowhere', expected a run's folder, its name under runs/, or one of its checkpoints",
