@@ -16,6 +16,7 @@ BASES = (
     ["model.path=builtin:tiny", "data.train=arithmetic", "reward.functions=numeric_match"],
 )
 ALGORITHMS = ("grpo", "ppo", "capo", "reinforce_pp")  # with a critic, with a judge, with neither
+STAGE_COMMANDS = tuple(name.replace("_", "-") for name in STAGES)
 STAGE_BASES = ([], ["model.path=builtin:tiny", "data.train=pairs.jsonl"])
 ODD_VALUES = (
     "", "1", "0", "-1", "1.5", "1e3", "1e400", "-1e400", "nan", "inf", "-inf", ".nan", "true", "false", "null", "none", "None",
@@ -43,19 +44,34 @@ WHOLE_WORDS = (
     "hydra=x", "hydra.mode=x", "hydra.verbose=true", "foo/bar=1", "algorithm/x=1", "train/steps=1", "+train/x=1", "[a]=1", "{a}=1",
     "a b=1", "é=1", "k" * 5000 + "=1", "a." * 500 + "b=1", "train.steps=1,2", "seed=choice(1,2)", "algorithm.credit={name: rloo",
     "before=[x]", "before=['sft run_name=a']", "before=['sft run_name=']", 'before=["dpo \'"]', "before=[{a: b}]", "--x", "-x",
-    "--cfg", "--config-dir", "--version", "resume=x", "resume=", "resume=/", "resume=.", "resume=..", "runs_folder=", "runs_folder=/dev/null",
+    "--cfg", "--cfg=x", "--cfg=job", "--config-dir", "--config-dir=.", "--config-name=x", "--info", "--info=x", "-m", "--package=x",
+    "--version", "resume=x", "resume=", "resume=/", "resume=.", "resume=..", "runs_folder=", "runs_folder=/dev/null",
 )  # fmt: skip
 
 
 def command_line(seed: int) -> list[str]:
-    """The words of case `seed`, always the same."""
+    """The words of case `seed`, always the same. A run `given` and a run `stage` of `sft` are in the runs folder."""
     draw = random.Random(seed)
-    stage = draw.choice([None] * 8 + list(STAGES))
-    if stage is None:
-        command, bases, keys = "plan", BASES, config_keys()
+    command = draw.choice(
+        ("plan",) * 10 + ("train",) * 4 + ("evaluate", "show", "doctor", "other") + STAGE_COMMANDS * 2
+    )
+    keys = config_keys()
+    if command in STAGE_COMMANDS:
+        keys = config_keys(STAGES[command.replace("-", "_")])
+        words = [command, *draw.choice((*STAGE_BASES, ["resume=stage"]))]
+    elif command in ("plan", "train"):
+        words = [command, *draw.choice((*BASES, ["resume=given"]))]
+    elif command == "evaluate":
+        words = [command, draw.choice(("given", "given", "given", "stage", "nowhere", *ODD_VALUES))]
+    elif command == "show":
+        return [
+            command,
+            *draw.choices(("given", "runs_folder=runs", *WHOLE_WORDS, *ODD_VALUES), k=draw.randrange(1, 3)),
+        ]
+    elif command == "doctor":  # alone it looks at the machine
+        return [command, _word(draw, list(keys))]
     else:
-        command, bases, keys = stage.replace("_", "-"), STAGE_BASES, config_keys(STAGES[stage])
-    words = [command, *draw.choice(bases)]
+        return [draw.choice((*WHOLE_WORDS, *ODD_VALUES, "trian", "plan=1")), "seed=1"]
     for _ in range(draw.choice((1, 1, 1, 2, 3))):
         words.insert(draw.randint(1, len(words)), _word(draw, list(keys)))
     return words
@@ -75,7 +91,7 @@ def number_line(seed: int) -> list[str]:
 
 
 def _word(draw: random.Random, keys: list[str]) -> str:
-    if draw.random() < 0.15:
+    if draw.random() < 0.2:
         return draw.choice(WHOLE_WORDS)
     key = draw.choice(keys)
     kind = draw.random()

@@ -13,7 +13,8 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-FORMATS = ("jsonl", "json", "csv", "jsonl.gz", "json.gz", "csv.gz", "parquet", "saved")
+FORMATS = ("jsonl", "json", "csv", "jsonl.gz", "json.gz", "csv.gz", "parquet", "saved") * 3 + ("splits", "unknown")
+UNKNOWN = ("rows.tsv", "rows.txt", "rows.arrow", "rows.jsonl.zst", "rows.json.bz2", "rows", "rows.gz", "rows.JSONL.xz")
 ODD = ("", "  ", "é😀", "\ud83d", "null", "a\nb", 'say "1"', "x,y", "\0", 5, -1.5, 10**25, None, True, [], {}, [1], {"a": [2]})  # fmt: skip
 PIECES = (b'"', b"{", b"}", b"[", b"]", b",", b":", b"\n", b"\r\n", b"\xff", b"\x00", b"\\", b'"prompt":1,', b"null", b"\xef\xbb\xbf", b"9" * 5000)  # fmt: skip
 
@@ -63,8 +64,12 @@ def make(rng: random.Random, folder: Path) -> Path:
     form = rng.choice(FORMATS)
     flat = form.startswith("csv")
     rows: list[Any] = [a_row(rng, flat) for _ in range(rng.randrange(1, 40))]
-    if form in ("parquet", "saved"):
+    if form in ("parquet", "saved", "splits"):
         return _make_arrow(rng, folder, form, rows)
+    if form == "unknown":
+        path = folder / rng.choice(UNKNOWN)
+        path.write_bytes(spoil_bytes(rng, _written("jsonl", rows)))
+        return path
     if rng.random() < 0.5:
         at = rng.randrange(len(rows))
         rows[at] = spoil_row(rng, rows[at])
@@ -114,15 +119,25 @@ def _make_arrow(rng: random.Random, folder: Path, form: str, rows: list[Any]) ->
         if kind == 3:
             path.write_bytes(spoil_bytes(rng, path.read_bytes()))
         return path
-    return _make_saved(rng, folder / "saved", table, broken=kind == 3)
+    if form == "saved":
+        return _make_saved(rng, folder / "saved", table, broken=kind == 3)
+    path = folder / "saved"
+    _make_saved(rng, path / "train", table, broken=kind == 3)
+    splits = rng.choice(ODD) if rng.random() < 0.1 else {"splits": rng.choice(ODD) if rng.random() < 0.1 else ["train"]}
+    (path / "dataset_dict.json").write_text(json.dumps(splits))
+    return path
 
 
 def _make_saved(rng: random.Random, path: Path, table: pyarrow.Table, broken: bool) -> Path:
-    path.mkdir()
-    with pyarrow.OSFile(str(path / "data.arrow"), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
+    """One split in one file or two."""
+    path.mkdir(parents=True)
+    at = rng.choice((len(table), rng.randrange(len(table) + 1)))
+    files = {"data.arrow": table.slice(0, at)} | ({"more.arrow": table.slice(at)} if at < len(table) else {})
+    for name, part in files.items():
+        with pyarrow.OSFile(str(path / name), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(part)
     state: Any = {
-        "_data_files": [{"filename": "data.arrow"}], "_fingerprint": "a", "_format_columns": None,
+        "_data_files": [{"filename": name} for name in files], "_fingerprint": "a", "_format_columns": None,
         "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False, "_split": None,
     }  # fmt: skip
     info: Any = {"citation": "", "description": ""}
@@ -130,7 +145,8 @@ def _make_saved(rng: random.Random, path: Path, table: pyarrow.Table, broken: bo
         state = rng.choice([state, rng.choice(ODD), {**state, rng.choice(list(state)): rng.choice(ODD)}])
         info = rng.choice([info, rng.choice(ODD), {**info, "features": rng.choice(ODD)}])
     elif broken:
-        (path / "data.arrow").write_bytes(spoil_bytes(rng, (path / "data.arrow").read_bytes()))
+        file = path / rng.choice(sorted(files))
+        file.write_bytes(spoil_bytes(rng, file.read_bytes()))
     (path / "state.json").write_text(json.dumps(state))
     (path / "dataset_info.json").write_text(json.dumps(info))
     return path
@@ -145,6 +161,8 @@ class Unreadable(Exception):
 
 def plain_rows(path: Path) -> dict[int, Any]:
     """Rows by number that can be read, whatever is in them. Unreadable for a file that is damaged as a whole."""
+    if path.name in UNKNOWN:
+        raise Unreadable
     if path.name == "rows.parquet" or path.is_dir():
         return _arrow_rows(path)
     data = path.read_bytes()
@@ -202,10 +220,19 @@ def _csv_rows(data: bytes) -> dict[int, Any]:
 
 
 def _arrow_rows(path: Path) -> dict[int, Any]:
+    if (path / "dataset_dict.json").is_file():
+        splits = json.loads((path / "dataset_dict.json").read_text())
+        if not isinstance(splits, dict) or splits.get("splits") != ["train"]:
+            raise Unreadable
+        path = path / "train"
     try:
         if path.is_dir():
-            with pyarrow.OSFile(str(path / "data.arrow"), "rb") as source:
-                table = pyarrow.ipc.open_stream(source).read_all()
+            tables = []
+            for name in ("data.arrow", "more.arrow"):
+                if (path / name).is_file():
+                    with pyarrow.OSFile(str(path / name), "rb") as source:
+                        tables.append(pyarrow.ipc.open_stream(source).read_all())
+            table = pyarrow.concat_tables(tables)
             table.validate()
         else:
             table = pyarrow.parquet.ParquetFile(path).read()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import re
 import sys
@@ -13,7 +14,10 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from apportion.cli import _main
+from apportion import before
+from apportion.cli import COMMANDS, _main
+from apportion.conf.explain import config_keys
+from apportion.conf.preference_schema import STAGES
 
 LONGEST_LINE = 2000  # characters; a value of 5,000 letters is not quoted whole
 SECONDS = 30.0
@@ -29,14 +33,21 @@ class Outcome:
 
 
 @contextlib.contextmanager
-def instead_of_runs(train: Callable[..., int], evaluate: Callable[..., int]) -> Iterator[None]:
+def instead_of_runs(
+    train: Callable[..., int], evaluate: Callable[..., int], stage: Callable[..., int]
+) -> Iterator[None]:
     """Within it a command that would start a run calls these instead: nothing starts, nothing heavy is imported."""
-    modules = {name: sys.modules.get(name) for name in ("apportion.build", "apportion.preference_build")}
-    stand_in: Any = SimpleNamespace(train=train, evaluate=evaluate)
-    sys.modules.update(dict.fromkeys(modules, stand_in))
+    stand_ins: dict[str, Any] = {
+        "apportion.build": SimpleNamespace(train=train, evaluate=evaluate),
+        "apportion.preference_build": SimpleNamespace(train=stage),
+    }
+    modules, run = {name: sys.modules.get(name) for name in stand_ins}, before._run
+    sys.modules.update(stand_ins)
+    before._run = lambda *_: None
     try:
         yield
     finally:
+        before._run = run
         for name, module in modules.items():
             if module is None:
                 sys.modules.pop(name, None)
@@ -55,10 +66,10 @@ def outcome(words: list[str]) -> Outcome:
     return Outcome(code, out.getvalue(), err.getvalue(), time.monotonic() - start, trace)
 
 
-def fault(found: Outcome, names: str) -> str | None:
-    """What is wrong with it; `names` is a pattern that the error line has to begin with."""
+def fault(found: Outcome, words: list[str]) -> str | None:
+    """What is wrong with how the command of these words ended."""
     if found.trace:
-        return "traceback: " + " | ".join(found.trace.strip().splitlines()[-3:])
+        return "traceback: " + found.trace.strip()
     if found.seconds > SECONDS:
         return f"took {found.seconds:.0f} s"
     if re.search(r"[^\n\t\x20-\x7e\x80-\U0010ffff]|[\x80-\x9f\u202a-\u202e]", found.out + found.err):
@@ -66,10 +77,41 @@ def fault(found: Outcome, names: str) -> str | None:
     if found.code == 0:
         return None
     lines = [line for line in found.err.splitlines() if not line.startswith("warning: ")]
-    if len(lines) != 1:
-        return f"{len(lines)} lines"
-    if len(lines[0]) > LONGEST_LINE:
-        return f"a line of {len(lines[0])} characters"
-    if not re.match(rf"error: (?:{names})", lines[0]):
-        return "no key or file"
+    if len(lines) != 1 and not (lines and "-m" in words):  # each run of a sweep has one
+        return f"{len(lines)} lines: {lines}"
+    for line in lines:
+        if len(line) > LONGEST_LINE:
+            return f"a line of {len(line)} characters"
+        if not line.startswith("error: ") or not _names(line.removeprefix("error: ").partition(": ")[0], words):
+            return f"no key or file: {line}"
     return None
+
+
+OTHERS = (
+    "override",
+    "run folder",
+    "checkpoint",
+    "command",
+    "state.json",
+    "manifest.json",
+    "the run's config.yaml",
+)  # what a line may begin with
+
+
+def _names(subject: str, words: list[str]) -> bool:
+    """Whether it is a key, a file, or a piece of the command line."""
+    subject = re.split(r"\.{3}\([\d,]+ characters\)", subject)[0]
+    first = re.split(r"[\s\[]|\.\d", subject)[0].rstrip(",")
+    known = subject in OTHERS or subject in COMMANDS or first in _keys()
+    return known or subject.startswith("--") or "/" in subject or any(subject and subject in word for word in words)
+
+
+@functools.cache
+def _keys() -> frozenset[str]:
+    """Every key, every section, and the groups of files."""
+    keys = {"algorithm", "experiment", "lora", "hydra"}
+    for config in (config_keys(), *map(config_keys, STAGES.values())):
+        for key in config:
+            parts = key.split(".")
+            keys |= {".".join(parts[: end + 1]) for end in range(len(parts))}
+    return frozenset(keys)

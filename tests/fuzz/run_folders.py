@@ -10,6 +10,7 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from apportion.cli import compose_config, to_config
@@ -17,12 +18,21 @@ from apportion.conf.layout import check_layout, layout_of
 from apportion.edges import refusals
 from apportion.loop.resume import check_steps_left, kept, progress_of
 from apportion.loop.state import Progress
-from apportion.platform.checkpoint import CheckpointStore, RunState
+from apportion.platform.checkpoint import Checkpoint, CheckpointStore, RunState
 from apportion.platform.run_lock import held
 from apportion.platform.runs import RunFolder, find_checkpoint, named_run, run_of
 from apportion.platform.tracking import JsonlTracker
+from apportion.preference_trainer import cautions, check_position, total_steps
 
-COMMANDS = (["show", "given"], ["plan", "resume=given"], ["train", "resume=given"], ["evaluate", "given"])
+COMMANDS = (
+    ["show", "given"], ["plan", "resume=given"], ["train", "resume=given"], ["evaluate", "given"],
+    ["evaluate", "runs/given/checkpoints/step-000002"], ["train", "resume=runs/given/checkpoints/step-000004"],
+)  # fmt: skip
+STAGE = "sft run_name=given model.path=builtin:tiny data.train=pairs.jsonl"  # as a recipe's `before` has it
+STAGE_COMMANDS = (
+    ["show", "given"], ["sft", "resume=given"], ["sft", "resume=given", "train.epochs=2"], ["train", "resume=given"],
+    ["train", "experiment=tiny_grpo", f"before=['{STAGE}']"],
+)  # fmt: skip
 ODD: tuple[Any, ...] = (
     None, True, -1, 0, 1.5, 1e308, 10**400, float("nan"), float("inf"), "", "x", "../../x", "\x1b]0;owned\x07", "\u202e", "\ud83d",
     "\0", "y" * 5000, [], {}, [[]], [None], {"a": 1}, {"": {}}, 2**63, 2**70, "${seed}", "1e5", "~nobody_here", "/etc/passwd",
@@ -40,33 +50,58 @@ YAML_TEXTS = (
 def make_run(folder: Path) -> None:
     """A whole run with two checkpoints. The working folder is where `runs` is."""
     resolved = to_config(compose_config(["experiment=tiny_grpo", "train.steps=9"]))[1]
-    folder.mkdir(parents=True)
-    run = RunFolder(folder)
-    run.save_config(resolved)
-    run.write_summary({"steps": 9})
-    for step in (2, 4):
-        with CheckpointStore(run.checkpoints).writing(step) as inner:
-            (inner / "policy").mkdir()
-            (inner / "policy" / "model.bin").write_bytes(b"weights" * 9)
-            data = {"seed": 0, "shuffle": True, "sources": 1, "0.drawn": 8, "0.epoch": 0, "0.place": 8, "0.rows": 100}
-            extra = kept(Progress(step=step, answers_before=[{"prompt": "p"}], stage_seconds={"rollout": 1.0}))
-            RunState(
-                step, step, data, {"sampling": 1}, {"jsonl": {}}, {"coefficient": 0.1}, extra, {"policy": {"ranks": 1}}
-            ).save(inner)
-    lines = [{"step": step, "time": 1.5, "reward/mean": 0.5, "warnings": ["w"]} for step in range(1, 6)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = {"seed": 0, "shuffle": True, "sources": 1, "0.drawn": 8, "0.epoch": 0, "0.place": 8, "0.rows": 100}
+    extras = [
+        kept(Progress(step=step, answers_before=[{"prompt": "p"}], stage_seconds={"rollout": 1.0})) for step in STEPS
+    ]
+    _write_run(folder, resolved, data, extras)
     sample = {
         "step": 1, "prompt": "1+1?", "response": "ab", "reward": 1.0, "finish_reason": "stop", "policy_version": 0,
         "tokens": ["a", "b"], "advantages": [0.5, -1.0], "wrong_steps": [0], "critiques": [{"failure": "", "answer": "no"}],
     }  # fmt: skip
     (folder / "samples.jsonl").write_text("".join(json.dumps(sample | {"step": step}) + "\n" for step in (1, 2, 3)))
+    (folder / "tokens.html").write_text("<p>of an earlier show</p>")
+
+
+def make_stage_run(folder: Path) -> None:
+    """A whole run of a preference stage that a recipe has started before itself."""
+    words = STAGE.split()[1:]
+    resolved = to_config(compose_config(words, stage="sft"))[1]
+    extras = [{"examples": 8, "before": {"eval/loss": 2.0}, "metrics": {"train/loss": 1.0}} for _ in STEPS]
+    _write_run(folder, resolved, POSITION | {"digest": 5}, extras)
+    (folder / "before.json").write_text(json.dumps({"words": STAGE.split()}))
+
+
+STEPS = (2, 4)  # of the checkpoints
+POSITION = {"examples": 40, "batch_size": 8, "seed": 0, "shuffle": True}
+
+
+def _write_run(folder: Path, resolved: Any, data: dict[str, Any], extras: list[dict[str, Any]]) -> None:
+    folder.mkdir(parents=True)
+    run = RunFolder(folder)
+    run.save_config(resolved)
+    run.write_summary({"steps": 9})
+    for step, extra in zip(STEPS, extras, strict=True):
+        with CheckpointStore(run.checkpoints).writing(step) as inner:
+            (inner / "policy").mkdir()
+            (inner / "policy" / "model.bin").write_bytes(b"weights" * 9)
+            RunState(
+                step, step, data, {"sampling": 1}, {"jsonl": {}}, {"coefficient": 0.1}, extra, {"policy": {"ranks": 1}}
+            ).save(inner)
+    lines = [{"step": step, "time": 1.5, "reward/mean": 0.5, "warnings": ["w"]} for step in range(1, 6)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "logs").mkdir()
+    (folder / "logs" / "policy-0.log").write_text("started\n")
+    with held(folder):  # leaves its file
+        pass
 
 
 def damaged(whole: Path, folder: Path, seed: int) -> list[str]:
-    """Copy the run and damage it as case `seed` says; the command that takes it up."""
+    """Copy the run `given` or `stage` in `whole` and damage it as case `seed` says; the command that takes it up."""
     draw = random.Random(seed)
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(whole, folder)
+    stage = draw.random() < 0.3
+    shutil.copytree(whole / ("stage" if stage else "given"), folder)
     for _ in range(draw.choice((1, 1, 2))):
         files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.is_symlink())
         favored = [file for file in files if file.suffix in (".yaml", ".json", ".jsonl")]
@@ -74,7 +109,7 @@ def damaged(whole: Path, folder: Path, seed: int) -> list[str]:
         _damage(draw, file)
         if draw.random() < 0.7 and file.name == "state.json":
             _write_digest(file)
-    return draw.choice(COMMANDS)
+    return draw.choice(STAGE_COMMANDS if stage else COMMANDS)
 
 
 def _damage(draw: random.Random, file: Path) -> None:
@@ -173,7 +208,16 @@ def _other_step(draw: random.Random, file: Path) -> None:
 def _link_in_place(draw: random.Random, file: Path) -> None:
     """Where a run would write: what is there is replaced by a link to a file of somebody's."""
     run = _given(file)
-    name = draw.choice(("tokens.html", "metrics.jsonl", "samples.jsonl", ".lock", "checkpoints/latest"))
+    names = (
+        "tokens.html",
+        "metrics.jsonl",
+        "samples.jsonl",
+        ".lock",
+        "checkpoints/latest",
+        "summary.json",
+        "config.yaml",
+    )
+    name = draw.choice(names)
     (run / name).unlink(missing_ok=True)
     if (run / name).parent.is_dir():
         (run / name).symlink_to(run.parent.parent / "precious.txt")
@@ -202,22 +246,49 @@ _DAMAGES: tuple[Callable[[random.Random, Path], None], ...] = (
 
 def take_up(config: Any, resolved: Any) -> int:
     """What `train` does with the folder that it resumes before anything is started, and what it writes at the end."""
+    if config.resume is None:
+        return 0
     with refusals(), held(named_run(config.resume, config.runs_folder)):
         checkpoint = find_checkpoint(config.resume, config.runs_folder)
-        state = checkpoint.state
         check_layout(checkpoint.path, layout_of(config))
-        check_steps_left(state, config.train.steps, run_of(checkpoint).path)
-        progress = progress_of(state)
-        folder = run_of(checkpoint)
-        tracker = JsonlTracker(folder.path, checkpoint.step)
-        tracker.log(progress.step + 1, {"reward/mean": 0.5})
-        tracker.warn("late")
-        tracker.close()
-        folder.save_config(resolved)
-        folder.write_summary({"steps": progress.step})
-        with CheckpointStore(folder.checkpoints).writing(progress.step + 1) as inner:
-            state.save(inner)
+        check_steps_left(checkpoint.state, config.train.steps, run_of(checkpoint).path)
+        _go_on(checkpoint, progress_of(checkpoint.state).step, resolved)
     return 0
+
+
+def take_up_stage(config: Any, resolved: Any) -> int:
+    """The same of a preference stage, whose examples are those of `make_stage_run`."""
+    if config.resume is None:
+        return 0
+    settings: Any = SimpleNamespace(batch_size=8, steps=9, seed=0, shuffle=True)
+    examples: Any = Examples()
+    with refusals(), held(named_run(config.resume, config.runs_folder)):
+        checkpoint = find_checkpoint(config.resume, config.runs_folder)
+        check_layout(checkpoint.path, layout_of(config))
+        check_position(settings, examples, checkpoint.state)
+        check_steps_left(checkpoint.state, total_steps(settings, len(examples)), run_of(checkpoint).path)
+        cautions(checkpoint.state)
+        _go_on(checkpoint, checkpoint.step, resolved)
+    return 0
+
+
+class Examples:
+    digest = 5
+
+    def __len__(self) -> int:
+        return int(POSITION["examples"])
+
+
+def _go_on(checkpoint: Checkpoint, step: int, resolved: Any) -> None:
+    folder = run_of(checkpoint)
+    tracker = JsonlTracker(folder.path, checkpoint.step)
+    tracker.log(step + 1, {"reward/mean": 0.5})
+    tracker.warn("late")
+    tracker.close()
+    folder.save_config(resolved)
+    folder.write_summary({"steps": step})
+    with CheckpointStore(folder.checkpoints).writing(step + 1) as inner:
+        checkpoint.state.save(inner)
 
 
 def evaluate(config: Any, argument: str) -> int:
