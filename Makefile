@@ -3,6 +3,8 @@ VENV := .venv
 REQUIREMENTS ?= cpu# or cuda
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# Where gpu-check writes what it found.
+GPU_CHECK ?= gpu-check.json
 # Two files of tests at a time: much of what a run on real actors needs to start is one thread's work.
 SIDE_BY_SIDE := -n 2 --dist loadfile
 # ninja, with which DeepSpeed compiles, is looked for there.
@@ -10,13 +12,15 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # A run has a dozen processes; without their bytecode each compiles the package, and the tests, anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help quickstart test unit check format bench bench-peer study families gpu-check gpu-check-cpu clean
+.PHONY: help quickstart test unit fuzz check format lock bench bench-peer study families gpu-check gpu-check-cpu clean
 
 help:
 	@echo "make quickstart   train a small model on arithmetic and show what it learned (10 minutes)"
 	@echo "make test         the whole test suite, with real Ray, vLLM and DeepSpeed (20 minutes)"
 	@echo "make unit         the tests that start nothing (a minute)"
 	@echo "make check        ruff, mypy, import-linter"
+	@echo "make fuzz         thousands of broken inputs of every kind (20 minutes); SEED=n: case n of each alone"
+	@echo "make lock         write the hashes of changed pins, requirements/*.lock"
 	@echo "make format       let ruff fix what it can"
 	@echo "make bench        speed against bare vLLM and bare torch, side by side"
 	@echo "make bench-peer   speed against TRL, in an environment of its own"
@@ -27,7 +31,7 @@ help:
 	@echo "REQUIREMENTS=cuda make quickstart   the same with CUDA builds, on a machine with an NVIDIA GPU"
 	@echo "make clean        remove .venv and caches (not runs/)"
 
-$(INSTALLED): requirements/install.sh requirements/$(REQUIREMENTS).txt requirements/dev.txt pyproject.toml
+$(INSTALLED): requirements/install.sh requirements/$(REQUIREMENTS).lock $(wildcard requirements/*.lock) pyproject.toml
 	@requirements/install.sh $(VENV) $(REQUIREMENTS)
 	@touch $@
 
@@ -47,6 +51,9 @@ test: $(INSTALLED)
 unit: $(INSTALLED)
 	$(BIN)/pytest -m "not system and not slow" $(SIDE_BY_SIDE)
 
+fuzz: $(INSTALLED)
+	@cd tests && PYTHONPATH=$(CURDIR) ../$(BIN)/python -m fuzz $(SEED)
+
 check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -56,6 +63,9 @@ check: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+lock: $(INSTALLED)
+	requirements/lock.sh
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/bench.py
@@ -70,7 +80,7 @@ families: $(INSTALLED)
 	$(BIN)/python -m benchmarks.families
 
 gpu-check: $(INSTALLED)
-	$(BIN)/python -m benchmarks.gpu_check --out gpu-check.json
+	$(BIN)/python -m benchmarks.gpu_check --out $(GPU_CHECK)
 
 gpu-check-cpu: $(INSTALLED)
 	$(BIN)/python -m benchmarks.gpu_check --cpu
