@@ -9,6 +9,8 @@
 #SBATCH --time=08:00:00
 #SBATCH --output=apportion-%j.log
 set -euo pipefail
+# What the run writes is for you and your group; 077 keeps it to yourself.
+umask 027
 
 cd "$SLURM_SUBMIT_DIR"
 source .venv/bin/activate
