@@ -19,7 +19,7 @@ from apportion.data.verifiers import VERIFIERS
 from apportion.platform.metric_names import METRICS
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "deploy" / "README.md"]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "deploy" / "README.md", ROOT / "SECURITY.md"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 ALGORITHMS = sorted((ROOT / "apportion" / "conf" / "algorithm").glob("*.yaml"))
@@ -125,6 +125,15 @@ def test_make_targets_in_the_pages_exist():
     assert named <= targets
 
 
+def test_make_has_one_recipe_for_each_target_and_help_names_it():
+    text = (ROOT / "Makefile").read_text()
+    targets = re.findall(r"^([a-z-]+):(?!=)", text, re.MULTILINE)
+    assert len(targets) == len(set(targets))
+    phony = set(re.search(r"^\.PHONY: (.*)$", text, re.MULTILINE)[1].split())
+    assert set(targets) == phony
+    assert phony - {"help"} == set(re.findall(r'@echo "(?:REQUIREMENTS=cuda )?make ([a-z-]+)', text))
+
+
 # --- links ---
 
 
@@ -195,7 +204,7 @@ def texts_in_the_source():
     return "\n".join(texts)
 
 
-FOREIGN = ("operator torchvision",)  # said by others
+FOREIGN = ("operator torchvision", "DO NOT MATCH")  # said by others
 
 
 def test_messages_in_troubleshooting_are_said_somewhere_in_the_source():
