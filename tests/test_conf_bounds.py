@@ -7,7 +7,7 @@ import pytest
 
 from apportion.cli import compose_config, to_config
 from apportion.conf.checks import check_finite
-from apportion.conf.preference_schema import STAGES
+from apportion.conf.preference_schema import STAGES, check
 from apportion.conf.schema import Config
 from apportion.conf.unwanted import unwanted
 from apportion.plan import make_plan
@@ -186,6 +186,15 @@ def test_a_number_of_a_reward_component_has_bounds_too(entry, problem):
 def test_what_is_allowed_and_not_wanted_is_a_note_of_the_plan(words, note):
     plan = make_plan(to_config(compose_config([*TINY, *words]))[0])
     assert note in plan.notes and f"  - {note}" in plan.render()
+
+
+def test_a_stage_whose_warm_up_outlasts_it_is_refused():
+    words = ["model.path=builtin:tiny", "data.train=pairs.jsonl", "data.max_tokens=600", "policy.warmup_steps=5"]
+    check(to_config(compose_config([*words, "train.steps=5"], stage="sft"))[0])
+    with pytest.raises(
+        ConfigError, match=r"^policy.warmup_steps: got 5 for the run's 4 optimizer steps, expected at most 4"
+    ):
+        check(to_config(compose_config([*words, "train.steps=4"], stage="sft"))[0])
 
 
 def test_a_stage_says_so_too_and_a_sound_run_has_no_such_note():
