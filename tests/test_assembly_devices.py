@@ -506,7 +506,7 @@ def test_train_refuses_a_gpu_in_use_before_anything_starts_and_plan_notes_it(mon
     words = ["experiment=tiny_grpo", "cluster.gpus_per_policy_rank=0.5", "cluster.gpus_per_rollout_engine=0.5"]
     assert main(["train", *words, "rollout.gpu_memory_utilization=0.6"]) == 2
     assert capsys.readouterr().err.startswith(
-        "error: GPU 0: got 40.0 GiB in use by other processes and 48.8 GiB planned"
+        "error: GPU 0: got 40.0 GiB in use by other processes and 48.5 GiB planned"
     )
     assert main(["plan", *words, "rollout.gpu_memory_utilization=0.6"]) == 0
     assert "GPU 0: got 40.0 GiB in use" in capsys.readouterr().out

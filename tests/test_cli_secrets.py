@@ -32,7 +32,12 @@ def own_streams(monkeypatch, capsys):
             ["PW", "=K"],
             f"reward.functions: got 'http://{GONE}@h:1/x?key={GONE},', expected one value",
         ),
-        (["reward.functions=[http://u:PW@h:1/x?key=K"], ["PW", "=K"], f"http://{GONE}@h:1/x?key={GONE}"),
+        (
+            ["reward.functions=[http://u:PW@h:1/x?key=K"],
+            ["PW", "=K"],
+            "reward.functions: got an address that does not begin with http:// or https://, expected http://host:port/path",
+        ),
+        (["train.steps=[http://u:PW@h:1/x?key=K"], ["PW", "=K"], f"http://{GONE}@h:1/x?key={GONE}"),
         (["reward.functions=[{function: f, params: {password: SEKRIT 99"], ["SEKRIT"], f"password: {GONE}"),
         (["train.steps=hf_AbCdEfGhIjKlMnOpQr"], ["AbCd"], f"train.steps: got '{GONE}', expected an integer"),
         (["train.steps=5", "trian.api_key=SEKRIT1"], ["SEKRIT1"], "trian.api_key: got an unknown key"),

@@ -331,6 +331,7 @@ def test_loggers_warnings_and_tracebacks_are_masked(monkeypatch, capsys):
 PRINTS = {
     "platform/messages.py": "the exit",
     "data/downloads.py": "a child's answer to its parent, as JSON",
+    "data/template_child.py": "data knows nothing of platform; a traceback of our own code",
     "data/builtin.py": "data knows nothing of platform; a file's name and a process number",
     "actors/reward_guard.py": "a child that imports the standard library alone; names of functions",
     "conf/reference.py": "makes a page of the documentation",
