@@ -46,7 +46,6 @@ class ActorBase:
     def __new__(cls, *args: object, **kwargs: object) -> ActorBase:
         log_to_file()  # before the constructor, which is where most things go wrong
         if "APPORTION_LOG" in os.environ:
-            known.learn([*args, *kwargs.values()])
             mask_output()
         if "APPORTION_LOG" in os.environ:  # in a process of Ray's
             keep_sockets_from_children()
@@ -86,6 +85,8 @@ class ActorBase:
 def _raising_no_secrets(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:
+        if method.__name__ == "__init__":  # Ray makes the object first, without arguments
+            known.learn([*args[1:], *kwargs.values()])
         try:
             return method(*args, **kwargs)
         except Exception as error:
