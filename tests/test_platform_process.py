@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from apportion.platform import logs
-from apportion.platform.known_secrets import known
 from apportion.platform.process import ActorBase, safe_children
 
 

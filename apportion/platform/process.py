@@ -45,9 +45,8 @@ class ActorBase:
 
     def __new__(cls, *args: object, **kwargs: object) -> ActorBase:
         log_to_file()  # before the constructor, which is where most things go wrong
-        if "APPORTION_LOG" in os.environ:
-            mask_output()
         if "APPORTION_LOG" in os.environ:  # in a process of Ray's
+            mask_output()
             keep_sockets_from_children()
         find_environment_programs()
         find_user_modules()
