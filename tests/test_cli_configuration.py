@@ -105,6 +105,19 @@ LINES = [
         "(did you mean '--multirun'?)",
     ),
     (["--cfg", "jobb"], "--cfg: got 'jobb', expected job, hydra or all"),
+    *(
+        (
+            [*WHOLE, word],
+            f"{word.partition('=')[0]}: got range(...), choice(...), interval(...) or glob(...) inside a value, expected it "
+            "as the whole value with -m; put quotes of its own around a text that looks so",
+        )
+        for word in (
+            "rollout.stop=[range(1,3)]",
+            "train={steps: choice(1,2)}",
+            "rollout.stop=[glob(*)]",
+            "algorithm.credit={name: {a: [interval(0,1)]}}",
+        )
+    ),
     (["--cfg"], "train: got --cfg and nothing after it, expected --cfg VALUE"),
     (["--cfg=jobb"], "--cfg: got 'jobb', expected job, hydra or all"),
     (

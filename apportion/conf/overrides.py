@@ -28,6 +28,7 @@ def whole_mappings() -> Iterator[None]:
     def apply(overrides: list[Any], config: DictConfig) -> None:
         for override in overrides:
             _refuse_path(override, config)
+            _refuse_sweep(override.key_or_group, override.value())
             if override.package is not None or not _replaced(override, config):
                 one_by_one([override], config)
         learned(OmegaConf.to_container(config, resolve=False))  # before anything of it is printed, as by --cfg
@@ -62,6 +63,19 @@ def _refuse_path(override: Any, config: DictConfig) -> None:
         if not isinstance(node, DictConfig) or node._is_none() or node._is_missing():
             return
         node = node._get_node(name, validate_access=False)
+
+
+def _refuse_sweep(key: str, value: Any) -> None:
+    """ConfigError for a sweep of Hydra's inside a list or mapping, which omegaconf cannot hold."""
+    from hydra.core.override_parser.types import Glob, Sweep
+
+    if isinstance(value, Sweep | Glob):
+        raise ConfigError(
+            f"{key}: got range(...), choice(...), interval(...) or glob(...) inside a value, expected it as the whole value "
+            "with -m; put quotes of its own around a text that looks so"
+        )
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _refuse_sweep(key, inner)
 
 
 def _replaced(override: Any, config: DictConfig) -> bool:

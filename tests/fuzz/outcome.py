@@ -102,7 +102,7 @@ def _names(subject: str, words: list[str]) -> bool:
     """Whether it is a key, a file, or a piece of the command line."""
     subject = re.split(r"\.{3}\([\d,]+ characters\)", subject)[0]
     first = re.split(r"[\s\[]|\.\d", subject)[0].rstrip(",")
-    known = subject in OTHERS or subject in COMMANDS or first in _keys()
+    known = subject in OTHERS or subject in COMMANDS or first in _keys() or first.rpartition(".")[0] in _keys()
     return known or subject.startswith("--") or "/" in subject or any(subject and subject in word for word in words)
 
 
