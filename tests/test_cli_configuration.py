@@ -118,6 +118,7 @@ LINES = [
             "algorithm.credit={name: {a: [interval(0,1)]}}",
         )
     ),
+    (["--multirun", "++lora=default"], "lora: got it with '++', expected lora=default without '++'"),
     (["--cfg"], "train: got --cfg and nothing after it, expected --cfg VALUE"),
     (["--cfg=jobb"], "--cfg: got 'jobb', expected job, hydra or all"),
     (

@@ -151,6 +151,9 @@ def explain(error: Exception, kind: type = Config) -> ConfigError:
         return ConfigError(
             f"{shortened(key, 120)}: got {quoted(word)}, expected key=value: only a group of files takes @"
         )
+    if line.startswith("force-add of config groups"):
+        word = in_quotes[1].lstrip("+")
+        return ConfigError(f"{word.partition('=')[0]}: got it with '++', expected {shortened(word, 120)} without '++'")
     if line.startswith("Could not delete '"):
         key = in_quotes[1].partition("=")[0]
         return ConfigError(f"{key}: got ~{shortened(in_quotes[1], 120)}, expected a group that was chosen by that name")
