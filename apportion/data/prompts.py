@@ -141,8 +141,7 @@ class PromptEncoder:
     def text(self, prompt: str | list[Message], tools: list[dict[str, Any]] | None) -> str:
         """What the chat template makes of a prompt, checked."""
         rendered = self.renderer.checked(self.with_system(as_messages(prompt)), tools, asks=True)
-        text = rendered.text
-        ends = text.rstrip().endswith(str(self.tokenizer.eos_token))
+        ends = (text := rendered.text).rstrip().endswith(str(self.tokenizer.eos_token))
         # Templates without a beginning for answers may end every turn so; after such a beginning it ends the answer.
         if ends and text != self.renderer.text(rendered.messages, tools, asks=False):
             raise UnusableError(

@@ -20,6 +20,7 @@ TESTS = Path(__file__).parents[1]
 # (kind, its test, how many cases, how many of them one process tries)
 KINDS = (
     ("command lines", "test_fuzz.py::test_a_random_command_line_is_planned_or_refused_in_one_line", 2000, 200),
+    ("odd numbers", "test_fuzz.py::test_an_odd_number_is_planned_or_refused_in_one_line", 500, 125),
     ("run folders", "test_fuzz.py::test_a_damaged_run_folder_is_taken_up_or_refused_in_one_line", 600, 100),
     ("data files", "test_fuzz_data_files.py::test_broken_data_files", 1000, 250),
     ("rows of messages", "test_fuzz_data_files.py::test_odd_messages", 5000, 5000),

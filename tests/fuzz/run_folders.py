@@ -27,10 +27,11 @@ from apportion.preference_trainer import cautions, check_position, total_steps
 COMMANDS = (
     ["show", "given"], ["plan", "resume=given"], ["train", "resume=given"], ["evaluate", "given"],
     ["evaluate", "runs/given/checkpoints/step-000002"], ["train", "resume=runs/given/checkpoints/step-000004"],
+    ["plan", "resume=given", "trust_run=true"], ["train", "resume=given", "trust_run=true"], ["evaluate", "given", "trust_run=true"],
 )  # fmt: skip
 STAGE = "sft run_name=given model.path=builtin:tiny data.train=pairs.jsonl"  # as a recipe's `before` has it
 STAGE_COMMANDS = (
-    ["show", "given"], ["sft", "resume=given"], ["sft", "resume=given", "train.epochs=2"], ["train", "resume=given"],
+    ["show", "given"], ["sft", "resume=given"], ["sft", "resume=given", "train.epochs=2"], ["sft", "resume=given", "trust_run=true"], ["train", "resume=given"],
     ["train", "experiment=tiny_grpo", f"before=['{STAGE}']"],
 )  # fmt: skip
 ODD: tuple[Any, ...] = (
