@@ -52,7 +52,7 @@ _HEAD = re.compile(
 )
 _SECRET_NAME = re.compile(rf"(?P<before>.*?)(?P<word>{_WORDS})", re.IGNORECASE)
 _QUOTED = re.compile(r"""(?P<open>\\?['"])(?P<value>.*?)(?P=open)""")
-_LIST = re.compile(r"\[(?P<value>[^\]\n]+)(?=\])")
+_LIST = re.compile(r"\[(?P<value>[^\]\n]{1,2000})(?=\])")
 _BARE = re.compile(r"(?!\$\{[^{}\s]*\})(?P<value>[^\s&'\",;}\]]+)")
 # Of `key: value`, where `got` and `expected` begin what our own errors say of a key.
 _PLAIN = re.compile(r"(?!(?:got|expected)\b|\$\{[^{}\s]*\})(?P<value>[^\s&'\",;}\]{\[|>][^\s&'\",;}\]]*)")
@@ -69,22 +69,23 @@ _CURL = re.compile(
 )
 _USER_OPTION = re.compile(r"((?<!\S)(?:--user|--proxy-user)[ =]\\?['\"]?)([^\s:'\"]+:[^\s'\"\\]+)")
 _PEM = re.compile(
-    r"-----BEGIN (?P<kind>[A-Z0-9 ]*PRIVATE KEY(?: BLOCK)?)-----(?:.*?-----END (?P=kind)-----|(?:\\+[nr]|[A-Za-z0-9+/=:,\s-])*)",
+    r"-----BEGIN (?P<kind>[A-Z0-9 ]*PRIVATE KEY(?: BLOCK)?)-----"
+    r"(?:(?:(?!-----BEGIN ).)*?-----END (?P=kind)-----|(?:\\+[nr]|[A-Za-z0-9+/=:,\s-])*)",
     re.DOTALL,
 )
 _SHAPES = re.compile(
     r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{16,}|api_org_[A-Za-z0-9]{16,}"  # Hugging Face
-    r"|sk-(?=[a-z_-]*[A-Z0-9])[A-Za-z0-9_-]{16,}|(?:sk|rk)_(?:live|test)_[A-Za-z0-9]{10,}|whsec_[A-Za-z0-9+/=]{16,}"
+    r"|sk-(?=[a-z_-]{0,99}[A-Z0-9])[A-Za-z0-9_-]{16,}|(?:sk|rk)_(?:live|test)_[A-Za-z0-9]{10,}|whsec_[A-Za-z0-9+/=]{16,}"
     r"|AIza[\w-]{20,}|ya29\.[\w.-]{16,}|GOCSPX-[\w-]{16,}"  # Google
     r"|(?:AKIA|ASIA|AROA|AIDA|AGPA|ABIA|ACCA)[A-Z0-9]{16}(?![A-Za-z0-9])"  # AWS
     r"|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|gl(?:pat|dt|ptt|rt|cbt|ft|soat|imt|agent)-[\w.-]{16,}"
     r"|nvapi-[\w-]{16,}|gsk_[A-Za-z0-9]{16,}|r8_[A-Za-z0-9]{16,}|xai-[A-Za-z0-9]{16,}|pplx-[A-Za-z0-9]{16,}"
     r"|tgp_v1_[\w-]{16,}|fw_[A-Za-z0-9]{20,}|wandb_v\d_\w{16,}"
-    r"|xox[abeoprs]-[\w-]{10,}|xapp-(?=[a-z_-]*[A-Z0-9])[\w-]{10,}|npm_[A-Za-z0-9]{20,}"
-    r"|pypi-(?=[a-z_-]*[A-Z0-9])[\w-]{16,}|dckr_(?:pat|oat)_[\w-]{16,}"
+    r"|xox[abeoprs]-[\w-]{10,}|xapp-(?=[a-z_-]{0,99}[A-Z0-9])[\w-]{10,}|npm_[A-Za-z0-9]{20,}"
+    r"|pypi-(?=[a-z_-]{0,99}[A-Z0-9])[\w-]{16,}|dckr_(?:pat|oat)_[\w-]{16,}"
     r"|SG\.[\w-]{16,}\.[\w-]{16,}|shp(?:at|ca|pa|ss)_[A-Fa-f0-9]{16,}|dop_v1_[a-f0-9]{16,}|hvs\.[\w-]{16,}"
     r"|lin_api_[A-Za-z0-9]{16,}|tskey-[\w-]{16,}|AGE-SECRET-KEY-1[A-Z0-9]{16,}|\d{8,10}:AA[\w-]{30,}"
-    r"|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*)"
+    r"|eyJ[\w-]{8,2000}\.[\w-]{8,}\.[\w-]*)"
 )
 _WEBHOOK = re.compile(r"(hooks\.slack\.com/(?:services|workflows)/|discord(?:app)?\.com/api/webhooks/)([\w/-]+)")
 _URL_USER = re.compile(r"(://)([^/\s]+)@")  # up to the last @: a password may hold one
