@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -200,3 +201,27 @@ def test_what_an_actor_raises_has_no_secret(monkeypatch):
     assert str(behind) == "[Errno 2] no <redacted>: '/x/<redacted>'"
     with pytest.raises(ValueError, match=r"^lost <redacted>$"):
         Leaky({"password": "open-sesame-9"}, ValueError("lost open-sesame-9"))
+
+
+class OfItsOwn(Exception):
+    def __init__(self, answer):
+        super().__init__("asked")
+        self.answer = answer
+
+    args = property(lambda self: ("fixed",))
+
+    def __str__(self):
+        return f"answered {self.answer}"
+
+
+def test_an_error_of_any_form_has_no_secret_and_none_replaces_it(monkeypatch):
+    secret = "-".join(("open", "sesame", "9"))  # no traceback's line holds it
+    monkeypatch.setenv("PLAIN_NAME", "x")
+    group = ExceptionGroup("several", [ValueError({"said": [secret, 3]}), OfItsOwn({"key": secret})])
+    group.add_note(f"asked with {secret}")
+    with pytest.raises(ExceptionGroup) as caught:
+        Leaky({"password": secret}).fail(group)
+    text = "".join(traceback.format_exception(caught.value))
+    assert caught.value is group and secret not in text
+    assert "ValueError: {'said': ['<redacted>', 3]}" in text and "answered {'key': '<redacted>'}" in text
+    assert "asked with <redacted>" in text

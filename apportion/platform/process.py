@@ -105,17 +105,24 @@ def mask_error(error: BaseException) -> None:
             continue
         seen.add(id(one))
         waiting += [one.__cause__, one.__context__]
-        one.args = tuple(redacted_text(value) if isinstance(value, str) else value for value in one.args)
-        for name in (
-            "strerror",
-            "filename",
-            "filename2",
-            "reason",
-            "msg",
-        ):  # what the texts of Python's own errors are made of
-            if isinstance(value := getattr(one, name, None), str) and (masked := redacted_text(value)) != value:
+        if isinstance(one, BaseExceptionGroup):
+            waiting += one.exceptions
+        for name in ("args", "strerror", "filename", "filename2", "reason", "msg"):  # of Python's own errors
+            if (value := getattr(one, name, None)) is not None:
                 with contextlib.suppress(AttributeError):  # it cannot be set
-                    setattr(one, name, masked)
+                    setattr(one, name, _masked(value))
+        own = vars(one)  # what a class of its own keeps, and notes
+        own.update({name: _masked(value) for name, value in own.items()})
+
+
+def _masked(value: Any, depth: int = 4) -> Any:
+    if isinstance(value, str):
+        return redacted_text(value)
+    if depth and type(value) is dict:
+        return {_masked(key, depth - 1): _masked(inner, depth - 1) for key, inner in value.items()}
+    if depth and type(value) in (list, tuple):
+        return type(value)(_masked(element, depth - 1) for element in value)
+    return value
 
 
 def find_environment_programs() -> None:
