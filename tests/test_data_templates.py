@@ -194,6 +194,14 @@ def test_the_process_that_renders_imports_nothing_of_the_working_folder(tmp_path
     assert tokenizer.decode(encoder(tokenizer, USUAL).token_ids("hi")) == "user: hi\n"
 
 
+def test_a_process_that_is_forked_while_another_thread_renders_can_render():
+    with templates._lock:
+        child = os.fork()
+        if not child:
+            os._exit(0 if templates._lock.acquire(timeout=5) and templates._child is None else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 def test_a_role_that_only_the_users_template_knows(tokenizer, tmp_path):
     folder, file = tmp_path / "model", tmp_path / "mine.jinja"
     tokenizer.save_pretrained(folder)

@@ -6,7 +6,10 @@ import html
 import io
 import json
 import logging
+import os
+import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +50,7 @@ def test_these_keys_hold_secrets(key):
         "max_prompt_tokens", "eos_token", "stop_tokens", "max_tokens", "new_tokens", "tokens_per_second", "monkey", "keyword",
         "sort_key", "answer_key", "api_key_env", "auth_env", "spin", "turkey", "author", "compass", "passage", "secretary",
         "PWD", "OLDPWD", "tokenizer", "max_new_tokens", "special_tokens", "key_column", "pinned", "prompt_key", "per_token_kl",
+        "solution_key", "chosen_key", "rejected_key", "ground_truth_key", "input_key", "image_keys", "task_key", "eot_token",
     ],
 )  # fmt: skip
 def test_these_keys_hold_none(key):
@@ -284,6 +288,14 @@ def test_a_shortened_text_holds_no_half_of_a_secret():
             assert "0123456789" not in shown and "ABCDEFGHIJ" not in shown
 
 
+def test_the_beginning_of_an_accounts_json_is_no_secret(monkeypatch):
+    account = {"type": "service_account", "private_key": "s3/Kr-et-of-an-account-0123456789"}
+    monkeypatch.setenv("ACCOUNT_CREDENTIALS", json.dumps(account, indent=2))
+    ordinary = '{\n  "type": "search_web", "private_parts": 0, "of": "service_account"}'
+    assert KnownSecrets().mask(ordinary) == ordinary
+    assert KnownSecrets().mask("it is s3/Kr-et-of-an-...") == f"it is {GONE}..."
+
+
 def test_say_masks(capsys):
     known.learn({"password": "open-sesame-9"})
     say("it is open-sesame-9 at http://u:PW@h:1/x?key=K", sys.stderr)
@@ -301,6 +313,28 @@ def test_the_stream_masks_a_line_that_comes_in_pieces():
     stream.write("rest")
     stream.flush()
     assert behind.getvalue().endswith("\nrest")
+
+
+def test_a_process_that_is_forked_while_another_thread_prints_can_print():
+    stream = MaskedStream(io.StringIO())
+    held, done = threading.Event(), threading.Event()
+
+    def print_on() -> None:
+        with stream._lock:
+            held.set()
+            done.wait(60)
+
+    thread = threading.Thread(target=print_on)
+    thread.start()
+    held.wait(60)
+    child = os.fork()
+    if not child:
+        signal.alarm(10)
+        stream.write("a line\n")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    done.set()
+    thread.join()
 
 
 def test_loggers_warnings_and_tracebacks_are_masked(monkeypatch, capsys):

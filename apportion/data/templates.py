@@ -81,7 +81,6 @@ def _arguments(tokenizer: Any, messages: Any, tools: Any, asks: bool, kwargs: di
 
 class _Child:
     def __init__(self) -> None:
-        self.owner = os.getpid()
         self._connection, there = multiprocessing.Pipe()
         command = [sys.executable, "-P", "-m", "apportion.data.template_child", str(there.fileno())]
         environment = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
@@ -151,12 +150,21 @@ _child: _Child | None = None
 
 def _child_of_this_process() -> _Child:
     global _child
-    if _child is None or _child.owner != os.getpid() or not _child.alive:
+    if _child is None or not _child.alive:
         _child = _Child()
     return _child
 
 
+def _forget() -> None:
+    """In a forked child: the process answers the parent, and the thread that held the lock is not there."""
+    global _child, _lock
+    _child, _lock = None, threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
 @atexit.register
 def _end() -> None:
-    if _child is not None and _child.owner == os.getpid() and _child.alive:
+    if _child is not None and _child.alive:
         _child.end()

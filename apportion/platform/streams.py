@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import sys
 import threading
 from typing import Any, TextIO
@@ -23,6 +24,11 @@ class MaskedStream(io.TextIOBase):
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
         self._held = ""
+        self._lock = threading.RLock()
+        os.register_at_fork(after_in_child=self._unlock)
+
+    def _unlock(self) -> None:
+        """In a forked child the thread that held the lock is not there to release it."""
         self._lock = threading.RLock()
 
     def write(self, text: str) -> int:
