@@ -135,7 +135,8 @@ class KnownSecrets:
             for name, value in variables:
                 values |= _of_variable(name, value, name in names)
             self._forms, self._state = _forms(values), state
-            self._long = [value for value in values if len(value) >= 2 * _END]
+            # Much of the world's JSON begins and ends like an account's; the keys in it are values of their own.
+            self._long = [value for value in values if len(value) >= 2 * _END and value[0] not in '{["']
         return self._forms
 
 

@@ -30,10 +30,12 @@ _HARMLESS_KEY = re.compile(
     r"(?:^|_)(?:bos|eos|pad|unk|sep|cls|mask|stop|start|end|begin|image|audio|video|special|prefix|suffix|step|answer|label|"
     r"choice|option|target|prompt|response|completion|context|input|output|new|system|user|assistant|tool|think|thinking|"
     r"reasoning|reward|yes|no|positive|negative|good|bad|banned|suppress|forced|allowed|added|extra|text|vocab|separator|"
-    r"delimiter|batch|chunk)_?tokens?$"
+    r"delimiter|batch|chunk|eot|eom|boi|eoi|thought|forbidden|ignored?)_?tokens?$"
     r"|(?:^|_)(?:max|min|num|n|total|mean|count|per)_(?:\w+_)?tokens?$"
     r"|(?:^|_)(?:answer|prompt|question|response|completion|label|target|sort|group|order|primary|foreign|unique|partition|"
-    r"cache|column|row|field|record|dict|json|data|text|index|lookup|search|reward|score|config|public|map|hot|arrow)_?keys?$"
+    r"cache|column|row|field|record|dict|json|data|text|index|lookup|search|reward|score|config|public|map|hot|arrow|chosen|"
+    r"rejected|solution|input|output|messages?|conversations?|image|audio|video|id|gt|truth|fn|source|task|name|metric|"
+    r"instruction|query|split|category|reference|document|title|tools?|role|content|problem|difficulty|level|topic)_?keys?$"
 )
 _LONGEST_NAME = 120
 _NOT_A_VALUE = ("", "null", "none", "true", "false", "value")  # the last in what we say ourselves: KEY=VALUE
