@@ -60,14 +60,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _main(arguments: list[str] | None) -> int:
     words = mask_secrets(sys.argv[1:] if arguments is None else arguments)
-    if not words or words[0] in ("-h", "--help", "help"):
-        say(_usage())
-        return 0
-    if words[0] in ("-V", "--version"):
-        say(f"apportion {__version__}")
-        return 0
-    working_folder_last()
     try:
+        if not words or words[0] in ("-h", "--help", "help"):
+            say(_usage())
+            return 0
+        if words[0] in ("-V", "--version"):
+            say(f"apportion {__version__}")
+            return 0
+        working_folder_last()
         command = COMMANDS.get(words[0])
         if command is None:
             known = ", ".join(COMMANDS) + nearest(words[0], COMMANDS)

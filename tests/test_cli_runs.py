@@ -291,6 +291,22 @@ def test_python_m_and_a_closed_pipe_are_quiet():
     assert (done.stdout, done.stderr) == ("seed: 0\n", "")
 
 
+@pytest.mark.parametrize("word", ["--help", "--version"])
+def test_help_whose_reader_has_gone_is_quiet(word):
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write) as gone:
+        done = subprocess.run(
+            [sys.executable, "-m", "apportion", word],
+            stdout=gone,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert (done.stderr, done.returncode) == ("", 1)
+
+
 def test_an_override_of_hydra_itself_does_not_move_the_run(build, tmp_path):
     before = dict(os.environ)
     assert main(["train", "experiment=quickstart", "hydra.verbose=false"]) == 0
