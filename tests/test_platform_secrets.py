@@ -234,6 +234,8 @@ def test_an_actor_learns_from_the_dataclasses_it_is_made_with():
     ("settings", "text"),
     [
         ({"password": "abc12"}, "abc12 is short"),
+        ({"judge_api_key": "ollama"}, "http://ollama:11434/v1"),
+        ({"wandb_api_key": "offline"}, "offline"),
         ({"password": "true"}, "true"),
         ({"pin": 4711}, "4711 of 47110"),
         ({"password": "swordfish"}, "two swordfishes"),

@@ -38,28 +38,13 @@ SHORTEST = 6
 _LONG_NUMBER = 8
 _LONG_WORD = 12  # characters of a word that is masked within others, too
 _ENCODED = 8  # characters of a value from which its base64 and hex are looked for
-_EVERYDAY = frozenset(
-    [
-        "true",
-        "false",
-        "none",
-        "null",
-        "default",
-        "enabled",
-        "disabled",
-        "redacted",
-        "<redacted>",
-        "secret",
-        "secrets",
-        "password",
-        "passwd",
-        "token",
-        "tokens",
-        "bearer",
-        "basic",
-        "authorization",
-    ]
-)
+_EVERYDAY = frozenset((
+    "true", "false", "none", "null", "default", "enabled", "disabled", "redacted", "<redacted>", "secret", "secrets", "password",
+    "passwd", "token", "tokens", "bearer", "basic", "authorization",
+    # What stands in place of a key where a server asks for none:
+    "dummy", "placeholder", "unused", "not-needed", "no-key-required", "sk-no-key-required", "your-api-key", "offline", "online",
+    "ollama", "lm-studio",
+))  # fmt: skip
 _END = 12  # characters of the beginning or end of a long value that are masked where the rest is cut off
 _DEEPEST = 20
 _HEADER_SCHEME = re.compile(r"(Bearer|Basic|Token|Digest|ApiKey)\s+(\S.*)", re.IGNORECASE)
