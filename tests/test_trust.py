@@ -76,13 +76,16 @@ def nothing_ran():
     return not Path("owned").exists() and "canary" not in sys.modules
 
 
+HIDDEN_REWARD = "apportion.algorithms.credit.hidden_reward:HiddenReward"  # makes another part of its argument `base`
 KINDS_OF_USE = [
     ("data.train", "function:canary:f", "data.train"),
     ("data.eval", [{"source": "function:os:system", "command": "id > owned"}], "data.eval.0.source"),
     ("data.eval", {"source": "function:canary.py:f"}, "data.eval.source"),
     ("data.eval", ["arithmetic", "function:apportion.data.functions:load_function"], "data.eval.1"),
     ("data.eval", "function:apportion.before:subprocess.getoutput", "data.eval"),
+    ("data.eval", [{"source": f"function:{HIDDEN_REWARD}", "base": {"name": "canary.f"}}], "data.eval.0.source"),
     ("reward.functions", "canary:f", "reward.functions"),
+    ("reward.functions", [{"function": HIDDEN_REWARD, "params": {"base": {"name": "canary.f"}}}], "reward.functions.0.function"),
     ("reward.functions", [{"function": "canary.py:f"}], "reward.functions.0.function"),
     ("reward.functions", ["exact_match", "os.system"], "reward.functions.1"),
     ("reward.functions", "http://example.com/x", "reward.functions"),
@@ -92,6 +95,7 @@ KINDS_OF_USE = [
     ("reward.functions", [{"function": "model:m", "params": {"trust_remote_code": 1}}], "reward.functions.0.params.trust_remote_code"),
     ("reward.functions", "gym", "reward.functions"),
     ("environment.cls", "canary:f", "environment.cls"),
+    ("environment", {"cls": HIDDEN_REWARD, "params": {"base": {"name": "canary.f"}}}, "environment.cls"),
     ("environment", {"cls": "gymnasium", "params": {"id": "canary:f"}}, "environment.params.id"),
     ("environment", {"cls": "gymnasium", "params": {"id": "A-v1", "observe": "canary.f"}}, "environment.params.observe"),
     ("environment", {"cls": "gymnasium", "params": {"id": "A-v1", "make": {"a": ["canary:f"]}}}, "environment.params.make.a.0"),
@@ -107,6 +111,7 @@ KINDS_OF_USE = [
     ("algorithm.shaping", [{"name": "canary:f"}], "algorithm.shaping.0.name"),
     ("algorithm.selection", [{"name": "canary:f"}], "algorithm.selection.0.name"),
     ("judge.function", "canary.py:f", "judge.function"),
+    ("judge.function", HIDDEN_REWARD, "judge.function"),
     ("judge.url", "http://example.com/v1", "judge.url"),
     ("judge.url", ["http://example.com/v1", "http://example.com/v2"], "judge.url.0"),
     ("judge.api_key_env", "HOME", "judge.api_key_env"),
@@ -197,6 +202,20 @@ def test_an_entry_point_that_a_folder_chooses_is_named(monkeypatch):
 def test_a_run_of_a_shipped_recipe_needs_no_trust(experiment):
     resolved = to_config(compose_config([f"experiment={experiment}", "resume=given"]))[1]
     assert list(uses(resolved)) == []
+
+
+def test_a_part_may_be_named_by_its_path_as_a_part_alone():
+    resolved = changed(composed(), "algorithm.credit", {"name": HIDDEN_REWARD, "base": {"name": "grpo"}})
+    assert list(uses(resolved)) == []
+
+
+@pytest.mark.parametrize("key", ["model.path", "critic.model", "reference.model", "teachers.dpo", "judge.model"])
+def test_who_allows_code_does_not_mean_that_of_a_model_which_the_folder_chose(key):
+    resolved = changed(changed(composed(), key, "theirs"), "model.trust_remote_code", True)
+    words = ["model.trust_remote_code=true"]
+    left = [use.key for use in uses(resolved) if not use.typed(words)]
+    assert left == [key]
+    assert [use for use in uses(resolved) if not use.typed([*words, f"{key}=theirs"])] == []
 
 
 def test_what_is_shipped_exists_and_is_a_function_or_class_of_this_package():

@@ -13,6 +13,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from apportion.algorithms.registry import KINDS
+from apportion.data.builtin import PREFIX
 from apportion.data.environment_adapters import is_path
 from apportion.data.environments import ENVIRONMENTS
 from apportion.data.verifiers import VERIFIERS
@@ -20,7 +21,6 @@ from apportion.data.verifiers import VERIFIERS
 # What a configuration may name of this package: the arguments are data. Other functions of it run what they are given.
 SHIPPED = frozenset(
     (
-        *(path.replace(":", ".") for known in KINDS.values() for path in known.values()),
         *(f"{check.__module__}.{check.__name__}" for name, check in VERIFIERS.items() if name != "gym"),
         "apportion.data.environments.Microwave",
         "apportion.data.environments.microwave_rows",
@@ -31,8 +31,19 @@ SHIPPED = frozenset(
         "apportion.data.sum_pairs.pairs",
     )
 )
+# As parts of an algorithm alone, whose arguments are looked at: some make another part, or a parser, of what they are given.
+_SHIPPED_PARTS = frozenset(path.replace(":", ".") for known in KINDS.values() for path in known.values())
 _ADDRESS = ("http://", "https://")
 _PLAIN = re.compile(r"[\w-]*")
+_MODELS = (
+    ("model", "path"),
+    ("critic", "model"),
+    ("reference", "model"),
+    ("teachers", "dpo"),
+    ("teachers", "other"),
+    ("judge", "model"),
+    ("dpo", "reference"),
+)
 _PARTS = (
     *(("algorithm", kind) for kind in ("credit", "surrogate", "reduction", "shaping", "selection", "distillation")),
     ("sft", "reduction"),
@@ -69,6 +80,7 @@ def uses(config: Mapping[str, Any], before: bool = False) -> Iterator[Use]:
     yield from _environment(_at(config, "environment", "cls"), _at(config, "environment", "params"))
     if _at(config, "model", "trust_remote_code"):
         yield Use("model.trust_remote_code", "true", "runs the code of model folders:")
+        yield from _models_with_code(config)
     for section, kind in _PARTS:
         yield from _parts(f"{section}.{kind}", _at(config, section, kind))
     yield from _judge(config.get("judge"))
@@ -80,6 +92,14 @@ def uses(config: Mapping[str, Any], before: bool = False) -> Iterator[Use]:
             yield Use("tracking.wandb_entity", str(entity), "sends them to the account")
     for index, line in enumerate(config.get("before") or () if before else ()):
         yield Use(f"before.{index}", str(line), "runs apportion")
+
+
+def _models_with_code(config: Mapping[str, Any]) -> Iterator[Use]:
+    """Whoever allows code on the command line does not mean that of models which the folder chose."""
+    for section, name in _MODELS:
+        path = _at(config, section, name)
+        if path is not None and not str(path).startswith(PREFIX):
+            yield Use(f"{section}.{name}", str(path), "runs the code of the model")
 
 
 def _at(config: Mapping[str, Any], section: str, name: str) -> Any:
@@ -121,6 +141,7 @@ def _rewards(value: Any) -> Iterator[Use]:
         params = entry.get("params")
         if isinstance(params, Mapping) and params.get("trust_remote_code"):
             yield Use(f"{at}.params.trust_remote_code", "true", "runs the code of the model folder:")
+            yield Use(f"{at}.function", str(entry.get("function")), "runs the code of")
 
 
 def _reward(key: str, function: Any) -> Iterator[Use]:
@@ -156,7 +177,8 @@ def _parts(key: str, value: Any) -> Iterator[Use]:
             plugins = {point.name for kind in KINDS for point in entry_points(group=f"apportion.{kind}")}
             plugins -= {name for known in KINDS.values() for name in known}
         if "." in text or ":" in text:
-            yield from _call(at, text)
+            if text.replace(":", ".") not in _SHIPPED_PARTS:
+                yield from _call(at, text)
         elif at.rpartition(".")[2] == "name" and text in (plugins or ()):
             yield Use(at, text, "imports and calls")
 
