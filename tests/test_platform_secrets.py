@@ -140,6 +140,37 @@ def test_tokens_of_services_are_known_by_their_form(secret):
         assert redacted_text(around.format(secret)) == around.format(GONE)
 
 
+MIXED = "Nz7oyDDHDsZGay0zQ1"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Incorrect API key provided: {}", "invalid token '{}'", "login with password {} failed", "passwd:{}", "<password>{}</password>",
+        "ValueError('token', '{}')", "password -> {}", "aws_secret_access_key = {}", "bearer {}", "passcode={}", "JSESSIONID={}",
+        "//u:{}@host/a", "bob:{}@10.0.0.1:5432/db", r"http:\/\/a:{}@h/x", "http%3A%2F%2Fa%3A{}%40h", "?X-Amz-Signature={}&x=1", "se=x&sig={}",
+        "AWS4-HMAC-SHA256 Credential=x, Signature={}",
+    ],
+)  # fmt: skip
+def test_what_looks_like_nothing_else_is_masked_in_prose_too(text):
+    assert MIXED not in redacted_text(text.format(MIXED)) and GONE in redacted_text(text.format(MIXED))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"password1": MIXED}, {"api_token_2": MIXED}, {"secret_value": MIXED}, {"passcode": MIXED}, {"auth_header": MIXED},
+        {"headers": f"X-Key: {MIXED}"}, {"headers": [f"X-Key: {MIXED}"]}, {"headers": [["X-Key", MIXED]]},
+        {"env": [{"name": "API_KEY", "value": MIXED}]},
+    ],
+)  # fmt: skip
+def test_lines_of_headers_pairs_and_numbered_names_are_secrets(settings):
+    assert MIXED not in str(redacted({"params": settings}))
+    own = KnownSecrets()
+    own.learn({"params": settings})
+    assert own.mask(f"refused: {MIXED}") == f"refused: {GONE}"
+
+
 HARMLESS = [
     "token: 5 tokens", "token: the smallest unit", "pin the version", "pin: the version", "the key: value pairs", "key: value", "expected key=value: no key",
     "a mapping {key: value}", "key='\"a, b\"'", "tokens=128", "max_tokens=128, stop_token='</s>'", "kl_per_token=0.1",

@@ -19,12 +19,18 @@ COMMAND_LINES = "before"  # the key under which a configuration holds words of c
 # A name is judged by its last words: `judge.api_key`, `HF_TOKEN`, `clientSecret`.
 _STRONG_WORDS = (
     r"tokens?|secrets?|passwords?|passwds?|pwds?|passphrases?|(?:api|access|private|account|secret|master|encryption|"
-    r"signing|subscription|ssh)_?keys?|credentials?|creds|authorization|bearer|jwt|cookies?"
+    r"signing|subscription|ssh)_?keys?|credentials?|creds|authorization|auth_?headers?|bearer|jwt|cookies?|passcodes?|otp|"
+    r"session_?ids?|(?:j|php)sess(?:ion)?id"
 )
 _WEAK_WORDS = r"keys?|auth|pass|pw|pin"  # also everyday words: in free text their value has to look like a secret
 _WORDS = rf"{_STRONG_WORDS}|{_WEAK_WORDS}"
-_SECRET_KEY = re.compile(rf"(?:^|_)(?:{_WORDS})$|(?:password|passwd|passphrase|secret|token|api_?key)s?$")
-_STRONG_KEY = re.compile(rf"(?:^|_)(?:{_STRONG_WORDS})$")
+# Several of a kind (`password1`, `client_secret_v2`), and what holds one (`secret_value`).
+_OF_SEVERAL = r"(?:password|passwd|secret|(?:api|access|auth|refresh)_?token|(?:api|access|secret|private)_?key)"
+_SECRET_KEY = re.compile(
+    rf"(?:^|_)(?:{_WORDS})$|(?:password|passwd|passphrase|secret|token|api_?key)s?$"
+    rf"|(?:^|_){_OF_SEVERAL}(?:_?v?\d{{1,2}}|_(?:value|text|string|pem))$"
+)
+_STRONG_KEY = re.compile(rf"(?:^|_)(?:{_STRONG_WORDS}|{_OF_SEVERAL}\w*)$")
 # Text tokens of a tokenizer, counts of tokens, and keys that find something: no credentials.
 _HARMLESS_KEY = re.compile(
     r"(?:^|_)(?:bos|eos|pad|unk|sep|cls|mask|stop|start|end|begin|image|audio|video|special|prefix|suffix|step|answer|label|"
@@ -65,7 +71,16 @@ _AUTHORIZATION = re.compile(
 _COOKIE = re.compile(
     r"((?<![\w-])(?:set-)?cookie\s*:\s*+)([^\s;='\"]+=[^\s;'\"]*(?:;\s*[^\s;='\"]+(?:=[^\s;'\"]*)?)*)", re.IGNORECASE
 )
-_SCHEME = re.compile(r"\b(Bearer|Basic|Token)\s+([A-Za-z0-9._~+/=-]{8,})")
+_SCHEME = re.compile(r"\b(Bearer|BEARER|bearer|Basic|Token)\s+([A-Za-z0-9._~+/=-]{8,})")
+_SIGNED = re.compile(r"(\b(?:signature|response)=\\?['\"]?)([A-Za-z0-9+/=]{16,})", re.IGNORECASE)  # of a signed request
+# In prose: "incorrect API key provided: ...", "password '...' was refused". The value has to look like nothing else.
+_NEAR = re.compile(
+    r"((?:token|secret|password|passwd|passphrase|(?:api|access|private|secret)[ _-]?key|credential)s?"
+    r"(?:\\?['\"])?(?:\s+(?:is|was|provided|given|used))?\s*(?:[:=,>]|[-=:=]>|:=|==|\s)\s*(?:\\?['\"])?)"
+    r"([A-Za-z0-9+=_~!@$%^*/-]{16,})",
+    re.IGNORECASE,
+)
+_MIXED = re.compile(r"(?=.*[a-z])(?=.*[A-Z])(?=.*\d)(?![/~]).*|[0-9a-f]{32,}", re.DOTALL)
 _CURL = re.compile(
     r"((?:\bcurl\b|\bwget\b|\bhttpie?\b)[^\n]{0,300}?\s(?:-u|--user|--proxy-user|-U)[ =]?\\?['\"]?)([^\s:'\"]+:[^\s'\"\\]+)"
 )
@@ -86,16 +101,22 @@ _SHAPES = re.compile(
     r"|xox[abeoprs]-[\w-]{10,}|xapp-(?=[a-z_-]{0,99}[A-Z0-9])[\w-]{10,}|npm_[A-Za-z0-9]{20,}"
     r"|pypi-(?=[a-z_-]{0,99}[A-Z0-9])[\w-]{16,}|dckr_(?:pat|oat)_[\w-]{16,}"
     r"|SG\.[\w-]{16,}\.[\w-]{16,}|shp(?:at|ca|pa|ss)_[A-Fa-f0-9]{16,}|dop_v1_[a-f0-9]{16,}|hvs\.[\w-]{16,}"
-    r"|lin_api_[A-Za-z0-9]{16,}|tskey-[\w-]{16,}|AGE-SECRET-KEY-1[A-Z0-9]{16,}|\d{8,10}:AA[\w-]{30,}"
+    r"|lin_api_[A-Za-z0-9]{16,}|tskey-[\w-]{16,}|AGE-SECRET-KEY-1[A-Z0-9]{16,}|(?:bot)?\d{8,10}:AA[\w-]{30,}"
     r"|eyJ[\w-]{8,2000}\.[\w-]{8,}\.[\w-]*)"
 )
 _WEBHOOK = re.compile(r"(hooks\.slack\.com/(?:services|workflows)/|discord(?:app)?\.com/api/webhooks/)([\w/-]+)")
-_URL_USER = re.compile(r"(://)([^/\s]+)@")  # up to the last @: a password may hold one
+_URL_USER = re.compile(r"(:(?:\\?/){2})([^/\s\\]+)@")  # up to the last @: a password may hold one
+_QUOTED_URL_USER = re.compile(r"(%3A%2F%2F)([^/\s&]+?)(?=%40)", re.IGNORECASE)
+_USER_AT = re.compile(
+    r"(?<![\w:@])((?://)?[\w.+-]+:)([^\s:/@'\"]{8,})(?=@[A-Za-z0-9])"
+)  # no scheme: user:password@host
 _URL = re.compile(r"://[^\s]+")
 _QUERY_PAIR = re.compile(r"([?&#;])([\w.%-]{1,100})=((?:[^\s&#'\"\\,;}\]]|[,;](?=[^\s'\"\\]))+)")
 _QUERY_NAME = re.compile(  # besides the names of an assignment: words that are secrets in an address alone
     r"(?:[\w.-]*[._-])?(?:key|sig|signature|pwd|pass|pw|pin|auth)|code|sid", re.IGNORECASE
 )
+
+_SIGNATURE = re.compile(r"(?:[\w.-]*[._-])?(?:sig|signature)", re.IGNORECASE)
 
 
 @functools.lru_cache(4096)
@@ -134,6 +155,11 @@ class Redaction:
     def value(self, config: Any) -> Any:
         """A copy of a configuration without secrets."""
         if isinstance(config, Mapping):
+            name = config.get("name", config.get("key"))
+            if isinstance(name, str) and "value" in config and is_secret_key(name):  # {name: API_KEY, value: ...}
+                return self.value({key: inner for key, inner in config.items() if key != "value"}) | {
+                    "value": self._under(name, config["value"])
+                }
             return {key: self._under(str(key), value) for key, value in config.items()}
         if isinstance(config, list | tuple):
             return [self.value(value) for value in config]
@@ -144,19 +170,25 @@ class Redaction:
         """A text without secrets; `entries`: those written as `key: value` too."""
         text = _PEM.sub(self._whole, text)
         text = _SHAPES.sub(self._whole, text)
-        text = _CURL.sub(self._credentials, text)
+        text = _CURL.sub(self._credentials, _SIGNED.sub(self._mixed_tail, text))
         if "--" in text:
             text = _USER_OPTION.sub(self._credentials, text)
         if "/" in text:
             text = _WEBHOOK.sub(self._tail, text)
-        if "://" in text:
+        if "//" in text or "\\/" in text:
             text = _URL_USER.sub(self._user, text)
+        if "%40" in text:
+            text = _QUOTED_URL_USER.sub(self._quoted_user, text)
+        if "@" in text:
+            text = _USER_AT.sub(self._random_tail, text)
+        if "://" in text:
             text = _URL.sub(lambda url: _QUERY_PAIR.sub(self._query, url[0]), text)
         if "=" in text:
             text = _QUERY_PAIR.sub(self._relative_query, text)
         if ":" in text:
             text = _COOKIE.sub(self._tail, _AUTHORIZATION.sub(self._tail, text))
-        return self._named_values(_SCHEME.sub(self._scheme, text), entries)
+        text = self._named_values(_SCHEME.sub(self._scheme, text), entries)
+        return _NEAR.sub(self._mixed_tail, text) if entries else text
 
     def _named_values(self, text: str, entries: bool) -> str:
         """The text without what stands behind a telling name."""
@@ -176,7 +208,11 @@ class Redaction:
         sign = head["sign"].strip()
         found = _QUOTED.match(text, head.end()) or _LIST.match(text, head.end())
         if sign == "=":
-            return found or (_BARE.match(text, head.end()) if head["sign"] == "=" else None)
+            bare = _BARE.match(text, head.end())
+            # In code: `token = next(rows)`.
+            if head["sign"] != "=" and bare is not None and not _MIXED.fullmatch(bare["value"]):
+                return found
+            return found or bare
         if not sign:  # `--password abc`
             option = head["name"].startswith("--") and not text.startswith("-", head.end())
             return (found or _BARE.match(text, head.end())) if option else None
@@ -198,6 +234,11 @@ class Redaction:
             return [self.text(str(line)) for line in value]
         if _normal_key(key) in _HEADERS and isinstance(value, Mapping):
             return {name: self._of_header(str(name), inner) for name, inner in value.items()}
+        if _normal_key(key) in _HEADERS and value:  # lines, pairs
+            for leaf in _leaves(value):
+                self._take(leaf)
+                self._take(leaf.partition(":")[2].strip())
+            return REDACTED
         # A number is no secret under a key like `kl_per_token`, but may well be a password.
         harmless = (
             value is None or isinstance(value, bool) or (isinstance(value, int | float) and "token" in key.lower())
@@ -220,6 +261,16 @@ class Redaction:
 
     def _tail(self, match: re.Match[str]) -> str:
         return match[1] + self._take(match[2])
+
+    def _random_tail(self, match: re.Match[str]) -> str:
+        return self._tail(match) if looks_random(match[2]) else match[0]
+
+    def _mixed_tail(self, match: re.Match[str]) -> str:
+        return self._tail(match) if _MIXED.fullmatch(match[2]) else match[0]
+
+    def _quoted_user(self, match: re.Match[str]) -> str:
+        self._take(unquote(match[2]).partition(":")[2] or unquote(match[2]))
+        return match[1] + REDACTED
 
     def _credentials(self, match: re.Match[str]) -> str:
         user, _, password = match[2].partition(":")
@@ -244,7 +295,9 @@ class Redaction:
     def _relative_query(self, match: re.Match[str]) -> str:
         """Of an address without its beginning, as a log of requests shows it."""
         name = unquote_plus(match[2])
-        return self._of_query(match, name) if "%" in match[2] and self._is_named(name, match[3]) else match[0]
+        signs = _SIGNATURE.fullmatch(name) and looks_random(unquote_plus(match[3]))
+        named = signs or ("%" in match[2] and self._is_named(name, match[3]))
+        return self._of_query(match, name) if named else match[0]
 
     def _of_query(self, match: re.Match[str], name: str) -> str:
         self._take(unquote_plus(match[3]), is_weak_key(name))
