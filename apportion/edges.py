@@ -16,6 +16,7 @@ import yaml
 
 from apportion.data.errors import DataError as SourceError
 from apportion.platform.errors import ApportionError, ConfigError, DataError
+from apportion.platform.foreign import yaml_problem
 from apportion.platform.messages import brief, say, warn
 from apportion.platform.tracking import MultiTracker
 
@@ -82,7 +83,9 @@ def system_errors() -> Iterator[None]:
             f"{where}got {_plain(error)}, expected the system to allow it: look at free space, paths and permissions"
         ) from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"got {_plain(error)}, expected YAML: correct that line") from error
+        raise ConfigError(
+            f"got {type(error).__name__}: {yaml_problem(error)}, expected YAML: correct that line"
+        ) from error
 
 
 def _plain(error: Exception) -> str:

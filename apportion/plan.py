@@ -21,7 +21,7 @@ from apportion.conf.devices import in_use
 from apportion.conf.environment import check_environment
 from apportion.conf.families import check_family
 from apportion.conf.gpu_plan import plan_gpus
-from apportion.conf.judges import check_judge, own_model
+from apportion.conf.judges import check_judge, judge_urls, own_model
 from apportion.conf.layout import check_resume
 from apportion.conf.machine import Machine, this_machine, threads_of
 from apportion.conf.memory import GIB, frozen_memory, rollout_memory, teacher_memory, training_memory
@@ -136,6 +136,7 @@ def make_plan(config: Config, machine: Machine | None = None) -> Plan:
     check_resume(config, critic="values" in needs)
     if "critiques" in needs:
         check_judge(config, joined, here)
+    judge_urls(config.judge)  # of an address that no algorithm asks, too: a typing error is one
     check_environment(config, joined)
     reward = config.reward
     check_functions(reward.functions, reward.timeout_seconds)

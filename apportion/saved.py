@@ -11,7 +11,7 @@ from typing import Any
 from apportion.conf.arguments import plain
 from apportion.conf.checks import leaves
 from apportion.platform.errors import ConfigError, nearest
-from apportion.platform.foreign import LARGEST_YAML, checked_yaml, read_text
+from apportion.platform.foreign import LARGEST_YAML, checked_yaml, read_text, yaml_problem
 from apportion.platform.known_secrets import redacted_text
 from apportion.platform.messages import quoted, shortened
 from apportion.platform.run_state import is_number
@@ -188,8 +188,9 @@ def _parsed(file: Path, text: str) -> dict[str, Any]:
     try:
         read = yaml.load(checked_yaml(text), Loader=get_yaml_loader())
     except yaml.YAMLError as error:
-        said = " ".join(str(error).split()).replace('in "<unicode string>", ', "in ")
-        raise ConfigError(f"{file}: got a file that is no YAML ({said}), expected a run's configuration") from error
+        raise ConfigError(
+            f"{file}: got a file that is no YAML ({yaml_problem(error)}), expected a run's configuration"
+        ) from error
     except ValueError as error:
         raise _unreadable(file, error) from error
     if not isinstance(read, dict | None):

@@ -5,7 +5,7 @@ import typing
 
 import pytest
 
-from apportion.cli import compose_config, to_config
+from apportion.cli import compose_config, main, to_config
 from apportion.conf.checks import check_finite
 from apportion.conf.preference_schema import STAGES, check
 from apportion.conf.schema import Config
@@ -202,3 +202,9 @@ def test_a_stage_says_so_too_and_a_sound_run_has_no_such_note():
     config, _ = to_config(compose_config(stage, stage="sft"))
     assert unwanted(config) == ["policy.learning_rate is 0: the weights of the policy do not change"]
     assert unwanted(to_config(compose_config(TINY))[0], frozenset({"values"})) == []
+
+
+@pytest.mark.parametrize("url", ["http://h:99999/v1", "http://a..b/v1", "ftp://h/v1", "[]", "[5]", "{a: b}"])
+def test_an_address_of_a_judge_that_nothing_asks_is_checked_too(url, capsys):
+    assert main(["plan", "experiment=tiny_grpo", f"judge.url={url}"]) == 2
+    assert capsys.readouterr().err.startswith("error: judge.url: got ")

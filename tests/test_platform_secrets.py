@@ -370,6 +370,12 @@ def test_a_process_that_is_forked_while_another_thread_prints_can_print():
     thread.join()
 
 
+def test_the_stream_lets_nothing_turn_the_direction_of_writing():
+    stream = io.StringIO()
+    print("recipe: a\x9b31m\u202eb\x1b[32mgreen", file=MaskedStream(stream), flush=True)
+    assert stream.getvalue() == "recipe: a31mb\x1b[32mgreen\n"
+
+
 def test_loggers_warnings_and_tracebacks_are_masked(monkeypatch, capsys):
     known.learn({"password": "open-sesame-9"})
     monkeypatch.setattr(sys, "stdout", sys.stdout)

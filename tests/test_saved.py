@@ -3,7 +3,9 @@
 import pytest
 
 from apportion.cli import compose_config, main, to_config
+from apportion.platform.errors import ConfigError
 from apportion.platform.runs import RunFolder, make_run_folder
+from apportion.saved import read_saved
 
 
 @pytest.fixture
@@ -80,3 +82,13 @@ def test_a_key_that_the_schema_does_not_have_is_of_the_runs_file(run, build, cap
     assert capsys.readouterr().err.startswith(
         "error: the run's config.yaml: stepz: got an unknown key, expected a key that exists"
     )
+
+
+@pytest.mark.parametrize("line", ["password: [Nz7oyDDHDsZGay0z", "api_key: 'Nz7oyDDHDsZGay0z", "seed: 1\n  http://u:Nz7oyDDHDsZGay0z@h: [", "'Nz7oyDDHDsZGay0z': b: c"])  # fmt: skip
+def test_the_line_that_is_no_yaml_is_named_and_not_quoted(line, tmp_path):
+    (tmp_path / "config.yaml").write_text(f"seed: 0\n{line}\n")
+    with pytest.raises(
+        ConfigError, match=r"got a file that is no YAML \(.* in line \d, column \d+\), expected"
+    ) as raised:
+        read_saved(tmp_path / "config.yaml")
+    assert "Nz7oyDDH" not in str(raised.value)

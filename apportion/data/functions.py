@@ -48,7 +48,7 @@ def _split(spec: str) -> tuple[str, str]:
     if not colon:
         module, _, name = spec.rpartition(".")
     if not module or not name:
-        raise DataError(f"{spec}: expected package.module:function or file.py:function")
+        raise DataError(f"function: got {spec!r}, expected package.module:function or file.py:function")
     return module, name
 
 

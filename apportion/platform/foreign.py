@@ -79,6 +79,16 @@ def checked_yaml(text: str) -> str:
     return text
 
 
+def yaml_problem(error: Exception) -> str:
+    """What PyYAML says is wrong, with the place. Never the line itself, which its own text quotes: it may hold a secret."""
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    said = [part for part in (getattr(error, "context", None), getattr(error, "problem", None)) if part]
+    if mark is None or not said:
+        return " ".join(str(getattr(error, "reason", None) or type(error).__name__).split())
+    file = "" if mark.name.startswith("<") else f'"{mark.name}", '
+    return f"{' '.join(', '.join(said).split())} in {file}line {mark.line + 1}, column {mark.column + 1}"
+
+
 def open_to_append(file: Path) -> IO[str]:
     """Open a file of a run's folder for writing at its end; ApportionError for a link, or for what is no regular file."""
     refuse_link(file)

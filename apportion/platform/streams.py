@@ -9,12 +9,16 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
 import sys
 import threading
 from typing import Any, TextIO
 
 from apportion.platform.known_secrets import redacted_text
 
+# Control characters of eight bits, and those that turn the direction of writing: no library prints them, and a file that Hydra
+# shows may hold them. Escape sequences are left: libraries color what they say.
+_STEERING = re.compile(r"[\x80-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 LONGEST_LINE = 2**16  # characters that are held back for the rest of their line
 
 
@@ -39,14 +43,14 @@ class MaskedStream(io.TextIOBase):
                 end = len(self._held)
             if end:
                 ready, self._held = self._held[:end], self._held[end:]
-                self.stream.write(redacted_text(ready))
+                self.stream.write(redacted_text(_STEERING.sub("", ready)))
         return len(text)
 
     def flush(self) -> None:
         with self._lock:
             if self._held:
                 ready, self._held = self._held, ""
-                self.stream.write(redacted_text(ready))
+                self.stream.write(redacted_text(_STEERING.sub("", ready)))
         if not self.stream.closed:
             self.stream.flush()
 
