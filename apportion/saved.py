@@ -55,6 +55,8 @@ def refuse_foreign_folder(folder: Path, trusts: bool, writes: str = "", code: bo
     file = folder / SAVED_NAME
     try:
         foreign = unsigned_because(read_text(file, LARGEST_YAML), folder)
+    except FileNotFoundError:  # with a recipe on the command line it is not needed
+        foreign = f"it has no {SAVED_NAME}, whose signature would say who made it"
     except ValueError as error:
         raise _unreadable(file, error) from error
     if foreign is None:

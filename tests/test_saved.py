@@ -5,7 +5,7 @@ import pytest
 from apportion.cli import compose_config, main, to_config
 from apportion.platform.errors import ConfigError
 from apportion.platform.runs import RunFolder, make_run_folder
-from apportion.saved import read_saved
+from apportion.saved import read_saved, refuse_foreign_folder
 
 
 @pytest.fixture
@@ -92,3 +92,12 @@ def test_the_line_that_is_no_yaml_is_named_and_not_quoted(line, tmp_path):
     ) as raised:
         read_saved(tmp_path / "config.yaml")
     assert "Nz7oyDDH" not in str(raised.value)
+
+
+def test_a_folder_without_a_configuration_is_foreign(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    refuse_foreign_folder(run, trusts=False)  # nothing in it leads out
+    (run / "logs").symlink_to(tmp_path)
+    with pytest.raises(ConfigError, match=r"logs is a link to .*; it has no config\.yaml"):
+        refuse_foreign_folder(run, trusts=False)
