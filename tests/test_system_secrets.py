@@ -189,7 +189,9 @@ def test_what_is_no_secret_is_there(left):
     """The test above would pass for a run that says nothing."""
     run, folder, _ = left
     log = (folder / "logs" / "reward-0.log").read_text()
-    assert "REWARD_HEADER" in log and log.count("printed {'") >= 2 and "logged {'" in log and "Basic bWU6<redacted>" in log
+    assert (
+        "REWARD_HEADER" in log and log.count("printed {'") >= 2 and "logged {'" in log and "Basic bWU6<redacted>" in log
+    )
     warnings = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["warnings"]
     assert any("ValueError: {'" in text and "'password': '<redacted>'" in text for text in warnings), warnings
     assert "ValueError: {'" in run.output
