@@ -7,7 +7,7 @@ import json
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -68,7 +68,8 @@ def serving(hub: Hub) -> Iterator[str]:
                 hub.gets[f"{name}/{path}"] += 1
                 threading.Event().wait(hub.delay)
             headers = {"ETag": f'"{_digest(files[path])}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
-            self._send(200, files[path].read_bytes(), headers, body)
+            with suppress(ConnectionError):  # a download that was ended while it waited
+                self._send(200, files[path].read_bytes(), headers, body)
 
         def _json(self, value: object, body: bool) -> None:
             self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"}, body)
