@@ -19,7 +19,7 @@ help:
 	@echo "make test         the whole test suite, with real Ray, vLLM and DeepSpeed (20 minutes)"
 	@echo "make unit         the tests that start nothing (a minute)"
 	@echo "make check        ruff, mypy, import-linter"
-	@echo "make fuzz         thousands of broken inputs of every kind (20 minutes); SEED=n: case n of each alone"
+	@echo "make fuzz         thousands of broken inputs of every kind (half an hour); SEED=n: case n of each alone"
 	@echo "make lock         write the hashes of changed pins, requirements/*.lock"
 	@echo "make format       let ruff fix what it can"
 	@echo "make bench        speed against bare vLLM and bare torch, side by side"

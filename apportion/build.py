@@ -41,10 +41,10 @@ from apportion.platform.known_secrets import redacted
 from apportion.platform.messages import say
 from apportion.platform.plots import plot_run
 from apportion.platform.run_lock import held
-from apportion.platform.runs import RunFolder, find_checkpoint, make_run_folder, named_run, run_of
+from apportion.platform.runs import RunFolder, find_checkpoint, make_run_folder, run_of
 from apportion.platform.token_page import has_samples, write_token_page
 from apportion.platform.tracking import MultiTracker, TrackedRun, open_trackers
-from apportion.saved import refuse_foreign_folder
+from apportion.saved import refuse_foreign_folder, taken_up
 from apportion.trainer import Trainer
 
 
@@ -56,11 +56,7 @@ def train(config: Config, resolved: dict[str, Any]) -> int:
 
 def _train(config: Config, resolved: dict[str, Any], locks: ExitStack) -> int:
     with refusals():
-        if config.resume:  # held before its newest checkpoint is looked for: a run that still writes is refused
-            named = named_run(config.resume, config.runs_folder)
-            refuse_foreign_folder(named, config.trust_run)
-            locks.enter_context(held(named))
-        checkpoint = find_checkpoint(config.resume, config.runs_folder) if config.resume else None
+        checkpoint = taken_up(config, locks)
         needs = needs_of(config)
         if checkpoint:
             check_layout(checkpoint.path, layout_of(config, needs.critic))
@@ -83,8 +79,9 @@ def _train(config: Config, resolved: dict[str, Any], locks: ExitStack) -> int:
         tracker = _tracker(config, resolved, folder, checkpoint)
         for line in prompts.cautions(checkpoint.state.data) if checkpoint else []:
             tracker.warn(line)
-    for line in (f"run folder: {folder.path}", *(f"note: {note}" for note in notes)):
-        say(line)
+    say(f"run folder: {folder.path}")
+    for note in notes:
+        say(f"note: {note}")
     with (
         terminated_as_interrupt(),
         closing(tracker),  # of a start that fails; otherwise they are closed before the cluster is torn down

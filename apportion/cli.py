@@ -97,7 +97,8 @@ def _usage() -> str:
         "  apportion evaluate runs/NAME evaluation.samples=8 evaluation.k=[1,8]",
         "  apportion show NAME",
         "  apportion dpo model.path=MODEL data.train=pairs.jsonl.gz data.eval_share=0.05 dpo.beta=0.1",
-        "\napportion train --help lists every value; --cfg job prints the composed configuration",
+        "",
+        "apportion train --help lists every value; --cfg job prints the composed configuration",
     ]
     return "\n".join(lines)
 

@@ -44,7 +44,7 @@ from apportion.platform.known_secrets import redacted
 from apportion.platform.messages import say
 from apportion.platform.plots import plot_run
 from apportion.platform.run_lock import held
-from apportion.platform.runs import RunFolder, find_checkpoint, make_run_folder, named_run, run_of
+from apportion.platform.runs import RunFolder, make_run_folder, run_of
 from apportion.platform.tracking import MultiTracker, TrackedRun, open_trackers
 from apportion.preference_trainer import (
     PreferenceTrainer,
@@ -54,7 +54,7 @@ from apportion.preference_trainer import (
     check_position,
     total_steps,
 )
-from apportion.saved import refuse_foreign_folder
+from apportion.saved import taken_up
 
 
 def train(config: PreferenceConfig, resolved: dict[str, Any]) -> int:
@@ -65,11 +65,7 @@ def train(config: PreferenceConfig, resolved: dict[str, Any]) -> int:
 
 def _train(config: PreferenceConfig, resolved: dict[str, Any], locks: ExitStack) -> int:
     with refusals():
-        if config.resume:  # held before its newest checkpoint is looked for: a run that still writes is refused
-            named = named_run(config.resume, config.runs_folder)
-            refuse_foreign_folder(named, config.trust_run)
-            locks.enter_context(held(named))
-        checkpoint = find_checkpoint(config.resume, config.runs_folder) if config.resume else None
+        checkpoint = taken_up(config, locks)
         if checkpoint:
             check_layout(checkpoint.path, layout_of(config))
         objective, settings = objective_of(config), _settings(config)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from apportion.conf.arguments import plain
 from apportion.conf.checks import leaves
@@ -17,6 +18,11 @@ from apportion.platform.messages import quoted, shortened
 from apportion.platform.run_state import is_number
 from apportion.platform.secret_shapes import REDACTED
 from apportion.platform.signature import unsigned_because
+
+if TYPE_CHECKING:
+    from apportion.conf.preference_schema import PreferenceConfig
+    from apportion.conf.schema import Config
+    from apportion.platform.checkpoint import Checkpoint
 
 SAVED_NAME = "config.yaml"  # what a run's folder keeps its configuration under
 _OF_HYDRA = ("hydra", "defaults")  # keys that Hydra would take as orders: what to load, to set and to call
@@ -65,6 +71,20 @@ def refuse_foreign_folder(folder: Path, trusts: bool, writes: str = "", code: bo
     found += ["model.trust_remote_code runs the code in its models"] if code else []
     if found:
         raise _not_trusted(file, foreign, found)
+
+
+def taken_up(config: Config | PreferenceConfig, locks: ExitStack) -> Checkpoint | None:
+    """The checkpoint that `resume` names; None for a new run. Its run is locked before the newest checkpoint is looked for:
+    one that still writes is refused, and so is a foreign folder with links out of it."""
+    if not config.resume:
+        return None
+    from apportion.platform.run_lock import held
+    from apportion.platform.runs import find_checkpoint, named_run
+
+    folder = named_run(config.resume, config.runs_folder)
+    refuse_foreign_folder(folder, config.trust_run)
+    locks.enter_context(held(folder))
+    return find_checkpoint(config.resume, config.runs_folder)
 
 
 def _links_out(folder: Path, part: str) -> list[Path]:

@@ -95,7 +95,7 @@ def test_a_run_is_held_before_its_newest_checkpoint_is_looked_for(tmp_path, monk
         seen.append(is_held(folder))
         raise ConfigError("enough")
 
-    monkeypatch.setattr(build, "find_checkpoint", found)
+    monkeypatch.setattr("apportion.platform.runs.find_checkpoint", found)
     config, resolved = to_config(compose_config(["experiment=tiny_grpo", "resume=first"]))
     with pytest.raises(ConfigError, match="enough"):
         build.train(config, resolved)

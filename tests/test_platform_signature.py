@@ -122,5 +122,5 @@ def test_the_key_is_in_the_users_own_configuration_unless_a_variable_names_it(tm
 def test_processes_that_make_the_key_at_once_use_the_same(run, key):
     key.unlink()
     with ThreadPoolExecutor(8) as pool:
-        keys = set(pool.map(lambda _: signature._make_key(), range(8)))
-    assert len(keys) == 1 and os.listdir(key.parent) == ["identity"]
+        signed = set(pool.map(lambda _: signature.signed("seed: 1\n", run), range(8)))
+    assert len(signed) == 1 and os.listdir(key.parent) == ["identity"]

@@ -219,7 +219,6 @@ def _no_text(observation: Any) -> str | None:
 def _told(error: BaseException, method: str) -> str:
     if isinstance(error, StepTimeout):
         return f"{method}: {error}"
-    text = redacted_text(
-        "".join(traceback.format_exception(error))
-    )  # before it is shortened: half a secret is no known one
+    # Mask secrets before shortening: half a secret is not recognized.
+    text = redacted_text("".join(traceback.format_exception(error)))
     return f"{method}:\n{text[-TRACEBACK_CHARACTERS:]}"

@@ -272,9 +272,7 @@ class ServiceJudge:
                     f"judge.api_key_env: got {spec.api_key_env}, which is not set, expected the key in it"
                 )
             headers["Authorization"] = f"Bearer {key}"
-        self._room = Room(
-            OTHER_ROOM.size + spec.max_tokens * TOKEN_ROOM.size, OTHER_ROOM.values + spec.max_tokens * TOKEN_ROOM.values
-        )
+        self._room = OTHER_ROOM + TOKEN_ROOM.times(spec.max_tokens)
         urls = [completions_address(url) for url in spec.urls]
         self._client = ServiceClient(urls, headers, spec.concurrency, idle_connections=None, sends_user=False)
         self._turn = itertools.count()

@@ -191,11 +191,7 @@ class ServiceSource:
 
 def _room(call: RewardCall) -> Room:
     """What the answer to a request may take."""
-    samples, tokens = len(call), sum(map(len, call.completion_ids))
-    return Room(
-        OTHER_ROOM.size + samples * SAMPLE_ROOM.size + tokens * TOKEN_ROOM.size,
-        OTHER_ROOM.values + samples * SAMPLE_ROOM.values + tokens * TOKEN_ROOM.values,
-    )
+    return OTHER_ROOM + SAMPLE_ROOM.times(len(call)) + TOKEN_ROOM.times(sum(map(len, call.completion_ids)))
 
 
 def _finite(value: Any) -> Any:

@@ -56,6 +56,12 @@ class Room:
     size: int  # bytes, after unpacking
     values: int  # in its JSON
 
+    def __add__(self, other: Room) -> Room:
+        return Room(self.size + other.size, self.values + other.values)
+
+    def times(self, count: int) -> Room:
+        return Room(count * self.size, count * self.values)
+
 
 class Answer(NamedTuple):
     status: int

@@ -170,11 +170,12 @@ def explain(error: Exception, kind: type = Config) -> ConfigError:
         group = line.removeprefix("Multiple values for ").split(".")[0].split()[0]
         return ConfigError(f"{group}: got it twice or with '+', expected {group}=NAME once, without '+'")
     explained = _from_omegaconf(cause, line, kind)
-    if not line.startswith("In '"):
-        return explained
-    # What a run kept has another name here than its file (saved.yaml).
-    file = "the run's config.yaml" if in_quotes[1] == "saved_run" else f"{in_quotes[1]}.yaml"
-    return ConfigError(f"{file}: {explained}")
+    return ConfigError(f"{_file_of(in_quotes[1])}: {explained}") if line.startswith("In '") else explained
+
+
+def _file_of(name: str) -> str:
+    """The file of a configuration's name. What a run has kept has another name here (saved.yaml)."""
+    return "the run's config.yaml" if name == "saved_run" else f"{name}.yaml"
 
 
 def _siblings(cause: BaseException) -> list[str]:

@@ -18,11 +18,11 @@ NOTICES_FILE = "notices.txt"
 
 def notify(line: str) -> None:
     log = os.environ.get("APPORTION_LOG")
-    text = redacted_text(" ".join(line.split())) + "\n"
-    say(text.rstrip("\n"), sys.stderr)
+    text = redacted_text(" ".join(line.split()))
+    say(text, sys.stderr)
     if log:
         with open(Path(log).parent / NOTICES_FILE, "a", encoding="utf-8") as file:
-            file.write(text)
+            file.write(text + "\n")
 
 
 class Notices:

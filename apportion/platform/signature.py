@@ -7,13 +7,14 @@ that somebody else made, is not signed.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import hmac
 import os
 import secrets
 import stat
 from pathlib import Path
+
+from apportion.platform.files import make_private_file
 
 VARIABLE = "APPORTION_IDENTITY"  # the file of the key, where it is not the default one
 _MARK = "# signature: "
@@ -36,7 +37,8 @@ def signed(text: str, folder: Path) -> str:
     try:
         key = _read_key()
     except FileNotFoundError:
-        key = _make_key()
+        make_private_file(identity_file(), secrets.token_hex(_KEY_BYTES) + "\n")
+        key = _read_key()
     return f"{text}{_MARK}{_tag(key, text, folder)}\n"
 
 
@@ -76,20 +78,3 @@ def _read_key() -> bytes:
     if len(key) != _KEY_BYTES:
         raise OSError(f"{file}: got a key of {len(key)} bytes, expected {_KEY_BYTES}: remove it")
     return key
-
-
-def _make_key() -> bytes:
-    """Make the file whole or not at all: of two processes that make it at once, one is first, and both use its key."""
-    file = identity_file()
-    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    partial = file.with_name(f".{file.name}.{secrets.token_hex(6)}")
-    try:
-        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as stream:
-            stream.write(secrets.token_hex(_KEY_BYTES) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        with contextlib.suppress(FileExistsError):
-            os.link(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
-    return _read_key()

@@ -12,11 +12,12 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, MutableMapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from apportion.platform.errors import ApportionError, ConfigError
+from apportion.platform.files import make_private_file
 from apportion.platform.notices import notify
 
 SOCKET_BYTES = 107  # the longest path of a Unix socket on Linux
@@ -119,7 +120,10 @@ def provide_token(environment: MutableMapping[str, str]) -> None:
     file = home_folder(environment) / ".ray" / "auth_token"
     if file.is_file():
         _keep_from_others(file)
-    elif not _write_token(file):
+        return
+    try:
+        make_private_file(file, secrets.token_hex(32))
+    except OSError:
         environment["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
@@ -133,24 +137,6 @@ def _keep_from_others(file: Path) -> None:
             )
     except OSError as error:
         notify(f"warning: other users can read {file}, Ray's token ({error.strerror}): set its mode to 0600")
-
-
-def _write_token(file: Path) -> bool:
-    """Whether a token is now in `file`: of this process, or of another that wrote it first. The file appears whole."""
-    unnamed = file.with_name(f"{file.name}.{secrets.token_hex(4)}")
-    try:
-        file.parent.parent.mkdir(parents=True, exist_ok=True)
-        file.parent.mkdir(mode=0o700, exist_ok=True)
-        with open(os.open(unnamed, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
-            out.write(secrets.token_hex(32))
-        with suppress(FileExistsError):
-            os.link(unnamed, file)
-    except OSError:
-        return False
-    finally:
-        with suppress(OSError):
-            unnamed.unlink()
-    return True
 
 
 @contextmanager
